@@ -1,0 +1,86 @@
+//! The engine thread and its loop; the only door to it is [`EngineHandle`]. The engine knows no text.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::ids::SeqId;
+use crate::request::{Event, GenerateRequest};
+use crate::telemetry::Snapshot;
+
+/// Sends work to the engine thread. Cheap to clone; never blocks on compute.
+#[derive(Clone)]
+pub struct EngineHandle {
+    inner: Arc<dyn Engine>,
+}
+
+/// What stands behind a handle: the engine thread, or a script in a test of the HTTP edge.
+pub trait Engine: Send + Sync {
+    /// Queues a request, or says why not.
+    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError>;
+    /// The engine's state after its last step.
+    fn snapshot(&self) -> Arc<Snapshot>;
+    /// Age of the engine's last sign of life; an idle engine is alive.
+    fn heartbeat_age(&self) -> Duration;
+    /// Stops taking requests. Running and queued ones go on.
+    fn drain(&self);
+    /// Ends every sequence that is left with `Failure::Draining`, and the thread.
+    fn stop(&self);
+}
+
+/// Why a request was not queued.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SubmitError {
+    /// The queue is full; `retry_after` is measured from the rate at which the queue drains.
+    #[error("the request queue is full ({queued} requests)")]
+    QueueFull { queued: usize, retry_after: Duration },
+    /// The request can never fit the cache, however idle the server is.
+    #[error("this request needs {need} bytes of cache and the server has {have}; shorten it, choose a smaller cache_profile, or raise --kv-cache-memory-bytes")]
+    TooLarge { need: u64, have: u64 },
+    #[error("the server is shutting down")]
+    Draining,
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// The events of one sequence. Dropping it cancels the sequence.
+pub struct TokenStream {
+    pub seq: SeqId,
+    pub events: mpsc::Receiver<Event>,
+    cancel: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl TokenStream {
+    /// A stream whose drop calls `cancel`.
+    pub fn new(seq: SeqId, events: mpsc::Receiver<Event>, cancel: impl FnOnce() + Send + 'static) -> Self {
+        TokenStream { seq, events, cancel: Some(Box::new(cancel)) }
+    }
+
+    /// The next event; `None` only if the engine died.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.cancel.take() {
+            cancel();
+        }
+    }
+}
+
+impl EngineHandle {
+    /// A handle to `engine`.
+    pub fn new(engine: Arc<dyn Engine>) -> Self {
+        EngineHandle { inner: engine }
+    }
+}
+
+impl std::ops::Deref for EngineHandle {
+    type Target = dyn Engine;
+    fn deref(&self) -> &Self::Target {
+        &*self.inner
+    }
+}

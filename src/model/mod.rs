@@ -1,0 +1,3 @@
+//! The decoder: `config` holds its facts.
+
+pub mod config;

@@ -1,0 +1,1 @@
+//! The definition of every operation: loops in f32, no cleverness. Slow on purpose.
