@@ -98,8 +98,8 @@ pub enum Failure {
     Draining,
 }
 
-/// A token's log-probability under the model's own distribution (after bias and penalties, before
-/// temperature and truncation), with the best alternatives, best first.
+/// A token's log-probability under the model's own distribution (before bias, penalties,
+/// temperature and truncation, as vLLM reports it), with the best alternatives, best first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     pub logprob: f32,

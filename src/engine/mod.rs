@@ -84,3 +84,4 @@ impl std::ops::Deref for EngineHandle {
         &*self.inner
     }
 }
+pub mod sampler;

@@ -1,3 +1,12 @@
-//! The decoder: `config` holds its facts.
+//! The decoder and where it comes from: `checkpoint` opens a folder, `weights` types its tensors, `config` holds its
+//! facts, `decoder` runs them.
 
+pub mod checkpoint;
 pub mod config;
+pub mod config_json;
+pub mod decoder;
+pub mod generation;
+pub mod header;
+pub mod json;
+mod rope;
+pub mod weights;

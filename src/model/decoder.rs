@@ -1,0 +1,430 @@
+//! One parametrised decoder for every family: a step plan in, hidden states of the rows that want logits out.
+//!
+//! The plan's rows are carried out layer by layer. Rows that pass through all layers form one batch. Quanta of a
+//! layer-by-layer prefill (decision 5) take their hidden states from the workspace pages and put them back, a
+//! block of positions at a time, so that the scratch memory of a step is bounded by its token budget.
+
+use std::collections::HashMap;
+
+use crate::compress::LayerCompression;
+use crate::ids::{PAGE_TOKENS, PageAddr};
+use crate::kv::Arena;
+use crate::kv::layout::PageLayout;
+use crate::model::config::ModelConfig;
+use crate::model::weights::{LayerWeights, ModelWeights, Projection};
+use crate::ops::{Append, AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, append};
+use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
+
+const P: usize = PAGE_TOKENS as usize;
+
+/// A cache profile made ready for one model: where its bytes lie, and its bases.
+#[derive(Clone, Debug)]
+pub struct ReadyProfile {
+    pub layout: PageLayout,
+    /// One per layer; empty for `full`.
+    pub compression: Vec<LayerCompression>,
+}
+
+impl ReadyProfile {
+    fn view(&self, layer: usize) -> LayerView<'_> {
+        LayerView { layer, layout: &self.layout, compression: self.compression.get(layer) }
+    }
+}
+
+/// A model with its scratch memory. `forward` is the only verb.
+pub struct Decoder<'a> {
+    config: &'a ModelConfig,
+    weights: ModelWeights<'a>,
+    rope: RopeTable,
+    heads: Heads,
+    /// Positions a layer-by-layer quantum computes at once.
+    block: usize,
+    scratch: Scratch,
+}
+
+/// Sees every key (before rope) and value a forward pass computes: calibration reads the cache through it.
+pub trait Observer {
+    /// `keys`, `values`: `[positions.len()][kv_channels]`.
+    fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]);
+}
+
+/// Activations of one batch, kept from step to step.
+#[derive(Default)]
+struct Scratch {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    positions: Vec<u32>,
+    /// Rows of the batch that go on to the rest of the last layer, and their states.
+    wanted: Vec<usize>,
+    wanted_x: Vec<f32>,
+    wanted_normed: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+/// Part of a plan row that is in the current batch.
+#[derive(Clone, Copy)]
+struct Part {
+    row: usize,
+    /// First position, and how many.
+    position: u32,
+    n: usize,
+    /// Where it begins in the batch.
+    first: usize,
+}
+
+/// Takes the logits a plan asked for.
+pub trait LogitsSink {
+    /// Logits `[vocab]` that follow `position` of a plan row; the slice is scratch, free to be changed.
+    fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]);
+}
+
+/// One forward pass: the plan, the cache it works on, and who carries it out.
+pub struct Pass<'p> {
+    pub plan: &'p StepPlan,
+    pub arena: &'p mut Arena,
+    pub profiles: &'p [ReadyProfile],
+    pub ops: &'p dyn Ops,
+    pub sink: &'p mut dyn LogitsSink,
+    /// Nobody, but in calibration.
+    pub observer: Option<&'p mut dyn Observer>,
+}
+
+impl<'a> Decoder<'a> {
+    /// A decoder for sequences of up to `positions`. `block` bounds the scratch memory of layer-by-layer prefill.
+    pub fn new(config: &'a ModelConfig, weights: ModelWeights<'a>, positions: usize, block: usize) -> Self {
+        let heads =
+            Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: (config.head_dim as f32).powf(-0.5) };
+        let block = block.next_multiple_of(P);
+        Decoder { config, weights, rope: RopeTable::new(config, positions), heads, block, scratch: Scratch::default() }
+    }
+
+    /// The facts of this model.
+    pub fn config(&self) -> &'a ModelConfig {
+        self.config
+    }
+
+    /// Carries out a plan: computes its rows, writes and moves their pages, and hands out the logits they want.
+    ///
+    /// One pass over the weights for all rows together. Steady state allocates nothing that grows with the model.
+    pub fn forward(&mut self, pass: &mut Pass<'_>) {
+        let plan = pass.plan;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let layers = self.config.layers;
+        let through: Vec<Part> = parts(plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() == layers));
+        let tokens: usize = through.iter().map(|p| p.n).sum();
+        let mut x = std::mem::take(&mut scratch.x);
+        x.resize(tokens * self.config.hidden, 0.0);
+        for part in &through {
+            let row = &plan.rows[part.row];
+            for (i, &token) in plan.tokens[row.tokens.clone()].iter().enumerate() {
+                self.weights.embed.row(token as usize, slice_mut(&mut x, part.first + i, 1, self.config.hidden));
+            }
+        }
+        for layer in 0..layers {
+            if !through.is_empty() {
+                self.layer(layer, pass, &through, &mut x, &mut scratch);
+                self.moves(layer, pass, through.iter().map(|p| p.row));
+            }
+            let quanta = plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() < layers && row.layers.contains(&(layer as u32)));
+            for (index, row) in quanta {
+                self.quantum(layer, pass, index, row, &mut scratch);
+                self.moves(layer, pass, std::iter::once(index));
+            }
+        }
+        self.emit(pass, &through, &x, &mut scratch);
+        scratch.x = x;
+        self.scratch = scratch;
+    }
+
+    /// One layer of one row of a layer-by-layer prefill, block by block.
+    fn quantum(&self, layer: usize, pass: &mut Pass<'_>, index: usize, row: &Row, scratch: &mut Scratch) {
+        let plan = pass.plan;
+        let hidden = self.config.hidden;
+        let profile = &pass.profiles[row.profile.0 as usize];
+        let offset = profile.layout.workspace_hidden();
+        let pages = &plan.pages[row.exact.clone()];
+        let base = (row.sealed.len() * P) as u32;
+        let place = |position: u32| {
+            let at = (position - base) as usize;
+            (pages[at / P], offset + (at % P) * hidden * 4)
+        };
+        let mut x = Vec::new();
+        let mut position = row.positions.start;
+        while position < row.positions.end {
+            let n = ((row.positions.end - position) as usize).min(self.block);
+            x.resize(n * hidden, 0.0);
+            for i in 0..n {
+                let to = slice_mut(&mut x, i, 1, hidden);
+                if layer == 0 {
+                    let token = plan.tokens[row.tokens.start + (position - row.positions.start) as usize + i];
+                    self.weights.embed.row(token as usize, to);
+                } else {
+                    let (page, at) = place(position + i as u32);
+                    to.copy_from_slice(pass.arena.slice(page, at, hidden));
+                }
+            }
+            let part = [Part { row: index, position, n, first: 0 }];
+            self.layer(layer, pass, &part, &mut x, scratch);
+            if layer + 1 == self.config.layers {
+                self.emit(pass, &part, &x, scratch);
+            } else {
+                for i in 0..n {
+                    let (page, at) = place(position + i as u32);
+                    pass.arena.slice_mut(page, at, hidden).copy_from_slice(slice(&x, i, 1, hidden));
+                }
+            }
+            position += n as u32;
+        }
+    }
+
+    /// One decoder layer over a batch of parts, on the residual stream `x: [tokens][hidden]`.
+    ///
+    /// In the last layer only positions whose logits are wanted go beyond their keys and values; the others keep
+    /// a state nobody reads.
+    fn layer(&self, layer: usize, pass: &mut Pass<'_>, parts: &[Part], x: &mut [f32], s: &mut Scratch) {
+        let (c, plan, ops) = (self.config, pass.plan, pass.ops);
+        let w = &self.weights.layers[layer];
+        let tokens = x.len() / c.hidden;
+        s.positions.clear();
+        parts.iter().for_each(|p| s.positions.extend((0..p.n as u32).map(|i| p.position + i)));
+        s.normed.resize(tokens * c.hidden, 0.0);
+        ops.rms_norm(x, &w.input_norm, c.norm_eps, &mut s.normed);
+
+        // Keys and values of every position.
+        s.k.resize(tokens * c.kv_channels(), 0.0);
+        s.v.resize(tokens * c.kv_channels(), 0.0);
+        s.q.resize(tokens * c.q_channels(), 0.0);
+        let last = layer + 1 == c.layers;
+        s.wanted.clear();
+        if last {
+            s.wanted.extend(parts.iter().flat_map(|p| wanted(plan, p)));
+        }
+        let all = !last || s.wanted.len() == tokens;
+        if all {
+            let mut jobs = [linear(&w.q, &mut s.q), linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)];
+            ops.linear(&s.normed, tokens, &mut jobs);
+        } else {
+            ops.linear(&s.normed, tokens, &mut [linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)]);
+        }
+        if let Some(norm) = &w.k_norm {
+            // In place through the attention buffer, which is free until attention runs.
+            s.attended.resize(s.k.len(), 0.0);
+            ops.rms_norm(&s.k, norm, c.norm_eps, &mut s.attended);
+            std::mem::swap(&mut s.k, &mut s.attended);
+        }
+        if let Some(observer) = &mut pass.observer {
+            observer.observe(layer, &s.positions, &s.k, &s.v);
+        }
+        ops.rope(&mut s.k, c.kv_heads, &self.rope, &s.positions);
+        for part in parts {
+            let row = &plan.rows[part.row];
+            let profile = &pass.profiles[row.profile.0 as usize];
+            let (at, n) = (part.first * c.kv_channels(), part.n * c.kv_channels());
+            append(
+                pass.arena,
+                &Append {
+                    view: profile.view(layer),
+                    pages: &plan.pages[row.exact.clone()],
+                    first_page: (row.sealed.len() * P) as u32,
+                    exact_offset: exact_offset(profile, row.store, layer),
+                    position: part.position,
+                    k: &s.k[at..at + n],
+                    v: &s.v[at..at + n],
+                },
+            );
+        }
+
+        if all {
+            self.attend_and_mlp(layer, pass, parts, x, s);
+            return;
+        }
+        if s.wanted.is_empty() {
+            return;
+        }
+        // The rest of the last layer, for the wanted positions alone: each is a part of one position.
+        let picked = std::mem::take(&mut s.wanted);
+        let mut picked_x = std::mem::take(&mut s.wanted_x);
+        let mut picked_normed = std::mem::take(&mut s.wanted_normed);
+        picked_x.clear();
+        picked_normed.clear();
+        for &i in &picked {
+            picked_x.extend_from_slice(slice(x, i, 1, c.hidden));
+            picked_normed.extend_from_slice(slice(&s.normed, i, 1, c.hidden));
+        }
+        let of = |i: usize| parts.iter().rev().find(|p| p.first <= i).expect("every position is in a part");
+        let singles: Vec<Part> = picked
+            .iter()
+            .enumerate()
+            .map(|(first, &i)| Part { row: of(i).row, position: of(i).position + (i - of(i).first) as u32, n: 1, first })
+            .collect();
+        s.positions.clear();
+        s.positions.extend(singles.iter().map(|p| p.position));
+        s.q.resize(picked.len() * c.q_channels(), 0.0);
+        ops.linear(&picked_normed, picked.len(), &mut [linear(&w.q, &mut s.q)]);
+        self.attend_and_mlp(layer, pass, &singles, &mut picked_x, s);
+        for (from, &i) in picked.iter().enumerate() {
+            slice_mut(x, i, 1, c.hidden).copy_from_slice(slice(&picked_x, from, 1, c.hidden));
+        }
+        s.wanted = picked;
+        s.wanted_x = picked_x;
+        s.wanted_normed = picked_normed;
+    }
+
+    /// From projected queries in `s.q` and positions in `s.positions` to the layer's output, added onto `x`.
+    fn attend_and_mlp(&self, layer: usize, pass: &Pass<'_>, parts: &[Part], x: &mut [f32], s: &mut Scratch) {
+        let (c, plan, ops) = (self.config, pass.plan, pass.ops);
+        let w: &LayerWeights<'_> = &self.weights.layers[layer];
+        let tokens = x.len() / c.hidden;
+        if let Some(norm) = &w.q_norm {
+            s.attended.resize(s.q.len(), 0.0);
+            ops.rms_norm(&s.q, norm, c.norm_eps, &mut s.attended);
+            std::mem::swap(&mut s.q, &mut s.attended);
+        }
+        ops.rope(&mut s.q, c.heads, &self.rope, &s.positions);
+        let rows: Vec<AttendRow<'_>> = parts
+            .iter()
+            .map(|part| {
+                let row = &plan.rows[part.row];
+                let profile = &pass.profiles[row.profile.0 as usize];
+                AttendRow {
+                    view: profile.view(layer),
+                    first: part.first,
+                    n: part.n,
+                    position: part.position,
+                    sealed: &plan.pages[row.sealed.clone()],
+                    sinks: row.sinks,
+                    exact: &plan.pages[row.exact.clone()],
+                    exact_offset: exact_offset(profile, row.store, layer),
+                }
+            })
+            .collect();
+        s.attended.resize(tokens * c.q_channels(), 0.0);
+        ops.attend(pass.arena, self.heads, &self.rope, &rows, &s.q, &mut s.attended);
+        ops.linear(&s.attended, tokens, &mut [residual(&w.o, x)]);
+
+        s.normed.resize(tokens * c.hidden, 0.0);
+        ops.rms_norm(x, &w.post_norm, c.norm_eps, &mut s.normed);
+        s.gate.resize(tokens * c.intermediate, 0.0);
+        s.up.resize(tokens * c.intermediate, 0.0);
+        ops.linear(&s.normed, tokens, &mut [linear(&w.gate, &mut s.gate), linear(&w.up, &mut s.up)]);
+        ops.silu_mul(&mut s.gate, &s.up);
+        ops.linear(&s.gate, tokens, &mut [residual(&w.down, x)]);
+    }
+
+    /// Carries out the moves of `rows` in one layer.
+    fn moves(&self, layer: usize, pass: &mut Pass<'_>, rows: impl Iterator<Item = usize>) {
+        let plan = pass.plan;
+        // Seals of one profile go to the backend together, so that it can spread pages over threads.
+        let mut seals: HashMap<u8, Vec<SealJob>> = HashMap::new();
+        for index in rows {
+            let row = &plan.rows[index];
+            let profile = &pass.profiles[row.profile.0 as usize];
+            let layout = &profile.layout;
+            let from_offset = exact_offset(profile, row.store, layer);
+            let exact = &plan.pages[row.exact.clone()];
+            for m in &plan.moves[row.moves.clone()] {
+                match *m {
+                    Move::Seal { from, to, skip } => {
+                        let page = exact.iter().position(|&p| p == from).expect("a row seals one of its own exact pages");
+                        let position = ((row.sealed.len() + page) * P) as u32;
+                        seals.entry(row.profile.0).or_default().push(SealJob { from, from_offset, to, skip, position });
+                    }
+                    Move::Sinks { from, to, n } => copy_sinks(pass.arena, layout, (from, from_offset), (to, layer * layout.sinks_layer_bytes()), n),
+                    Move::Keep { from, to, n: _ } => {
+                        // Whole tiles: keys lie channel by channel, so the first positions are not contiguous.
+                        let bytes = layout.exact_layer_bytes();
+                        pass.arena.copy((from, from_offset), (to, layer * bytes), bytes);
+                    }
+                }
+            }
+        }
+        for (profile, jobs) in seals {
+            pass.ops.seal(pass.arena, pass.profiles[profile as usize].view(layer), &self.rope, &jobs);
+        }
+    }
+
+    /// Final norm and output head for the wanted positions of a batch, a bounded number at a time.
+    fn emit(&self, pass: &mut Pass<'_>, parts: &[Part], x: &[f32], s: &mut Scratch) {
+        const AT_ONCE: usize = 64;
+        let (c, plan, ops) = (self.config, pass.plan, pass.ops);
+        let wanted: Vec<(usize, usize)> = parts.iter().flat_map(|p| wanted(plan, p).map(|i| (p.row, i))).collect();
+        for some in wanted.chunks(AT_ONCE) {
+            s.wanted_x.clear();
+            some.iter().for_each(|&(_, i)| s.wanted_x.extend_from_slice(slice(x, i, 1, c.hidden)));
+            s.wanted_normed.resize(s.wanted_x.len(), 0.0);
+            ops.rms_norm(&s.wanted_x, &self.weights.norm, c.norm_eps, &mut s.wanted_normed);
+            s.logits.resize(some.len() * c.vocab, 0.0);
+            let head = Linear { w: self.weights.head().matrix(), bias: None, accumulate: false, y: &mut s.logits };
+            ops.linear(&s.wanted_normed, some.len(), &mut [head]);
+            for (&(row, i), logits) in some.iter().zip(s.logits.chunks_exact_mut(c.vocab)) {
+                let part = parts.iter().rev().find(|p| p.first <= i).expect("every position is in a part");
+                pass.sink.logits(row, part.position + (i - part.first) as u32, logits);
+            }
+        }
+    }
+}
+
+/// Rows as parts of one batch, in order.
+fn parts<'p>(rows: impl Iterator<Item = (usize, &'p Row)>) -> Vec<Part> {
+    let mut first = 0;
+    rows.map(|(index, row)| {
+        let part = Part { row: index, position: row.positions.start, n: row.len(), first };
+        first += part.n;
+        part
+    })
+    .collect()
+}
+
+/// Rows of the batch whose logits the plan wants.
+fn wanted(plan: &StepPlan, part: &Part) -> std::ops::Range<usize> {
+    let row = &plan.rows[part.row];
+    let ends = part.position + part.n as u32 == row.positions.end;
+    match row.logits {
+        Logits::All => part.first..part.first + part.n,
+        Logits::Last if ends => part.first + part.n - 1..part.first + part.n,
+        Logits::Last | Logits::None => 0..0,
+    }
+}
+
+/// Where a layer begins in the pages a row appends to.
+fn exact_offset(profile: &ReadyProfile, store: ExactStore, layer: usize) -> usize {
+    match store {
+        ExactStore::Exact => layer * profile.layout.exact_layer_bytes(),
+        ExactStore::Workspace => 0,
+    }
+}
+
+fn linear<'x>(p: &'x Projection<'_>, y: &'x mut [f32]) -> Linear<'x> {
+    Linear { w: p.weight.matrix(), bias: p.bias.as_deref(), accumulate: false, y }
+}
+
+fn residual<'x>(p: &'x Projection<'_>, y: &'x mut [f32]) -> Linear<'x> {
+    Linear { w: p.weight.matrix(), bias: p.bias.as_deref(), accumulate: true, y }
+}
+
+fn slice(x: &[f32], row: usize, n: usize, width: usize) -> &[f32] {
+    &x[row * width..(row + n) * width]
+}
+
+fn slice_mut(x: &mut [f32], row: usize, n: usize, width: usize) -> &mut [f32] {
+    &mut x[row * width..(row + n) * width]
+}
+
+/// The first `n` positions of an exact tile into the narrower tiles of the sinks block, one layer.
+fn copy_sinks(arena: &mut Arena, layout: &PageLayout, from: (PageAddr, usize), to: (PageAddr, usize), n: u32) {
+    let (e, d, stride, n) = (layout.exact.bytes(), layout.head_dim, layout.sinks_stride(), n as usize);
+    for head in 0..layout.kv_heads {
+        let source = from.1 + 2 * head * d * P * e;
+        let target = to.1 + 2 * head * d * stride * e;
+        for channel in 0..d {
+            arena.copy((from.0, source + channel * P * e), (to.0, target + channel * stride * e), n * e);
+        }
+        arena.copy((from.0, source + d * P * e), (to.0, target + d * stride * e), n * d * e);
+    }
+}
