@@ -21,7 +21,7 @@ pub struct Ask<'a> {
     pub profiles: &'a [PlannedProfile],
     /// Bytes of the cache, as `--kv-cache-memory-bytes` gives them.
     pub arena_bytes: u64,
-    /// Lengths of request, in tokens, of which the table says how many fit.
+    /// Lengths of request, in tokens (positive), of which the table says how many fit.
     pub lengths: &'a [u32],
 }
 
@@ -103,7 +103,9 @@ pub fn plan(ask: &Ask<'_>) -> Plan {
     let slab_bytes = sizes.flat_map(|s| [s.exact, s.sealed, s.sinks, s.workspace]).max().unwrap_or(0);
     let slabs = ask.arena_bytes.checked_div(slab_bytes).unwrap_or(0);
     let profiles = ask.profiles.iter().zip(&layouts);
-    let profiles = profiles.map(|(p, layout)| profile_plan(ask, &p.profile.name, &Room { layout, sizes: layout.sizes(), slab_bytes, slabs })).collect();
+    let profiles = profiles
+        .map(|(p, layout)| profile_plan(ask, &p.profile.name, &Room { layout, sizes: layout.sizes(), slab_bytes, slabs }))
+        .collect();
     Plan { arena_bytes: ask.arena_bytes, slab_bytes, slabs, max_positions: ask.model.max_positions, profiles }
 }
 
@@ -111,7 +113,7 @@ fn profile_plan(ask: &Ask<'_>, name: &str, room: &Room<'_>) -> ProfilePlan {
     let Room { layout, sizes, .. } = room;
     let compressed = !layout.sealed.is_empty();
     let bytes_per_token = layout.bytes_per_token();
-    let window_pages = u64::from(layout.window + PAGE_TOKENS).div_ceil(P);
+    let window_pages = u64::from(layout.window.saturating_add(PAGE_TOKENS)).div_ceil(P);
     ProfilePlan {
         name: name.to_owned(),
         bytes_per_token,
@@ -187,7 +189,11 @@ fn largest(holds: impl Fn(u32) -> bool) -> u32 {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "cache {} bytes = {} slabs of {}; the model takes {} positions", self.arena_bytes, self.slabs, self.slab_bytes, self.max_positions)?;
+        writeln!(
+            f,
+            "cache {} bytes = {} slabs of {}; the model takes {} positions",
+            self.arena_bytes, self.slabs, self.slab_bytes, self.max_positions
+        )?;
         let mut rows = vec![
             ["profile", "bytes/token", "smaller", "sealed page", "= keys", "+ values", "+ metadata", "+ padding", "window", "sinks"]
                 .into_iter()

@@ -65,9 +65,13 @@ pub struct EnergyKept {
 /// Why calibration gives no bases.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
-    #[error("layer {layer} made {part} that are not finite (token {position} of a calibration text); the checkpoint or the kernels are broken")]
+    #[error(
+        "layer {layer} made {part} that are not finite (token {position} of a calibration text); the checkpoint or the kernels are broken"
+    )]
     NotFinite { layer: usize, part: &'static str, position: usize },
-    #[error("layer {layer} gave {len} numbers as {part}, which is no whole number of tokens of {channels} channels each, or not as many as its keys")]
+    #[error(
+        "layer {layer} gave {len} numbers as {part}, which is no whole number of tokens of {channels} channels each, or not as many as its keys"
+    )]
     Ragged { layer: usize, part: &'static str, len: usize, channels: usize },
     #[error("layer {layer} saw {tokens} calibration tokens and layer 0 saw {first}")]
     Uneven { layer: usize, tokens: usize, first: usize },

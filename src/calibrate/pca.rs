@@ -64,8 +64,7 @@ impl Stream {
     fn fold(&mut self) {
         let c = self.channels;
         let origin = self.mean();
-        let folded =
-            self.folded.get_or_insert_with(|| Folded { rows: 0, origin, sum: vec![0.0; c], second: Mat::zeros(c, c) });
+        let folded = self.folded.get_or_insert_with(|| Folded { rows: 0, origin, sum: vec![0.0; c], second: Mat::zeros(c, c) });
         for row in self.pending.chunks_exact(c) {
             row.iter().zip(&folded.origin).zip(&mut folded.sum).for_each(|((&x, o), s)| *s += f64::from(x) - o);
         }
@@ -77,9 +76,8 @@ impl Stream {
     /// `[channels]`; zero where no row was seen.
     pub(super) fn mean(&self) -> Vec<f64> {
         let c = self.channels;
-        let mut mean = self.folded.as_ref().map_or(vec![0.0; c], |f| {
-            f.origin.iter().zip(&f.sum).map(|(o, s)| o * f.rows as f64 + s).collect()
-        });
+        let mut mean =
+            self.folded.as_ref().map_or(vec![0.0; c], |f| f.origin.iter().zip(&f.sum).map(|(o, s)| o * f.rows as f64 + s).collect());
         for row in self.pending.chunks_exact(c) {
             row.iter().zip(&mut mean).for_each(|(&x, m)| *m += f64::from(x));
         }

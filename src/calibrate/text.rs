@@ -141,13 +141,26 @@ const CODE: [&str; 8] = [
     "<!doctype html>\n<html lang=\"en\">\n  <head><title>Opening hours</title></head>\n  <body>\n    <h1>Opening hours</h1>\n    <table class=\"hours\">\n      <tr><td>Monday to Friday</td><td>08:00-18:30</td></tr>\n      <tr><td>Saturday</td><td>09:00-13:00</td></tr>\n    </table>\n    <p>Closed on <em>public holidays</em>. <a href=\"/contact\">Write to us</a>.</p>\n  </body>\n</html>",
 ];
 
-const PEOPLE: [&str; 14] = ["Amara", "Bruno", "Chen", "Dalia", "Emil", "Farah", "Goran", "Hana", "Ivo", "Jun", "Katya", "Luis", "Mirela", "Noor"];
+const PEOPLE: [&str; 14] =
+    ["Amara", "Bruno", "Chen", "Dalia", "Emil", "Farah", "Goran", "Hana", "Ivo", "Jun", "Katya", "Luis", "Mirela", "Noor"];
 const THINGS: [&str; 20] = [
-    "ladder", "lamp", "notebook", "engine", "kettle", "window", "ticket", "camera", "blanket", "compass", "harness", "printer", "sensor", "valve",
-    "curtain", "basket", "bracket", "cable", "mirror", "drum",
+    "ladder", "lamp", "notebook", "engine", "kettle", "window", "ticket", "camera", "blanket", "compass", "harness", "printer", "sensor",
+    "valve", "curtain", "basket", "bracket", "cable", "mirror", "drum",
 ];
-const PLACES: [&str; 12] =
-    ["the station", "the archive", "the north dock", "room 214", "the greenhouse", "the workshop", "the old mill", "the clinic", "the roof", "the cellar", "the library", "the depot"];
+const PLACES: [&str; 12] = [
+    "the station",
+    "the archive",
+    "the north dock",
+    "room 214",
+    "the greenhouse",
+    "the workshop",
+    "the old mill",
+    "the clinic",
+    "the roof",
+    "the cellar",
+    "the library",
+    "the depot",
+];
 const VERBS: [&str; 10] = ["repair", "replace", "count", "move", "label", "borrow", "inspect", "sell", "return", "photograph"];
 const MONTHS: [&str; 12] =
     ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
@@ -179,7 +192,16 @@ fn dialogue(d: &mut Draw) -> String {
 fn table(d: &mut Draw) -> String {
     let mut out = String::from("| item | stock | price | last order |\n|---|---|---|---|");
     for thing in d.sample(&THINGS, 7) {
-        write!(out, "\n| {thing} | {} | {}.{:02} | {} {} |", d.below(900), 1 + d.below(400), d.below(100), 1 + d.below(28), d.pick(&MONTHS)).expect(MEMORY);
+        write!(
+            out,
+            "\n| {thing} | {} | {}.{:02} | {} {} |",
+            d.below(900),
+            1 + d.below(400),
+            d.below(100),
+            1 + d.below(28),
+            d.pick(&MONTHS)
+        )
+        .expect(MEMORY);
     }
     out
 }
@@ -192,9 +214,21 @@ fn log(d: &mut Draw) -> String {
         let (h, m, s) = (at / 3600 % 24, at / 60 % 60, at % 60);
         let level = *d.pick(&["INFO", "INFO", "INFO", "WARN", "ERROR", "DEBUG"]);
         let what = [
-            format!("request id={:08x} path=/v2/items/{} status={} ms={}", d.below(1 << 31), d.below(9999), d.pick(&[200, 200, 204, 404, 503]), d.below(900)),
+            format!(
+                "request id={:08x} path=/v2/items/{} status={} ms={}",
+                d.below(1 << 31),
+                d.below(9999),
+                d.pick(&[200, 200, 204, 404, 503]),
+                d.below(900)
+            ),
             format!("worker {} took job {} from queue \"{}\"", d.below(16), d.below(100_000), d.pick(&THINGS)),
-            format!("connection from 10.0.{}.{}:{} closed after {} bytes", d.below(256), d.below(256), 1024 + d.below(60_000), d.below(1 << 20)),
+            format!(
+                "connection from 10.0.{}.{}:{} closed after {} bytes",
+                d.below(256),
+                d.below(256),
+                1024 + d.below(60_000),
+                d.below(1 << 20)
+            ),
             format!("retry {} of 5 in {} ms: timed out waiting for {}", 1 + d.below(5), 100 << d.below(5), d.pick(&PLACES)),
         ];
         write!(out, "\n2024-{:02}-{:02}T{h:02}:{m:02}:{s:02}Z {level} {}", 1 + d.below(12), 1 + d.below(28), d.pick(&what)).expect(MEMORY);
@@ -284,8 +318,17 @@ fn ledger(d: &mut Draw) -> String {
     let mut out = String::from("date,account,amount,reference");
     for _ in 0..9 {
         let reference = format!("{}-{:05}", d.pick(&["INV", "PAY", "REF"]), d.below(100_000));
-        write!(out, "\n2024-{:02}-{:02},{},{}{}.{:02},{reference}", 1 + d.below(12), 1 + d.below(28), d.pick(&THINGS), d.pick(&["", "-"]), d.below(5000), d.below(100))
-            .expect(MEMORY);
+        write!(
+            out,
+            "\n2024-{:02}-{:02},{},{}{}.{:02},{reference}",
+            1 + d.below(12),
+            1 + d.below(28),
+            d.pick(&THINGS),
+            d.pick(&["", "-"]),
+            d.below(5000),
+            d.below(100)
+        )
+        .expect(MEMORY);
     }
     out
 }

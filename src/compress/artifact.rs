@@ -106,11 +106,15 @@ pub enum ArtifactError {
     NoManifest(&'static str),
     #[error("the manifest of the compression artifact is not what this version reads: {0}")]
     Manifest(String),
-    #[error("the compression artifact has format version {found} and this build reads version {VERSION}; make it anew with `strait compress`")]
+    #[error(
+        "the compression artifact has format version {found} and this build reads version {VERSION}; make it anew with `strait compress`"
+    )]
     Version { found: u64 },
     #[error("the compression artifact was damaged: its contents have digest {found} and it was written with {want}")]
     Damaged { found: String, want: String },
-    #[error("the compression artifact was made for base {artifact} and the model is {model}; make one for this model with `strait compress`")]
+    #[error(
+        "the compression artifact was made for base {artifact} and the model is {model}; make one for this model with `strait compress`"
+    )]
     WrongBase { artifact: Fingerprint, model: Fingerprint },
     #[error("the compression artifact is for {what} {artifact} and the model has {model}")]
     Geometry { what: &'static str, artifact: usize, model: usize },
@@ -312,7 +316,8 @@ impl Artifact {
             }
         }
         let Some(basis) = self.bases.iter().find(|b| b.heads_per_group == heads_per_group && !b.trained()) else {
-            let describe = |b: &BasisSet| format!("{} ({} heads per group{})", b.name, b.heads_per_group, if b.trained() { ", trained" } else { "" });
+            let describe =
+                |b: &BasisSet| format!("{} ({} heads per group{})", b.name, b.heads_per_group, if b.trained() { ", trained" } else { "" });
             return Err(Error::NoBasis {
                 profile: name.to_owned(),
                 wanted: format!("{heads_per_group} heads per group"),
@@ -344,8 +349,7 @@ impl Artifact {
             let trained = set.trained();
             for (layer, one) in set.layers.iter().enumerate() {
                 for (part, basis) in one.parts() {
-                    check_basis(basis, set, &self.model, trained)
-                        .map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
+                    check_basis(basis, set, &self.model, trained).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
                     for (tensor, values) in basis.tensors() {
                         if let Some(index) = values.iter().position(|x| !x.is_finite()) {
                             return Err(Error::NotFinite { tensor: tensor_name(&set.name, layer, part, tensor), index });
@@ -363,7 +367,8 @@ impl Artifact {
             }
             let cskv = stored.profile.cskv.as_ref().ok_or_else(|| refuse("an exact profile needs no basis".to_owned()))?;
             check_spec(name, cskv, &self.model)?;
-            let basis = self.basis(&stored.basis).ok_or_else(|| refuse(format!("it reads the basis {}, which is not there", stored.basis)))?;
+            let basis =
+                self.basis(&stored.basis).ok_or_else(|| refuse(format!("it reads the basis {}, which is not there", stored.basis)))?;
             if cskv.basis.heads_per_group(self.model.kv_heads) != basis.heads_per_group {
                 return Err(refuse(format!("it is grouped otherwise than its basis {}", basis.name)));
             }
@@ -547,14 +552,8 @@ impl ManifestProfile {
             return Err(Error::Profile { profile: self.name, reason: format!("it reads the basis {}, which is not there", self.basis) });
         };
         let basis = if set.heads_per_group == model.kv_heads { BasisKind::Joint } else { BasisKind::Grouped(set.heads_per_group) };
-        let cskv = Cskv {
-            key_rank: self.key_rank,
-            value_rank: self.value_rank,
-            bits: self.bits,
-            window: self.window,
-            sinks: self.sinks,
-            basis,
-        };
+        let cskv =
+            Cskv { key_rank: self.key_rank, value_rank: self.value_rank, bits: self.bits, window: self.window, sinks: self.sinks, basis };
         Ok(StoredProfile { profile: Profile { name: self.name, cskv: Some(cskv) }, basis: self.basis, ranks: self.ranks })
     }
 }
