@@ -2,8 +2,10 @@
 
 pub mod ids;
 pub mod telemetry;
+pub mod calibrate;
 pub mod compress;
 pub mod request;
+pub mod plan;
 pub mod step;
 pub mod kv;
 pub mod ops;

@@ -155,6 +155,17 @@ pub struct PageSizes {
     pub workspace: u64,
 }
 
+/// What the bytes of a sealed page hold, over all layers; what is left of the page is padding.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SealedSplit {
+    /// Key latents, or their codes.
+    pub keys: u64,
+    /// Value latents, or their codes.
+    pub values: u64,
+    /// Scales and minima of both.
+    pub metadata: u64,
+}
+
 fn page(bytes: usize) -> u64 {
     (bytes as u64).next_multiple_of(PageAddr::UNIT)
 }
@@ -218,6 +229,21 @@ impl PageLayout {
             sinks: when(compressed && self.sinks > 0, self.layers * self.sinks_layer_bytes()),
             workspace: when(compressed, self.workspace_hidden() + P * self.hidden * 4),
         }
+    }
+
+    /// What the bytes of a sealed page hold. All zero for `full`.
+    pub fn sealed_split(&self) -> SealedSplit {
+        self.sealed.iter().fold(SealedSplit::default(), |sum, l| {
+            let (keys, values, metadata) = match l.bits {
+                16 => (l.key_rank * P * 2, P * l.value_rank * 2, 0),
+                bits => (
+                    l.key_rank * SealedLayer::key_stride(bits),
+                    P * SealedLayer::value_stride(l.value_rank, bits),
+                    l.key_rank * 4 + P * l.value_rank.div_ceil(VALUE_GROUP) * 4,
+                ),
+            };
+            SealedSplit { keys: sum.keys + keys as u64, values: sum.values + values as u64, metadata: sum.metadata + metadata as u64 }
+        })
     }
 
     /// Bytes one more position costs once it is past the window: an exact page's share for `full`,

@@ -1,1 +1,6 @@
+//! One binary of integration tests; each module is a room of `src`.
+
+mod artifact;
+mod calibrate;
 mod model;
+mod plan;

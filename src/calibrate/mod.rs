@@ -1,0 +1,245 @@
+//! Bases in closed form. [`Moments`] watches the keys and values that a forward pass makes of calibration text;
+//! [`solve`] gives the bases that lose the least of them: the centred principal components of each layer's output,
+//! which are the optimum of CSKV's reconstruction loss before quantisation.
+//!
+//! Cost on `n` tokens and `c` channels, per layer and for keys and values each: `n c^2` multiply-adds to watch, in
+//! f64; memory `min(4 n c, 8 c^2)` bytes; then the eigenvectors of a `min(n, c)` square matrix.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use rayon::prelude::*;
+
+use crate::compress::artifact::{Artifact, ArtifactError, BasisSet, Fingerprint, StoredProfile};
+use crate::compress::{Basis, LayerBasis};
+use crate::kv::layout::{BasisKind, Cskv, Profile};
+use crate::model::config::ModelConfig;
+
+mod demo;
+mod pca;
+mod text;
+
+pub use demo::demo_prompts;
+pub use text::calibration_text;
+
+/// What calibration has seen of each layer: first and second moments of its keys before rope and of its values.
+///
+/// The first positions of every text are left out: attention sinks have outlying keys, and stay exact in the cache.
+pub struct Moments {
+    kv_heads: usize,
+    channels: usize,
+    sinks: usize,
+    layers: Vec<[pca::Stream; 2]>,
+}
+
+/// The bases of all layers, and what they keep.
+#[derive(Clone, Debug)]
+pub struct Solution {
+    pub layers: Vec<LayerBasis>,
+    /// Of keys and of values, per layer.
+    pub spectra: Vec<[Spectrum; 2]>,
+}
+
+/// How the energy (variance about the mean) of one layer's keys or values falls off over its directions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spectrum {
+    /// Per group: energy in all directions, and in each leading one, falling.
+    pub groups: Vec<(f64, Vec<f64>)>,
+}
+
+/// An artifact in closed form, and what each of its profiles keeps.
+#[derive(Clone, Debug)]
+pub struct Calibrated {
+    pub artifact: Artifact,
+    pub energy: Vec<EnergyKept>,
+}
+
+/// Share of the energy of keys and values that a profile's latents hold, per layer. Prints as a line for the log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EnergyKept {
+    pub profile: String,
+    /// (keys, values), each in `[0, 1]`.
+    pub layers: Vec<(f64, f64)>,
+}
+
+/// Why calibration gives no bases.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrateError {
+    #[error(
+        "layer {layer} made {part} that are not finite (token {position} of a calibration text); the checkpoint or the kernels are broken"
+    )]
+    NotFinite { layer: usize, part: &'static str, position: usize },
+    #[error(
+        "layer {layer} gave {len} numbers as {part}, which is no whole number of tokens of {channels} channels each, or not as many as its keys"
+    )]
+    Ragged { layer: usize, part: &'static str, len: usize, channels: usize },
+    #[error("layer {layer} saw {tokens} calibration tokens and layer 0 saw {first}")]
+    Uneven { layer: usize, tokens: usize, first: usize },
+    #[error("calibration saw {have} tokens (sinks left out) and a rank of {rank} needs at least {need}; give it more text")]
+    TooFewTokens { have: usize, rank: usize, need: usize },
+    #[error("a rank of {rank} for {part} does not divide into {groups} groups of {channels} channels each")]
+    Rank { part: &'static str, rank: usize, groups: usize, channels: usize },
+    #[error("groups of {heads} KV heads do not divide the model's {kv_heads}")]
+    Groups { heads: usize, kv_heads: usize },
+    #[error("the eigenvectors of the {part} of layer {layer} were not found: the iteration did not converge")]
+    Eigen { layer: usize, part: &'static str },
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+}
+
+const PARTS: [&str; 2] = ["keys", "values"];
+
+impl Moments {
+    /// Of a model, leaving out the first `sinks` positions of every text.
+    pub fn new(model: &ModelConfig, sinks: usize) -> Self {
+        let channels = model.kv_channels();
+        let layers = (0..model.layers).map(|_| [pca::Stream::new(channels), pca::Stream::new(channels)]).collect();
+        Moments { kv_heads: model.kv_heads, channels, sinks, layers }
+    }
+
+    /// Takes in what `layer` made of consecutive tokens of one text, the first of which stands at `position` there.
+    /// `keys` (before rope) and `values` are `[n][kv_channels]`.
+    ///
+    /// # Errors
+    /// Where a number is not finite, or the sizes do not fit. Nothing is taken in then.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    pub fn add(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) -> Result<(), CalibrateError> {
+        let channels = self.channels;
+        let skip = self.sinks.saturating_sub(position) * channels;
+        let parts = [keys, values];
+        for (data, part) in parts.iter().zip(PARTS) {
+            if !data.len().is_multiple_of(channels) || data.len() != keys.len() {
+                return Err(CalibrateError::Ragged { layer, part, len: data.len(), channels });
+            }
+            if let Some(at) = data.iter().position(|x| !x.is_finite()) {
+                return Err(CalibrateError::NotFinite { layer, part, position: position + at / channels });
+            }
+        }
+        for (stream, data) in self.layers[layer].iter_mut().zip(parts) {
+            stream.push(data.get(skip..).unwrap_or(&[]));
+        }
+        Ok(())
+    }
+
+    /// Tokens taken in so far, sinks left out.
+    pub fn tokens(&self) -> usize {
+        self.layers.first().map_or(0, |l| l[0].rows())
+    }
+}
+
+/// Tokens that calibration must see, sinks left out, to find a basis of `rank` latent elements over all groups:
+/// `n` centred tokens span `n - 1` directions.
+pub fn tokens_needed(basis: BasisKind, rank: usize, model: &ModelConfig) -> usize {
+    let groups = model.kv_heads / basis.heads_per_group(model.kv_heads).clamp(1, model.kv_heads);
+    rank.div_ceil(groups) + 1
+}
+
+/// The best bases up to the given ranks (latent elements over all groups), by mean squared error on what `moments` saw.
+///
+/// # Errors
+/// Where the ranks do not fit the model, or fewer tokens were seen than [`tokens_needed`].
+pub fn solve(moments: &Moments, basis: BasisKind, max_key_rank: usize, max_value_rank: usize) -> Result<Solution, CalibrateError> {
+    let heads = basis.heads_per_group(moments.kv_heads);
+    if heads == 0 || !moments.kv_heads.is_multiple_of(heads) {
+        return Err(CalibrateError::Groups { heads, kv_heads: moments.kv_heads });
+    }
+    let groups = moments.kv_heads / heads;
+    let channels = moments.channels / groups;
+    let first = moments.tokens();
+    for (rank, part) in [max_key_rank, max_value_rank].into_iter().zip(PARTS) {
+        if rank == 0 || !rank.is_multiple_of(groups) || rank / groups > channels {
+            return Err(CalibrateError::Rank { part, rank, groups, channels });
+        }
+        if rank / groups >= first {
+            return Err(CalibrateError::TooFewTokens { have: first, rank, need: rank / groups + 1 });
+        }
+    }
+    if let Some((layer, l)) = moments.layers.iter().enumerate().find(|(_, l)| l[0].rows() != first) {
+        return Err(CalibrateError::Uneven { layer, tokens: l[0].rows(), first });
+    }
+
+    let one = |(layer, streams): (usize, &[pca::Stream; 2])| -> Result<(LayerBasis, [Spectrum; 2]), CalibrateError> {
+        let part = |i: usize, rank: usize| -> Result<(Basis, Spectrum), CalibrateError> {
+            let width = rank / groups;
+            let mut directions = Vec::with_capacity(rank * channels);
+            let mut spectrum = Spectrum { groups: Vec::with_capacity(groups) };
+            for g in 0..groups {
+                let found = streams[i].principal(g * channels..(g + 1) * channels, width);
+                let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[i] })?;
+                directions.extend(found.directions);
+                spectrum.groups.push((found.total, found.energies));
+            }
+            let mean = streams[i].mean().into_iter().map(|x| x as f32).collect();
+            Ok((Basis { mean, groups, directions, up: None }, spectrum))
+        };
+        let ((keys, of_keys), (values, of_values)) = (part(0, max_key_rank)?, part(1, max_value_rank)?);
+        Ok((LayerBasis { keys, values }, [of_keys, of_values]))
+    };
+    // Small layers run side by side; a large one keeps every thread busy alone, and its memory is felt.
+    let solved: Vec<_> = if channels < 1024 {
+        moments.layers.par_iter().enumerate().map(one).collect::<Result<_, _>>()?
+    } else {
+        moments.layers.iter().enumerate().map(one).collect::<Result<_, _>>()?
+    };
+    let (layers, spectra) = solved.into_iter().unzip();
+    Ok(Solution { layers, spectra })
+}
+
+/// The artifact in closed form for the compressed ones among `profiles`: one basis per grouping, as wide as the
+/// widest profile needs, at the same ranks in every layer.
+///
+/// # Errors
+/// As [`solve`] and [`Artifact::new`].
+pub fn artifact(moments: &Moments, model: &ModelConfig, base: Fingerprint, profiles: &[Profile]) -> Result<Calibrated, CalibrateError> {
+    let name = |heads: usize| if heads == model.kv_heads { "joint".to_owned() } else { format!("grouped-{heads}") };
+    let mut widest: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
+    let mut stored = Vec::new();
+    for profile in profiles {
+        let Some(cskv) = &profile.cskv else { continue };
+        let heads = cskv.basis.heads_per_group(model.kv_heads);
+        let (keys, values) = (Cskv::rank(cskv.key_rank, model), Cskv::rank(cskv.value_rank, model));
+        let (k, v) = widest.entry(heads).or_default();
+        (*k, *v) = (keys.max(*k), values.max(*v));
+        stored.push(StoredProfile { profile: profile.clone(), basis: name(heads), ranks: vec![(keys, values); model.layers] });
+    }
+    let mut sets = Vec::new();
+    let mut spectra = BTreeMap::new();
+    for (heads, (keys, values)) in widest {
+        let solution = solve(moments, BasisKind::Grouped(heads), keys, values)?;
+        sets.push(BasisSet { name: name(heads), heads_per_group: heads, layers: solution.layers });
+        spectra.insert(name(heads), solution.spectra);
+    }
+    let kept = |s: &StoredProfile| EnergyKept {
+        profile: s.profile.name.clone(),
+        layers: spectra[&s.basis].iter().zip(&s.ranks).map(|([k, v], &(rk, rv))| (k.kept(rk), v.kept(rv))).collect(),
+    };
+    let energy = stored.iter().map(kept).collect();
+    Ok(Calibrated { artifact: Artifact::new(base, model, sets, stored)?, energy })
+}
+
+impl Solution {
+    /// Share of the energy of (keys, values) that the given ranks keep, per layer.
+    pub fn energy_kept(&self, key_rank: usize, value_rank: usize) -> Vec<(f64, f64)> {
+        self.spectra.iter().map(|[k, v]| (k.kept(key_rank), v.kept(value_rank))).collect()
+    }
+}
+
+impl Spectrum {
+    /// Share of the energy in the leading `rank` directions over all groups; 1 where there is no energy at all.
+    /// Ranks beyond what was solved for count as what was.
+    pub fn kept(&self, rank: usize) -> f64 {
+        let r = rank / self.groups.len().max(1);
+        let total: f64 = self.groups.iter().map(|(total, _)| total).sum();
+        let kept: f64 = self.groups.iter().flat_map(|(_, energies)| energies.iter().take(r)).sum();
+        if total > 0.0 { (kept / total).min(1.0) } else { 1.0 }
+    }
+}
+
+impl fmt::Display for EnergyKept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} keeps of the energy of keys/values, in percent by layer:", self.profile)?;
+        self.layers.iter().try_for_each(|(k, v)| write!(f, " {:.1}/{:.1}", k * 100.0, v * 100.0))
+    }
+}

@@ -1,0 +1,746 @@
+//! The compression artifact: one file that holds the bases of a model and the profiles made of them.
+//!
+//! ```text
+//! u64 little-endian   n, length of the header
+//! n bytes             header: JSON, padded with spaces to a multiple of 8
+//!                       "__metadata__": { "strait.manifest": <the manifest, JSON as a string>,
+//!                                         "strait.blake3":   <64 hex digits: BLAKE3 of manifest then data> }
+//!                       "<tensor>": { "dtype": "F32", "shape": [...], "data_offsets": [begin, end] } ...
+//! the rest            data: the tensors in the order of the header, little-endian f32, without gaps
+//! ```
+//!
+//! That is the safetensors format, so any reader of it opens the file. The manifest:
+//!
+//! ```text
+//! { "format": "strait-compression", "version": 1,
+//!   "base": "<64 hex digits>",                    fingerprint of the checkpoint, as the loader computes it
+//!   "layers": L, "kv_heads": H, "head_dim": D,
+//!   "bases": [ { "name": "joint",
+//!                "heads_per_group": H,            KV heads that share one map; divides H
+//!                "trained": false,                whether "up" is stored (below)
+//!                "widths": [[k, v], ...] } ],     per layer: latent elements of keys and values, all groups
+//!   "profiles": [ { "name": "cskv-80", "key_rank": 0.2, "value_rank": 0.2, "bits": 16, "window": 64, "sinks": 4,
+//!                   "basis": "joint",             one of "bases"
+//!                   "ranks": [[k, v], ...] } ] }  per layer: leading latent elements used, all groups
+//! ```
+//!
+//! Tensors, for every basis and layer and for `keys` (before rope) and `values`, with `C = H * D` channels,
+//! `G = H / heads_per_group` groups of `C / G` channels, and `R` the width:
+//!
+//! ```text
+//! <basis>.<layer>.keys.mean         [C]
+//! <basis>.<layer>.keys.directions   [G, R / G, C / G]    latent = (x - mean) . directions^T, group by group
+//! <basis>.<layer>.keys.up           [G, R / G, C / G]    x ~ mean + latent . up; only of trained bases,
+//!                                                        else the directions are orthonormal and serve as up
+//! ```
+//!
+//! Directions lie row by row in falling order of energy, so a profile of smaller rank reads a prefix of each
+//! group, and profiles that differ in rank, bits or window share every byte. Elements are f32: a bf16 basis turns each
+//! direction by about 0.2 %, an error as large as that of the bf16 keys it projects, to save half of a file that is a
+//! hundredth of its model (Llama-3.1-8B up to 50 % rank: 134 MB beside 16 GB).
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+
+use super::{Basis, LayerBasis, LayerCompression, RankError};
+use crate::ids::PAGE_TOKENS;
+use crate::kv::layout::{BasisKind, Cskv, Profile};
+use crate::model::config::ModelConfig;
+
+const FORMAT: &str = "strait-compression";
+const VERSION: u32 = 1;
+const MANIFEST: &str = "strait.manifest";
+const DIGEST: &str = "strait.blake3";
+
+/// The bases of one model and the profiles that were made with them. Whoever holds one knows that every shape
+/// fits the model, every number is finite, and every profile can be served.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Artifact {
+    base: Fingerprint,
+    model: ModelConfig,
+    bases: Vec<BasisSet>,
+    profiles: Vec<StoredProfile>,
+}
+
+/// The bases of all layers, grouped alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BasisSet {
+    /// Part of the tensors' names: ASCII letters, digits, `-` and `_`.
+    pub name: String,
+    pub heads_per_group: usize,
+    pub layers: Vec<LayerBasis>,
+}
+
+/// A profile that the artifact was made for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredProfile {
+    /// Compressed; its basis kind is that of the basis.
+    pub profile: Profile,
+    /// Name of the [`BasisSet`] it reads.
+    pub basis: String,
+    /// (key, value) latent widths per layer.
+    pub ranks: Vec<(usize, usize)>,
+}
+
+/// Identity of a checkpoint's weights.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+/// Why an artifact cannot be read, made, used or written.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    #[error("cannot read the compression artifact {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write the compression artifact {}: {source}; what was there before is unchanged", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("the compression artifact is not a whole safetensors file: {0}")]
+    Container(String),
+    #[error("the file is not a compression artifact: its metadata has no {0}")]
+    NoManifest(&'static str),
+    #[error("the manifest of the compression artifact is not what this version reads: {0}")]
+    Manifest(String),
+    #[error(
+        "the compression artifact has format version {found} and this build reads version {VERSION}; make it anew with `strait compress`"
+    )]
+    Version { found: u64 },
+    #[error("the compression artifact was damaged: its contents have digest {found} and it was written with {want}")]
+    Damaged { found: String, want: String },
+    #[error(
+        "the compression artifact was made for base {artifact} and the model is {model}; make one for this model with `strait compress`"
+    )]
+    WrongBase { artifact: Fingerprint, model: Fingerprint },
+    #[error("the compression artifact is for {what} {artifact} and the model has {model}")]
+    Geometry { what: &'static str, artifact: usize, model: usize },
+    #[error("the compression artifact lacks the tensor {0}")]
+    Missing(String),
+    #[error("the compression artifact has a tensor {0} that its manifest does not know")]
+    Unknown(String),
+    #[error("the tensor {tensor} is {found} and its manifest says {want}")]
+    Shape { tensor: String, found: String, want: String },
+    #[error("the tensor {tensor} has a value that is not finite at element {index}")]
+    NotFinite { tensor: String, index: usize },
+    #[error("the basis {basis} is not usable: {reason}")]
+    Basis { basis: String, reason: String },
+    #[error("the profile {profile} is not usable: {reason}")]
+    Profile { profile: String, reason: String },
+    #[error("the profile {profile} cannot be served by this artifact: {part} of layer {layer}: {source}")]
+    Rank { profile: String, layer: usize, part: &'static str, source: RankError },
+    #[error("the compression artifact has no {wanted} basis for the profile {profile}; it has: {has}")]
+    NoBasis { profile: String, wanted: String, has: String },
+}
+
+use ArtifactError as Error;
+
+/// The manifest as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    format: String,
+    version: u64,
+    base: String,
+    layers: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    bases: Vec<ManifestBasis>,
+    profiles: Vec<ManifestProfile>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ManifestBasis {
+    name: String,
+    heads_per_group: usize,
+    trained: bool,
+    widths: Vec<(usize, usize)>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ManifestProfile {
+    name: String,
+    key_rank: f64,
+    value_rank: f64,
+    bits: u32,
+    window: u32,
+    sinks: u32,
+    basis: String,
+    ranks: Vec<(usize, usize)>,
+}
+
+impl Artifact {
+    /// An artifact of these bases and profiles.
+    ///
+    /// # Errors
+    /// Where a shape does not fit `model`, a number is not finite, a name is used twice, or a profile asks for what
+    /// its basis does not have.
+    pub fn new(base: Fingerprint, model: &ModelConfig, bases: Vec<BasisSet>, profiles: Vec<StoredProfile>) -> Result<Self, Error> {
+        let artifact = Artifact { base, model: model.clone(), bases, profiles };
+        artifact.check()?;
+        Ok(artifact)
+    }
+
+    /// Reads and checks the artifact at `path`, which must be for this very model. The file is read whole.
+    ///
+    /// # Errors
+    /// Where it cannot be read, is damaged, is of another version or base, or does not hold together.
+    pub fn read(path: &Path, model: &ModelConfig, base: Fingerprint) -> Result<Self, Error> {
+        let read = || -> io::Result<Vec<u8>> {
+            if !std::fs::metadata(path)?.is_file() {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+            }
+            std::fs::read(path)
+        };
+        let bytes = read().map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::from_bytes(&bytes, model, base)
+    }
+
+    /// As [`Artifact::read`], from memory.
+    ///
+    /// # Errors
+    /// As [`Artifact::read`].
+    pub fn from_bytes(bytes: &[u8], model: &ModelConfig, base: Fingerprint) -> Result<Self, Error> {
+        let container = |e: safetensors::SafeTensorError| Error::Container(e.to_string());
+        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(container)?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(container)?;
+        let metadata = metadata.metadata().as_ref().ok_or(Error::NoManifest(MANIFEST))?;
+        let text = metadata.get(MANIFEST).ok_or(Error::NoManifest(MANIFEST))?;
+        let manifest = Manifest::parse(text)?;
+        let artifact_base: Fingerprint = manifest.base.parse().map_err(|e: NotHex| Error::Manifest(e.to_string()))?;
+        if artifact_base != base {
+            return Err(Error::WrongBase { artifact: artifact_base, model: base });
+        }
+        let want = metadata.get(DIGEST).ok_or(Error::NoManifest(DIGEST))?;
+        let mut digest = blake3::Hasher::new();
+        digest.update(text.as_bytes()).update(&bytes[8 + header..]);
+        let found = Fingerprint(*digest.finalize().as_bytes()).to_string();
+        if found != *want {
+            return Err(Error::Damaged { found, want: want.clone() });
+        }
+        manifest.check_geometry(model)?;
+
+        let mut known = HashSet::new();
+        let bases = manifest.bases.iter().map(|b| b.read(&tensors, model, &mut known)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(name) = tensors.names().into_iter().find(|&n| !known.contains(n)) {
+            return Err(Error::Unknown(name.to_owned()));
+        }
+        let profiles = manifest.profiles.into_iter().map(|p| p.stored(&bases, model)).collect::<Result<Vec<_>, _>>()?;
+        Self::new(base, model, bases, profiles)
+    }
+
+    /// Writes the artifact, whole or not at all: into a new file beside `path` that takes its place once it is on
+    /// the disk.
+    ///
+    /// # Errors
+    /// Where the folder cannot be written or is full; what stood at `path` before stands unchanged then.
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        replace_file(path, |w| self.write_to(w)).map_err(|source| Error::Write { path: path.to_owned(), source })
+    }
+
+    /// The bytes of the file. The same artifact gives the same bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.write_to(&mut bytes).expect("memory takes every byte");
+        bytes
+    }
+
+    /// Fingerprint of the checkpoint this is for.
+    pub fn base(&self) -> Fingerprint {
+        self.base
+    }
+
+    /// What the profiles are made of.
+    pub fn bases(&self) -> &[BasisSet] {
+        &self.bases
+    }
+
+    /// The profiles this was made for. Others are served as well, as far as a basis of their kind is wide enough.
+    pub fn profiles(&self) -> &[StoredProfile] {
+        &self.profiles
+    }
+
+    /// (key, value) latent widths of `profile` per layer; none for `full`. See [`Artifact::layers`].
+    ///
+    /// # Errors
+    /// As [`Artifact::layers`], but for widths that its basis does not have.
+    pub fn ranks(&self, profile: &Profile) -> Result<Vec<(usize, usize)>, Error> {
+        match &profile.cskv {
+            None => Ok(Vec::new()),
+            Some(cskv) => Ok(self.resolve(&profile.name, cskv)?.1),
+        }
+    }
+
+    /// The maps of `profile`, per layer; none for `full`.
+    ///
+    /// A profile that the artifact was made for (same name, shares and grouping) takes the basis and the ranks stored for it,
+    /// whatever its window and sinks, and whatever its bits unless the basis was trained for some. Any other takes, evenly
+    /// over the layers, the ranks of its shares from the first untrained basis of its grouping.
+    ///
+    /// # Errors
+    /// Where no basis has the profile's grouping, or it is too narrow for its ranks.
+    pub fn layers(&self, profile: &Profile) -> Result<Vec<LayerCompression>, Error> {
+        let Some(cskv) = &profile.cskv else { return Ok(Vec::new()) };
+        let (basis, ranks) = self.resolve(&profile.name, cskv)?;
+        let layers = basis.layers.iter().zip(ranks).enumerate();
+        layers
+            .map(|(layer, (basis, (keys, values)))| {
+                let at = |part| move |source| Error::Rank { profile: profile.name.clone(), layer, part, source };
+                Ok(LayerCompression {
+                    keys: basis.keys.projection(keys).map_err(at("keys"))?,
+                    values: basis.values.projection(values).map_err(at("values"))?,
+                })
+            })
+            .collect()
+    }
+
+    /// The basis and the ranks of a compressed profile.
+    fn resolve(&self, name: &str, cskv: &Cskv) -> Result<(&BasisSet, Vec<(usize, usize)>), Error> {
+        check_spec(name, cskv, &self.model)?;
+        let heads_per_group = cskv.basis.heads_per_group(self.model.kv_heads);
+        let same = |a: f64, b: f64| (a - b).abs() <= 1e-9;
+        for stored in self.profiles.iter().filter(|p| p.profile.name == name) {
+            let made = stored.profile.cskv.as_ref().expect("check refuses exact profiles");
+            let basis = self.basis(&stored.basis).expect("check finds the basis of every profile");
+            if same(made.key_rank, cskv.key_rank)
+                && same(made.value_rank, cskv.value_rank)
+                && basis.heads_per_group == heads_per_group
+                && (!basis.trained() || made.bits == cskv.bits)
+            {
+                return Ok((basis, stored.ranks.clone()));
+            }
+        }
+        let Some(basis) = self.bases.iter().find(|b| b.heads_per_group == heads_per_group && !b.trained()) else {
+            let describe =
+                |b: &BasisSet| format!("{} ({} heads per group{})", b.name, b.heads_per_group, if b.trained() { ", trained" } else { "" });
+            return Err(Error::NoBasis {
+                profile: name.to_owned(),
+                wanted: format!("{heads_per_group} heads per group"),
+                has: self.bases.iter().map(describe).collect::<Vec<_>>().join(", "),
+            });
+        };
+        let ranks = (Cskv::rank(cskv.key_rank, &self.model), Cskv::rank(cskv.value_rank, &self.model));
+        Ok((basis, vec![ranks; self.model.layers]))
+    }
+
+    fn basis(&self, name: &str) -> Option<&BasisSet> {
+        self.bases.iter().find(|b| b.name == name)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let mut names = HashSet::new();
+        for set in &self.bases {
+            let refuse = |reason: String| Error::Basis { basis: set.name.clone(), reason };
+            if set.name.is_empty() || !set.name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
+                return Err(refuse("a name is made of letters, digits, - and _".to_owned()));
+            }
+            if !names.insert(&set.name) {
+                return Err(refuse("two bases have this name".to_owned()));
+            }
+            check_groups(set.heads_per_group, &self.model).map_err(refuse)?;
+            if set.layers.len() != self.model.layers {
+                return Err(Error::Geometry { what: "layers", artifact: set.layers.len(), model: self.model.layers });
+            }
+            let trained = set.trained();
+            for (layer, one) in set.layers.iter().enumerate() {
+                for (part, basis) in one.parts() {
+                    check_basis(basis, set, &self.model, trained).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
+                    for (tensor, values) in basis.tensors() {
+                        if let Some(index) = values.iter().position(|x| !x.is_finite()) {
+                            return Err(Error::NotFinite { tensor: tensor_name(&set.name, layer, part, tensor), index });
+                        }
+                    }
+                }
+            }
+        }
+        let mut names = HashSet::new();
+        for stored in &self.profiles {
+            let name = &stored.profile.name;
+            let refuse = |reason: String| Error::Profile { profile: name.clone(), reason };
+            if !names.insert(name) {
+                return Err(refuse("two profiles have this name".to_owned()));
+            }
+            let cskv = stored.profile.cskv.as_ref().ok_or_else(|| refuse("an exact profile needs no basis".to_owned()))?;
+            check_spec(name, cskv, &self.model)?;
+            let basis =
+                self.basis(&stored.basis).ok_or_else(|| refuse(format!("it reads the basis {}, which is not there", stored.basis)))?;
+            if cskv.basis.heads_per_group(self.model.kv_heads) != basis.heads_per_group {
+                return Err(refuse(format!("it is grouped otherwise than its basis {}", basis.name)));
+            }
+            if stored.ranks.len() != self.model.layers {
+                return Err(refuse(format!("it has ranks for {} of {} layers", stored.ranks.len(), self.model.layers)));
+            }
+            for (layer, (one, &(keys, values))) in basis.layers.iter().zip(&stored.ranks).enumerate() {
+                for ((part, basis), rank) in one.parts().into_iter().zip([keys, values]) {
+                    basis.check_rank(rank).map_err(|source| Error::Rank { profile: name.clone(), layer, part, source })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn manifest(&self) -> Manifest {
+        let basis = |set: &BasisSet| ManifestBasis {
+            name: set.name.clone(),
+            heads_per_group: set.heads_per_group,
+            trained: set.trained(),
+            widths: set.layers.iter().map(|l| (l.keys.width(), l.values.width())).collect(),
+        };
+        let profile = |stored: &StoredProfile| {
+            let cskv = stored.profile.cskv.as_ref().expect("check refuses exact profiles");
+            ManifestProfile {
+                name: stored.profile.name.clone(),
+                key_rank: cskv.key_rank,
+                value_rank: cskv.value_rank,
+                bits: cskv.bits,
+                window: cskv.window,
+                sinks: cskv.sinks,
+                basis: stored.basis.clone(),
+                ranks: stored.ranks.clone(),
+            }
+        };
+        Manifest {
+            format: FORMAT.to_owned(),
+            version: VERSION.into(),
+            base: self.base.to_string(),
+            layers: self.model.layers,
+            kv_heads: self.model.kv_heads,
+            head_dim: self.model.head_dim,
+            bases: self.bases.iter().map(basis).collect(),
+            profiles: self.profiles.iter().map(profile).collect(),
+        }
+    }
+
+    /// Streams the file; what is buffered is one tensor. Each tensor is visited twice, as the digest stands before it.
+    fn write_to(&self, w: &mut dyn Write) -> io::Result<()> {
+        let manifest = serde_json::to_string(&self.manifest()).map_err(io::Error::other)?;
+        let mut digest = blake3::Hasher::new();
+        digest.update(manifest.as_bytes());
+        let mut entries = serde_json::Map::new();
+        let mut at = 0;
+        self.for_each_tensor(|name, shape, data| {
+            let end = at + data.len() * 4;
+            entries.insert(name, serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [at, end] }));
+            at = end;
+            digest.update(&little_endian(data));
+            Ok(())
+        })?;
+        let digest = Fingerprint(*digest.finalize().as_bytes()).to_string();
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".to_owned(), serde_json::json!({ MANIFEST: manifest, DIGEST: digest }));
+        header.extend(entries);
+        let mut header = serde_json::to_vec(&header).map_err(io::Error::other)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        w.write_all(&(header.len() as u64).to_le_bytes())?;
+        w.write_all(&header)?;
+        self.for_each_tensor(|_, _, data| w.write_all(&little_endian(data)))
+    }
+
+    fn for_each_tensor(&self, mut visit: impl FnMut(String, Vec<usize>, &[f32]) -> io::Result<()>) -> io::Result<()> {
+        for set in &self.bases {
+            for (layer, one) in set.layers.iter().enumerate() {
+                for (part, basis) in one.parts() {
+                    for (tensor, data) in basis.tensors() {
+                        let shape = if tensor == "mean" { vec![data.len()] } else { basis.shape().to_vec() };
+                        visit(tensor_name(&set.name, layer, part, tensor), shape, data)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl BasisSet {
+    /// Whether its layers are trained pairs rather than orthonormal directions.
+    pub fn trained(&self) -> bool {
+        self.layers.first().is_some_and(|l| l.keys.up.is_some())
+    }
+}
+
+impl LayerBasis {
+    fn parts(&self) -> [(&'static str, &Basis); 2] {
+        [("keys", &self.keys), ("values", &self.values)]
+    }
+}
+
+impl Basis {
+    fn tensors(&self) -> impl Iterator<Item = (&'static str, &[f32])> {
+        [("mean", Some(&self.mean)), ("directions", Some(&self.directions)), ("up", self.up.as_ref())]
+            .into_iter()
+            .filter_map(|(name, data)| Some((name, data?.as_slice())))
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        [self.groups, self.width() / self.groups, self.mean.len() / self.groups]
+    }
+}
+
+impl Manifest {
+    fn parse(text: &str) -> Result<Self, Error> {
+        /// What every version has.
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u64,
+        }
+        let wrong = |e: serde_json::Error| Error::Manifest(e.to_string());
+        let head: Head = serde_json::from_str(text).map_err(wrong)?;
+        if head.format != FORMAT {
+            return Err(Error::Manifest(format!("its format is {:?}, not {FORMAT:?}", head.format)));
+        }
+        if head.version != u64::from(VERSION) {
+            return Err(Error::Version { found: head.version });
+        }
+        serde_json::from_str(text).map_err(wrong)
+    }
+
+    fn check_geometry(&self, model: &ModelConfig) -> Result<(), Error> {
+        let pairs = [
+            ("layers", self.layers, model.layers),
+            ("KV heads", self.kv_heads, model.kv_heads),
+            ("head dimension", self.head_dim, model.head_dim),
+        ];
+        match pairs.into_iter().find(|(_, artifact, model)| artifact != model) {
+            Some((what, artifact, model)) => Err(Error::Geometry { what, artifact, model }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl ManifestBasis {
+    /// Takes the tensors of this basis out of the file. Nothing is allocated before its size is known to fit the model.
+    fn read(&self, file: &SafeTensors<'_>, model: &ModelConfig, known: &mut HashSet<String>) -> Result<BasisSet, Error> {
+        let refuse = |reason: String| Error::Basis { basis: self.name.clone(), reason };
+        check_groups(self.heads_per_group, model).map_err(refuse)?;
+        if self.widths.len() != model.layers {
+            return Err(refuse(format!("it has widths for {} of {} layers", self.widths.len(), model.layers)));
+        }
+        let (channels, groups) = (model.kv_channels(), model.kv_heads / self.heads_per_group);
+        let mut part = |layer: usize, part: &str, width: usize| -> Result<Basis, Error> {
+            check_width(width, groups, channels).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
+            let shape = [groups, width / groups, channels / groups];
+            let mut take = |tensor: &str, shape: &[usize]| {
+                let name = tensor_name(&self.name, layer, part, tensor);
+                let data = read_tensor(file, &name, shape);
+                known.insert(name);
+                data
+            };
+            Ok(Basis {
+                mean: take("mean", &[channels])?,
+                groups,
+                directions: take("directions", &shape)?,
+                up: if self.trained { Some(take("up", &shape)?) } else { None },
+            })
+        };
+        let layers = self.widths.iter().enumerate();
+        let layers = layers
+            .map(|(layer, &(keys, values))| Ok(LayerBasis { keys: part(layer, "keys", keys)?, values: part(layer, "values", values)? }))
+            .collect::<Result<_, Error>>()?;
+        Ok(BasisSet { name: self.name.clone(), heads_per_group: self.heads_per_group, layers })
+    }
+}
+
+impl ManifestProfile {
+    fn stored(self, bases: &[BasisSet], model: &ModelConfig) -> Result<StoredProfile, Error> {
+        let Some(set) = bases.iter().find(|b| b.name == self.basis) else {
+            return Err(Error::Profile { profile: self.name, reason: format!("it reads the basis {}, which is not there", self.basis) });
+        };
+        let basis = if set.heads_per_group == model.kv_heads { BasisKind::Joint } else { BasisKind::Grouped(set.heads_per_group) };
+        let cskv =
+            Cskv { key_rank: self.key_rank, value_rank: self.value_rank, bits: self.bits, window: self.window, sinks: self.sinks, basis };
+        Ok(StoredProfile { profile: Profile { name: self.name, cskv: Some(cskv) }, basis: self.basis, ranks: self.ranks })
+    }
+}
+
+fn tensor_name(basis: &str, layer: usize, part: &str, tensor: &str) -> String {
+    format!("{basis}.{layer}.{part}.{tensor}")
+}
+
+fn read_tensor(file: &SafeTensors<'_>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+    let view = file.tensor(name).map_err(|_| Error::Missing(name.to_owned()))?;
+    if view.dtype() != Dtype::F32 || view.shape() != shape {
+        let describe = |dtype: Dtype, shape: &[usize]| format!("{dtype:?} {shape:?}");
+        let (found, want) = (describe(view.dtype(), view.shape()), describe(Dtype::F32, shape));
+        return Err(Error::Shape { tensor: name.to_owned(), found, want });
+    }
+    Ok(view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
+}
+
+fn little_endian(data: &[f32]) -> Vec<u8> {
+    data.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn check_groups(heads_per_group: usize, model: &ModelConfig) -> Result<(), String> {
+    match heads_per_group {
+        0 => Err("no KV head is in a group".to_owned()),
+        n if !model.kv_heads.is_multiple_of(n) => Err(format!("groups of {n} do not divide {} KV heads", model.kv_heads)),
+        _ => Ok(()),
+    }
+}
+
+fn check_width(width: usize, groups: usize, channels: usize) -> Result<(), String> {
+    if width == 0 || !width.is_multiple_of(groups) {
+        return Err(format!("a width of {width} does not divide into {groups} groups"));
+    }
+    if width > channels {
+        return Err(format!("a width of {width} exceeds {channels} channels"));
+    }
+    Ok(())
+}
+
+fn check_basis(basis: &Basis, set: &BasisSet, model: &ModelConfig, trained: bool) -> Result<(), String> {
+    let (channels, groups) = (model.kv_channels(), model.kv_heads / set.heads_per_group);
+    if basis.mean.len() != channels || basis.groups != groups {
+        return Err(format!("{} channels in {} groups where the model has {channels} in {groups}", basis.mean.len(), basis.groups));
+    }
+    check_width(basis.width(), groups, channels)?;
+    if basis.directions.len() != basis.width() / groups * channels {
+        return Err(format!("{} elements are no whole number of directions", basis.directions.len()));
+    }
+    if basis.up.is_some() != trained {
+        return Err("some layers are trained pairs and some are not".to_owned());
+    }
+    if basis.up.as_ref().is_some_and(|up| up.len() != basis.directions.len()) {
+        return Err("its two halves differ in size".to_owned());
+    }
+    Ok(())
+}
+
+fn check_spec(name: &str, cskv: &Cskv, model: &ModelConfig) -> Result<(), Error> {
+    let refuse = |reason: String| Err(Error::Profile { profile: name.to_owned(), reason });
+    for (what, share) in [("key_rank", cskv.key_rank), ("value_rank", cskv.value_rank)] {
+        if !(share > 0.0 && share <= 1.0) {
+            return refuse(format!("{what} is {share} and must be above 0 and at most 1"));
+        }
+    }
+    if ![16, 8, 4, 3, 2].contains(&cskv.bits) {
+        return refuse(format!("bits is {} and must be 16, 8, 4, 3 or 2", cskv.bits));
+    }
+    if cskv.sinks > PAGE_TOKENS {
+        return refuse(format!("sinks is {} and must be at most {PAGE_TOKENS}, one page", cskv.sinks));
+    }
+    check_groups(cskv.basis.heads_per_group(model.kv_heads), model).or_else(refuse)
+}
+
+/// Puts what `fill` writes at `path`, or leaves everything as it was.
+///
+/// The bytes go to a new file in the same folder, reach the disk, and only then take the name.
+fn replace_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+
+    /// Removes the unfinished file unless it has taken its place.
+    struct Unfinished(Option<PathBuf>);
+    impl Drop for Unfinished {
+        fn drop(&mut self) {
+            if let Some(path) = &self.0 {
+                let _ = std::fs::remove_file(path); // the failure that led here is the one to report
+            }
+        }
+    }
+
+    let (file, temporary) = loop {
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}-{serial}.tmp", std::process::id()));
+        let temporary = folder.join(hidden);
+        match std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary) {
+            Ok(file) => break (file, temporary),
+            // A file of a dead process that had our id: the next serial is another name.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+            Err(e) => return Err(e),
+        }
+    };
+    let mut unfinished = Unfinished(Some(temporary.clone()));
+    let mut w = io::BufWriter::with_capacity(1 << 20, file);
+    fill(&mut w)?;
+    let file = w.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    drop(file);
+    std::fs::rename(&temporary, path)?;
+    unfinished.0 = None;
+    // Takes the name to the disk as well. Where a file system cannot, a power cut may bring the old file back, whole:
+    // no failure of this write.
+    let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A fingerprint that is not 64 hex digits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a fingerprint of 64 hex digits")]
+pub struct NotHex(String);
+
+impl FromStr for Fingerprint {
+    type Err = NotHex;
+
+    fn from_str(text: &str) -> Result<Self, NotHex> {
+        let wrong = || NotHex(text.chars().take(80).collect());
+        if text.len() != 64 || !text.is_ascii() {
+            return Err(wrong());
+        }
+        let mut bytes = [0; 32];
+        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let digit = |d: u8| (d as char).to_digit(16).ok_or_else(wrong);
+            *byte = (digit(digits[0])? * 16 + digit(digits[1])?) as u8;
+        }
+        Ok(Fingerprint(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_other() {
+        let folder = std::env::temp_dir().join(format!("strait-replace-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("a.safetensors");
+        replace_file(&path, |w| w.write_all(b"old")).unwrap();
+        let full = replace_file(&path, |w| {
+            w.write_all(&[7; 3 << 20])?; // beyond the buffer, so bytes are in the new file already
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        });
+        assert_eq!(full.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        replace_file(&path, |w| w.write_all(b"new")).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        // A folder stands where the file should go: the rename fails, and cleans up.
+        let occupied = folder.join("folder");
+        std::fs::create_dir(&occupied).unwrap();
+        std::fs::write(occupied.join("x"), b"x").unwrap();
+        assert!(replace_file(&occupied, |w| w.write_all(b"new")).is_err());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 2);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_fingerprint_is_its_64_digits_and_nothing_else() {
+        let one = Fingerprint(std::array::from_fn(|i| i as u8 * 7));
+        assert_eq!(one.to_string().parse::<Fingerprint>().unwrap(), one);
+        for wrong in ["", "00", &"g".repeat(64), &"é".repeat(32), &"+1".repeat(32)] {
+            assert!(wrong.parse::<Fingerprint>().is_err(), "{wrong}");
+        }
+    }
+}

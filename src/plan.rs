@@ -1,0 +1,238 @@
+//! What fits: the arithmetic of `strait plan`. Nothing is estimated; the numbers are those of the page layout and of
+//! the page pool, which cuts the arena into slabs as large as the largest page and fills a slab with pages of one size.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::ids::PAGE_TOKENS;
+use crate::kv::layout::{ExactType, PageLayout, PageSizes, Profile};
+use crate::model::config::ModelConfig;
+use crate::step::sealed_len;
+
+const P: u64 = PAGE_TOKENS as u64;
+
+/// What is asked: a model, the profiles of a server, and its arena.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    pub model: &'a ModelConfig,
+    pub exact: ExactType,
+    pub profiles: &'a [PlannedProfile],
+    /// Bytes of the cache, as `--kv-cache-memory-bytes` gives them.
+    pub arena_bytes: u64,
+    /// Lengths of request, in tokens (positive), of which the table says how many fit.
+    pub lengths: &'a [u32],
+}
+
+/// A profile, with the latent widths of its artifact where one sets them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedProfile {
+    pub profile: Profile,
+    /// (key, value) per layer; `None` follows the profile's shares.
+    pub ranks: Option<Vec<(usize, usize)>>,
+}
+
+/// What fits. Prints as a table; serialises with the same numbers and more.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    pub arena_bytes: u64,
+    /// The largest page of all profiles.
+    pub slab_bytes: u64,
+    pub slabs: u64,
+    /// Longest sequence the model was made for; what fits may be longer.
+    pub max_positions: usize,
+    pub profiles: Vec<ProfilePlan>,
+}
+
+/// What fits of one profile, if the whole arena serves it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProfilePlan {
+    pub name: String,
+    /// Bytes of one more position of a long context: of its sealed page, or of its exact page for `full`.
+    pub bytes_per_token: f64,
+    /// How many times more bytes per token `full` takes.
+    pub times_smaller: f64,
+    /// None for `full`.
+    pub sealed_page: Option<SealedPage>,
+    pub exact_page_bytes: u64,
+    /// The window of one long sequence at its fullest, in exact pages. Zero for `full`, where all is exact.
+    pub window_bytes: u64,
+    pub sinks_bytes: u64,
+    /// Bytes per prompt token while it is prefilled, beyond what its context then keeps.
+    pub workspace_bytes_per_token: f64,
+    /// Longest prompt that one request can have, its prefill included.
+    pub max_prompt_tokens: u32,
+    /// Longest context that one request can grow to by decoding.
+    pub max_context_tokens: u32,
+    pub requests: Vec<Requests>,
+}
+
+/// The bytes of a sealed page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SealedPage {
+    pub bytes: u64,
+    pub keys: u64,
+    pub values: u64,
+    pub metadata: u64,
+    pub padding: u64,
+}
+
+/// How many requests of one length are in the cache at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Requests {
+    pub tokens: u32,
+    /// All grown to `tokens`, the last of them having just prefilled a prompt of that length.
+    pub fit: u64,
+}
+
+/// What fits of each profile of `ask`. Costs microseconds.
+///
+/// # Panics
+/// Where ranks are given for another number of layers than the model has.
+pub fn plan(ask: &Ask<'_>) -> Plan {
+    let layouts: Vec<PageLayout> = ask
+        .profiles
+        .iter()
+        .map(|p| {
+            assert!(p.ranks.as_ref().is_none_or(|r| r.len() == ask.model.layers), "ranks of {} are one pair per layer", p.profile.name);
+            PageLayout::new(ask.model, ask.exact, &p.profile, p.ranks.as_deref())
+        })
+        .collect();
+    let sizes = layouts.iter().map(PageLayout::sizes);
+    let slab_bytes = sizes.flat_map(|s| [s.exact, s.sealed, s.sinks, s.workspace]).max().unwrap_or(0);
+    let slabs = ask.arena_bytes.checked_div(slab_bytes).unwrap_or(0);
+    let profiles = ask.profiles.iter().zip(&layouts);
+    let profiles = profiles
+        .map(|(p, layout)| profile_plan(ask, &p.profile.name, &Room { layout, sizes: layout.sizes(), slab_bytes, slabs }))
+        .collect();
+    Plan { arena_bytes: ask.arena_bytes, slab_bytes, slabs, max_positions: ask.model.max_positions, profiles }
+}
+
+fn profile_plan(ask: &Ask<'_>, name: &str, room: &Room<'_>) -> ProfilePlan {
+    let Room { layout, sizes, .. } = room;
+    let compressed = !layout.sealed.is_empty();
+    let bytes_per_token = layout.bytes_per_token();
+    let window_pages = u64::from(layout.window.saturating_add(PAGE_TOKENS)).div_ceil(P);
+    ProfilePlan {
+        name: name.to_owned(),
+        bytes_per_token,
+        times_smaller: sizes.exact as f64 / P as f64 / bytes_per_token,
+        sealed_page: compressed.then(|| {
+            let split = layout.sealed_split();
+            let held = split.keys + split.values + split.metadata;
+            let bytes = sizes.sealed;
+            SealedPage { bytes, keys: split.keys, values: split.values, metadata: split.metadata, padding: bytes - held }
+        }),
+        exact_page_bytes: sizes.exact,
+        window_bytes: if compressed { window_pages * sizes.exact } else { 0 },
+        sinks_bytes: sizes.sinks,
+        workspace_bytes_per_token: sizes.workspace as f64 / P as f64,
+        max_prompt_tokens: largest(|tokens| room.fits(1, 1, tokens)),
+        max_context_tokens: largest(|tokens| room.fits(1, 0, tokens)),
+        requests: ask.lengths.iter().map(|&tokens| Requests { tokens, fit: room.requests(tokens) }).collect(),
+    }
+}
+
+/// An arena that serves one profile.
+struct Room<'a> {
+    layout: &'a PageLayout,
+    sizes: PageSizes,
+    slab_bytes: u64,
+    slabs: u64,
+}
+
+impl Room<'_> {
+    /// Whether `n` sequences of `tokens` positions fit, while `prefilling` of them are in prefill.
+    ///
+    /// A sequence is counted at its fullest, in the step that seals its last page: the page and what it is made of are
+    /// both there, so `min(tokens, window + page)` positions are exact.
+    fn fits(&self, n: u64, prefilling: u64, tokens: u32) -> bool {
+        let mut pages = BTreeMap::new();
+        let mut demand = |bytes: u64, count: u64| *pages.entry(bytes).or_insert(0_u64) += count;
+        let all = u64::from(tokens).div_ceil(P);
+        if self.layout.sealed.is_empty() {
+            demand(self.sizes.exact, n * all);
+        } else {
+            let sealed = u64::from(sealed_len(tokens, self.layout.window)) / P;
+            demand(self.sizes.sealed, n * sealed);
+            demand(self.sizes.exact, n * u64::from(tokens.min(self.layout.window.saturating_add(PAGE_TOKENS))).div_ceil(P));
+            demand(self.sizes.sinks, if sealed > 0 { n } else { 0 });
+            demand(self.sizes.workspace, prefilling * all);
+        }
+        // Pages of one size share slabs, whatever they are for; pages of different sizes do not.
+        let slabs = |(&bytes, &count): (&u64, &u64)| if bytes == 0 { 0 } else { count.div_ceil(self.slab_bytes / bytes) };
+        pages.iter().map(slabs).sum::<u64>() <= self.slabs
+    }
+
+    fn requests(&self, tokens: u32) -> u64 {
+        // No sequence of any length takes less than a page of 64 bytes.
+        let most = (self.slabs * self.slab_bytes / 64).min(u64::from(u32::MAX)) as u32;
+        let fit = largest(|n| n <= most && self.fits(u64::from(n), u64::from(n.min(1)), tokens));
+        u64::from(fit)
+    }
+}
+
+/// The largest number for which `holds` is true, given that it is true up to there and false beyond; zero is not asked.
+fn largest(holds: impl Fn(u32) -> bool) -> u32 {
+    let (mut low, mut high) = (0, u32::MAX);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if holds(middle) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "cache {} bytes = {} slabs of {}; the model takes {} positions",
+            self.arena_bytes, self.slabs, self.slab_bytes, self.max_positions
+        )?;
+        let mut rows = vec![
+            ["profile", "bytes/token", "smaller", "sealed page", "= keys", "+ values", "+ metadata", "+ padding", "window", "sinks"]
+                .into_iter()
+                .chain(["prefill/token", "max prompt", "max context"])
+                .map(str::to_owned)
+                .chain(self.profiles.first().into_iter().flat_map(|p| &p.requests).map(|r| format!("x {} tokens", r.tokens)))
+                .collect::<Vec<_>>(),
+        ];
+        for p in &self.profiles {
+            let sealed = |part: fn(&SealedPage) -> u64| p.sealed_page.as_ref().map_or("-".to_owned(), |page| part(page).to_string());
+            let mut row = vec![
+                p.name.clone(),
+                decimal(p.bytes_per_token),
+                format!("{:.2}x", p.times_smaller),
+                sealed(|s| s.bytes),
+                sealed(|s| s.keys),
+                sealed(|s| s.values),
+                sealed(|s| s.metadata),
+                sealed(|s| s.padding),
+                p.window_bytes.to_string(),
+                p.sinks_bytes.to_string(),
+                decimal(p.workspace_bytes_per_token),
+                p.max_prompt_tokens.to_string(),
+                p.max_context_tokens.to_string(),
+            ];
+            row.extend(p.requests.iter().map(|r| r.fit.to_string()));
+            rows.push(row);
+        }
+        let widths: Vec<usize> = (0..rows[0].len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
+        for row in &rows {
+            write!(f, "{:<w$}", row[0], w = widths[0])?;
+            row.iter().zip(&widths).skip(1).try_for_each(|(cell, w)| write!(f, "  {cell:>w$}"))?;
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+/// A number of bytes, which is whole or a fraction with 64 below.
+fn decimal(bytes: f64) -> String {
+    if bytes.fract() == 0.0 { format!("{bytes}") } else { format!("{bytes:.2}") }
+}

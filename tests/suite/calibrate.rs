@@ -1,0 +1,264 @@
+//! The closed form is the optimum, however the rows come in.
+
+use strait::calibrate::{CalibrateError, Moments, artifact, solve, tokens_needed};
+use strait::compress::Projection;
+use strait::compress::artifact::{Artifact, Fingerprint};
+use strait::kv::layout::{BasisKind, Profile};
+
+use crate::artifact::{cskv, model};
+
+/// Uniform in -1..1 from a seed.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+    }
+}
+
+/// `n` rows of `c` correlated channels around a mean of about `offset`: `spectrum(i)` scales the `i`-th factor.
+fn rows(seed: u64, n: usize, c: usize, offset: f64, spectrum: fn(usize) -> f64) -> Vec<f32> {
+    let mut noise = Noise(seed);
+    let mixing: Vec<f64> = (0..c * c).map(|_| noise.next()).collect();
+    let mean: Vec<f64> = (0..c).map(|_| offset * (1.0 + noise.next())).collect();
+    let mut out = Vec::with_capacity(n * c);
+    for _ in 0..n {
+        let factors: Vec<f64> = (0..c).map(|i| noise.next() * spectrum(i)).collect();
+        out.extend((0..c).map(|j| (mean[j] + (0..c).map(|i| factors[i] * mixing[i * c + j]).sum::<f64>()) as f32));
+    }
+    out
+}
+
+fn falling(i: usize) -> f64 {
+    0.8_f64.powi(i as i32)
+}
+
+/// Eigenvalues of the covariance of channels `from..to`, falling: Jacobi rotations, slow and plain.
+fn eigenvalues(rows: &[f32], c: usize, from: usize, to: usize) -> Vec<f64> {
+    let (n, m) = ((rows.len() / c) as f64, to - from);
+    let mean: Vec<f64> = (from..to).map(|j| rows.chunks_exact(c).map(|r| f64::from(r[j])).sum::<f64>() / n).collect();
+    let mut a = vec![vec![0.0; m]; m];
+    for row in rows.chunks_exact(c) {
+        let x: Vec<f64> = (0..m).map(|j| f64::from(row[from + j]) - mean[j]).collect();
+        for i in 0..m {
+            for j in 0..m {
+                a[i][j] += x[i] * x[j] / n;
+            }
+        }
+    }
+    for _ in 0..60 {
+        for p in 0..m {
+            for q in p + 1..m {
+                if a[p][q] == 0.0 {
+                    continue;
+                }
+                let theta = (a[q][q] - a[p][p]) / (2.0 * a[p][q]);
+                let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
+                let t = if theta == 0.0 { 1.0 } else { t };
+                let cos = 1.0 / (t * t + 1.0).sqrt();
+                let sin = t * cos;
+                for row in &mut a {
+                    (row[p], row[q]) = (cos * row[p] - sin * row[q], sin * row[p] + cos * row[q]);
+                }
+                for k in 0..m {
+                    (a[p][k], a[q][k]) = (cos * a[p][k] - sin * a[q][k], sin * a[p][k] + cos * a[q][k]);
+                }
+            }
+        }
+    }
+    let mut values: Vec<f64> = (0..m).map(|i| a[i][i]).collect();
+    values.sort_by(|x, y| y.total_cmp(x));
+    values
+}
+
+/// Mean over the rows of the squared error of down and up.
+fn error(p: &Projection, rows: &[f32]) -> f64 {
+    let c = p.channels();
+    let mut sum = 0.0;
+    for row in rows.chunks_exact(c) {
+        for g in &p.groups {
+            let (width, rank) = (g.channels.len(), g.ranks.len());
+            let x: Vec<f64> = g.channels.clone().map(|i| f64::from(row[i]) - f64::from(p.mean[i])).collect();
+            let latent: Vec<f64> = (0..rank).map(|r| (0..width).map(|i| x[i] * f64::from(g.down[i * rank + r])).sum()).collect();
+            for i in 0..width {
+                let back: f64 = (0..rank).map(|r| latent[r] * f64::from(g.up[r * width + i])).sum();
+                sum += (x[i] - back).powi(2);
+            }
+        }
+    }
+    sum / (rows.len() / c) as f64
+}
+
+fn watched(layers: usize, kv_heads: usize, head_dim: usize, keys: &[f32], values: &[f32]) -> Moments {
+    let mut moments = Moments::new(&model(layers, kv_heads, kv_heads, head_dim), 0);
+    for layer in 0..layers {
+        // In uneven pieces, as chunks of a prompt come.
+        let c = kv_heads * head_dim;
+        let (mut at, n) = (0, keys.len() / c);
+        for piece in [1, 7, 300].into_iter().cycle() {
+            let end = (at + piece).min(n);
+            moments.add(layer, at, &keys[at * c..end * c], &values[at * c..end * c]).unwrap();
+            at = end;
+            if at == n {
+                break;
+            }
+        }
+    }
+    moments
+}
+
+#[test]
+fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_better() {
+    // Fewer tokens than channels (solved on their side), more, and so many that rows were folded away.
+    for n in [12, 40, 1300] {
+        let (keys, values) = (rows(1, n, 16, 0.0, falling), rows(2, n, 16, 5.0, falling));
+        for (basis, groups) in [(BasisKind::Joint, 1), (BasisKind::Grouped(2), 2), (BasisKind::Grouped(1), 4)] {
+            let widest = if groups == 1 && n == 12 { 8 } else { 16 }; // 12 tokens do not span 16 channels
+            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, widest, widest).unwrap();
+            for (part, (data, of)) in [(&keys, &solution.layers[0].keys), (&values, &solution.layers[0].values)].into_iter().enumerate() {
+                let width = 16 / groups;
+                let best: Vec<Vec<f64>> = (0..groups).map(|g| eigenvalues(data, 16, g * width, (g + 1) * width)).collect();
+                let total: f64 = best.iter().flatten().sum();
+                for rank in (groups..=widest).step_by(groups) {
+                    let dropped: f64 = best.iter().map(|e| e[rank / groups..].iter().sum::<f64>()).sum();
+                    let got = error(&of.projection(rank).unwrap(), data);
+                    assert!(
+                        (got - dropped).abs() <= 1e-5 * total,
+                        "n {n}, {basis:?}, part {part}, rank {rank}: {got} for {dropped} of {total}"
+                    );
+                    let kept = solution.spectra[0][part].kept(rank);
+                    assert!((kept - (1.0 - dropped / total)).abs() <= 1e-6, "n {n}, {basis:?}, rank {rank}: {kept}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn full_rank_gives_every_input_back() {
+    for offset in [0.0, 100.0] {
+        let data = rows(3, 200, 16, offset, falling);
+        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, 16, 16).unwrap();
+        let p = solution.layers[0].keys.projection(16).unwrap();
+        let (g, scale) = (&p.groups[0], 1.0 + offset as f32);
+        for row in data.chunks_exact(16) {
+            // In f32, as the kernels do it.
+            let x: Vec<f32> = row.iter().zip(&p.mean).map(|(x, m)| x - m).collect();
+            let latent: Vec<f32> = (0..16).map(|r| (0..16).map(|i| x[i] * g.down[i * 16 + r]).sum()).collect();
+            for i in 0..16 {
+                let back = p.mean[i] + (0..16).map(|r| latent[r] * g.up[r * 16 + i]).sum::<f32>();
+                assert!((back - row[i]).abs() <= 1e-4 * scale, "{back} for {}", row[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn directions_are_orthonormal_even_where_there_is_no_energy() {
+    // Rank 3 data: what is beyond must still be a basis, on both sides of n = channels.
+    let rank_3: fn(usize) -> f64 = |i| if i < 3 { 1.0 } else { 0.0 };
+    for (n, name) in [(12, "short"), (40, "long")] {
+        for data in [rows(4, n, 16, 2.0, rank_3), vec![1.5; n * 16]] {
+            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, 10, 10).unwrap();
+            let d = &solution.layers[0].keys.directions;
+            for i in 0..10 {
+                for j in 0..10 {
+                    let dot: f32 = (0..16).map(|c| d[i * 16 + c] * d[j * 16 + c]).sum();
+                    assert!((dot - f32::from(i == j)).abs() < 1e-4, "{name}: {i}.{j} = {dot}");
+                }
+            }
+            assert!(solution.energy_kept(10, 10)[0].0 > 1.0 - 1e-9);
+        }
+    }
+}
+
+#[test]
+fn a_large_common_offset_costs_no_accuracy() {
+    // Mean a thousand times the deviation: one sum of squares in f32 would hold nothing of the deviation.
+    let centred = rows(5, 1300, 8, 0.0, falling);
+    let moved: Vec<f32> = centred.iter().map(|x| x + 1024.0).collect();
+    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, 4, 4).unwrap());
+    for (x, y) in a.layers[0].keys.directions.iter().zip(&b.layers[0].keys.directions) {
+        assert!((x - y).abs() < 2e-3, "{x} {y}");
+    }
+}
+
+#[test]
+fn sinks_take_no_part() {
+    let data = rows(6, 60, 8, 0.0, falling);
+    let mut plain = Moments::new(&model(1, 2, 2, 4), 0);
+    let mut spared = Moments::new(&model(1, 2, 2, 4), 4);
+    let wild = vec![1e6_f32; 4 * 8];
+    for text in data.chunks(20 * 8) {
+        plain.add(0, 0, text, text).unwrap();
+        // Four wild positions first, split over two chunks.
+        spared.add(0, 0, &wild[..3 * 8], &wild[..3 * 8]).unwrap();
+        let rest = [&wild[..8], text].concat();
+        spared.add(0, 3, &rest, &rest).unwrap();
+    }
+    assert_eq!((plain.tokens(), spared.tokens()), (60, 60));
+    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, 4, 4).unwrap());
+    assert_eq!(a.layers, b.layers);
+}
+
+#[test]
+fn what_cannot_be_calibrated_is_refused() {
+    let m = model(2, 2, 2, 4);
+    let data = rows(7, 4, 8, 0.0, falling);
+    let mut moments = Moments::new(&m, 0);
+    for (part, at, wrong) in [("keys", 9, f32::NAN), ("values", 30, f32::INFINITY)] {
+        let mut bad = data.clone();
+        bad[at] = wrong;
+        let (keys, values) = if part == "keys" { (&bad, &data) } else { (&data, &bad) };
+        let message = moments.add(1, 100, keys, values).unwrap_err().to_string();
+        assert!(message.starts_with(&format!("layer 1 made {part} that are not finite (token {} of", 100 + at / 8)), "{message}");
+    }
+    assert!(matches!(moments.add(0, 0, &data[1..], &data[1..]), Err(CalibrateError::Ragged { part: "keys", .. })));
+    assert!(matches!(moments.add(0, 0, &data, &data[8..]), Err(CalibrateError::Ragged { part: "values", .. })));
+    assert_eq!(moments.tokens(), 0, "nothing of a refused chunk is taken in");
+
+    moments.add(0, 0, &data, &data).unwrap();
+    assert!(matches!(solve(&moments, BasisKind::Joint, 2, 2), Err(CalibrateError::Uneven { layer: 1, tokens: 0, first: 4 })));
+    moments.add(1, 0, &data, &data).unwrap();
+    let few = solve(&moments, BasisKind::Joint, 2, 4).unwrap_err();
+    assert_eq!(few.to_string(), "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text");
+    assert_eq!((tokens_needed(BasisKind::Joint, 4, &m), tokens_needed(BasisKind::Grouped(1), 4, &m)), (5, 3));
+    assert!(solve(&moments, BasisKind::Joint, 2, 3).is_ok() && solve(&moments, BasisKind::Grouped(1), 6, 6).is_ok());
+    for (basis, rank) in [(BasisKind::Joint, 0), (BasisKind::Joint, 9), (BasisKind::Grouped(1), 3)] {
+        assert!(matches!(solve(&moments, basis, rank, 2), Err(CalibrateError::Rank { part: "keys", .. })), "{basis:?} {rank}");
+    }
+    assert!(matches!(solve(&moments, BasisKind::Grouped(3), 2, 2), Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })));
+}
+
+#[test]
+fn an_artifact_has_one_basis_per_grouping_as_wide_as_its_widest_profile() {
+    let m = model(3, 8, 4, 8);
+    let data = rows(8, 100, 32, 1.0, falling);
+    let moments = watched(3, 4, 8, &data, &data);
+    let profiles = [
+        Profile { name: "full".into(), cskv: None },
+        cskv("cskv-50", 0.5, 16, BasisKind::Joint),
+        cskv("cskv-75", 0.25, 16, BasisKind::Joint),
+        cskv("cskv-75-4", 0.25, 4, BasisKind::Joint),
+        cskv("grouped", 0.25, 4, BasisKind::Grouped(2)),
+    ];
+    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles).unwrap();
+    let shapes: Vec<_> = made.artifact.bases().iter().map(|b| (b.name.as_str(), b.layers[2].keys.width())).collect();
+    assert_eq!(shapes, [("grouped-2", 8), ("joint", 16)]);
+    assert_eq!(made.artifact.layers(&profiles[2]).unwrap(), made.artifact.layers(&profiles[3]).unwrap());
+    for (profile, kept) in profiles[1..].iter().zip(&made.energy) {
+        for (layer, (l, &(k, v))) in made.artifact.layers(profile).unwrap().iter().zip(&kept.layers).enumerate() {
+            let total: f64 = eigenvalues(&data, 32, 0, 32).iter().sum();
+            assert!((error(&l.keys, &data) / total - (1.0 - k)).abs() < 1e-4, "{} layer {layer}", profile.name);
+            assert_eq!(k, v);
+        }
+    }
+    let kept = &made.energy[1].layers;
+    assert!(kept[0].0 > 0.9 && kept[0].0 < 0.999, "{kept:?}");
+    let line =
+        format!("cskv-75 keeps of the energy of keys/values, in percent by layer: {:.1}/{:.1} ", kept[0].0 * 100.0, kept[0].1 * 100.0);
+    assert!(made.energy[1].to_string().starts_with(&line), "{}", made.energy[1]);
+    let back = Artifact::from_bytes(&made.artifact.to_bytes(), &m, Fingerprint([3; 32])).unwrap();
+    assert_eq!(back, made.artifact);
+}

@@ -1,0 +1,169 @@
+//! The planner's numbers, against numbers worked out by hand.
+
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use strait::model::config::ModelConfig;
+use strait::plan::{Ask, Plan, PlannedProfile, ProfilePlan, Requests, SealedPage, plan};
+use strait::step::sealed_len;
+
+use crate::artifact::{cskv, model};
+
+fn llama_31_8b() -> ModelConfig {
+    ModelConfig { max_positions: 131_072, ..model(32, 32, 8, 128) }
+}
+
+fn qwen_25_7b() -> ModelConfig {
+    model(28, 28, 4, 128)
+}
+
+fn llama_2_7b() -> ModelConfig {
+    model(32, 32, 32, 128)
+}
+
+fn profiles() -> Vec<PlannedProfile> {
+    let joint = BasisKind::Joint;
+    [
+        Profile { name: "full".into(), cskv: None },
+        cskv("cskv-50", 0.5, 16, joint),
+        cskv("cskv-80", 0.2, 16, joint),
+        cskv("cskv-95", 0.2, 4, joint),
+        cskv("three", 0.2, 3, joint),
+    ]
+    .map(|profile| PlannedProfile { profile, ranks: None })
+    .into()
+}
+
+fn planned(model: &ModelConfig, arena_bytes: u64, lengths: &[u32]) -> Plan {
+    plan(&Ask { model, exact: ExactType::Bf16, profiles: &profiles(), arena_bytes, lengths })
+}
+
+#[test]
+fn bytes_per_token_are_what_the_formats_say() {
+    // Layers x (key + value latents) x bytes, and for 4 bits: codes, 4 bytes per key channel and page,
+    // 4 bytes per 32 value channels and token.
+    let llama = planned(&llama_31_8b(), 1 << 34, &[]);
+    let bytes: Vec<f64> = llama.profiles.iter().map(|p| p.bytes_per_token).collect();
+    assert_eq!(bytes[..4], [131_072.0, 2.0 * 512.0 * 2.0 * 32.0, 25_600.0, 7712.0]);
+    // 94.1 % saved. A layer is 6400 + 800 + 6400 + 1792 = 15392 bytes, of which layers begin 15424 apart.
+    assert_eq!(bytes[3], 32.0 * 15_424.0 / 64.0);
+    let qwen = planned(&qwen_25_7b(), 1 << 34, &[]);
+    let bytes: Vec<f64> = qwen.profiles.iter().map(|p| p.bytes_per_token).collect();
+    // The 4-bit layer of rank 100 is 3200 + 400 + 3200 + 1024 = 7824 bytes, of which layers begin 7872 apart.
+    assert_eq!(bytes[..4], [57_344.0, 28_672.0, 11_200.0, 28.0 * 7872.0 / 64.0]);
+    let llama2 = planned(&llama_2_7b(), 1 << 34, &[]);
+    let bytes: Vec<f64> = llama2.profiles.iter().map(|p| p.bytes_per_token).collect();
+    assert_eq!(bytes[..4], [524_288.0, 262_144.0, 102_400.0, 32.0 * (400.0 + 50.0 + 400.0 + 100.0)]);
+    assert_eq!(llama2.profiles[2].times_smaller, 5.12);
+}
+
+#[test]
+fn a_sealed_page_is_its_keys_values_metadata_and_padding() {
+    let p = planned(&llama_31_8b(), 1 << 34, &[]).profiles;
+    assert_eq!(p[0].sealed_page, None);
+    assert_eq!(p[2].sealed_page, Some(SealedPage { bytes: 1_638_400, keys: 819_200, values: 819_200, metadata: 0, padding: 0 }));
+    let metadata = 32 * (200 * 4 + 64 * 7 * 4);
+    assert_eq!(p[3].sealed_page, Some(SealedPage { bytes: 493_568, keys: 204_800, values: 204_800, metadata, padding: 32 * 32 }));
+    // Three bits: 24 bytes per key channel, 75 per token of values.
+    let three = p[4].sealed_page.unwrap();
+    assert_eq!((three.keys, three.values), (32 * 200 * 24, 32 * 64 * 75));
+    let qwen = planned(&qwen_25_7b(), 1 << 34, &[]).profiles[3].sealed_page.unwrap();
+    let (keys, values, metadata) = (28 * 3200, 28 * 3200, 28 * (400 + 1024));
+    assert_eq!(qwen, SealedPage { bytes: 28 * 7872, keys, values, metadata, padding: 28 * 48 });
+    for p in p.iter().filter_map(|p| p.sealed_page) {
+        assert_eq!(p.keys + p.values + p.metadata + p.padding, p.bytes);
+    }
+}
+
+#[test]
+fn what_a_sequence_holds_besides_sealed_pages() {
+    let p = &planned(&llama_31_8b(), 1 << 34, &[]).profiles;
+    let exact_page = 32 * 2 * 8 * 128 * 64 * 2;
+    assert_eq!(exact_page, 8 << 20);
+    assert_eq!((p[0].window_bytes, p[0].sinks_bytes, p[0].workspace_bytes_per_token), (0, 0, 0.0));
+    // A window of 64 and the page it drains: two pages. Sinks: 4, with room for 16. Workspace: one layer's keys and values,
+    // and 4096 hidden states in f32.
+    assert_eq!((p[2].window_bytes, p[2].sinks_bytes), (2 * exact_page, 32 * 2 * 8 * 128 * 16 * 2));
+    assert_eq!(p[2].workspace_bytes_per_token, 2.0 * 1024.0 * 2.0 + 4096.0 * 4.0);
+    assert_eq!(p[2].exact_page_bytes, exact_page);
+}
+
+#[test]
+fn what_fits_is_counted_in_slabs() {
+    // 1 GiB = 128 slabs of 8 MiB. cskv-80: 5 sealed pages, 8 sinks blocks of 1 MiB, 6 workspace pages of 1.25 MiB to a slab.
+    let plan = planned(&llama_31_8b(), 1 << 30, &[8192, 32_768]);
+    assert_eq!((plan.slab_bytes, plan.slabs), (8 << 20, 128));
+    let p = &plan.profiles;
+    // full: 128 pages of 64; 8192 tokens are 128 pages.
+    assert_eq!((p[0].max_prompt_tokens, p[0].max_context_tokens), (8192, 8192));
+    assert_eq!(p[0].requests, [Requests { tokens: 8192, fit: 1 }, Requests { tokens: 32_768, fit: 0 }]);
+    // cskv-80: 2 slabs of window and 1 of sinks leave 125 = 625 sealed pages; the 626th seals at (626 + 1) x 64 tokens.
+    assert_eq!(p[2].max_context_tokens, 627 * 64 - 1);
+    // A prompt of 342 pages, the last not full: 340 sealed in 68 slabs, 342 of workspace in 57. One token more seals the 341st.
+    assert_eq!(p[2].max_prompt_tokens, 342 * 64 - 1);
+    // 8192 tokens: 127 sealed, 2 exact, 1 sinks each; one prompt's workspace of ceil(128/6) = 22 slabs.
+    // R = 3: ceil(381/5) + 6 + 1 + 22 = 77 + 29 = 106. R = 4: 102 + 8 + 1 + 22 = 133 > 128.
+    assert_eq!(p[2].requests[0].fit, 3);
+}
+
+#[test]
+fn a_request_that_fits_is_the_last_that_does() {
+    // By brute force over every step of a growing sequence, from the layout and the page's rules alone.
+    let model = model(3, 4, 2, 16);
+    for (window, sinks, arena) in [(64, 4, 3 << 20), (1, 0, 1 << 20), (100, 64, 5 << 20), (32, 1, 700_000)] {
+        let profile = Profile {
+            name: "p".into(),
+            cskv: Some(Cskv { key_rank: 0.25, value_rank: 0.5, bits: 4, window, sinks, basis: BasisKind::Joint }),
+        };
+        let sizes = PageLayout::new(&model, ExactType::F32, &profile, None).sizes();
+        let profiles = [PlannedProfile { profile, ranks: None }];
+        let got = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &profiles, arena_bytes: arena, lengths: &[500] });
+        let slabs_of = |pages: u64, bytes: u64| if pages == 0 { 0 } else { pages.div_ceil(got.slab_bytes / bytes) };
+        let (mut most_exact, mut longest) = (0, 0);
+        for len in 1_u32.. {
+            let exact = u64::from(len - sealed_len(len - 1, window)).div_ceil(64);
+            most_exact = exact.max(most_exact);
+            let sealed = u64::from(sealed_len(len, window)) / 64;
+            let sinks = u64::from(sealed > 0 && sinks > 0);
+            let need = slabs_of(sealed, sizes.sealed) + slabs_of(most_exact, sizes.exact) + slabs_of(sinks, sizes.sinks);
+            if need * got.slab_bytes > arena {
+                break;
+            }
+            longest = len;
+        }
+        assert_eq!(got.profiles[0].max_context_tokens, longest, "window {window}");
+        assert!(longest > 200, "the case says something");
+        assert!(got.profiles[0].max_prompt_tokens <= longest);
+    }
+}
+
+#[test]
+fn an_artifacts_ranks_replace_the_shares() {
+    let model = model(2, 4, 2, 64);
+    let ranks = vec![(8, 16), (32, 64)];
+    let profile = PlannedProfile { profile: cskv("p", 0.5, 16, BasisKind::Joint), ranks: Some(ranks) };
+    let got = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &[profile], arena_bytes: 1 << 20, lengths: &[] });
+    assert_eq!(got.profiles[0].bytes_per_token, 2.0 * (8.0 + 16.0 + 32.0 + 64.0));
+}
+
+#[test]
+fn an_arena_below_one_slab_holds_nothing() {
+    let ProfilePlan { max_prompt_tokens, max_context_tokens, requests, .. } = &planned(&llama_31_8b(), (8 << 20) - 1, &[1]).profiles[2];
+    assert_eq!((*max_prompt_tokens, *max_context_tokens, requests[0].fit), (0, 0, 0));
+}
+
+#[test]
+fn the_plan_prints_as_a_table_and_as_json() {
+    let plan = planned(&llama_31_8b(), 64 << 30, &[131_072]);
+    expect_test::expect![[r#"
+        cache 68719476736 bytes = 8192 slabs of 8388608; the model takes 131072 positions
+        profile  bytes/token  smaller  sealed page   = keys  + values  + metadata  + padding    window    sinks  prefill/token  max prompt  max context  x 131072 tokens
+        full          131072    1.00x            -        -         -           -          -         0        0              0      524288       524288                4
+        cskv-50        65536    2.00x      4194304  2097152   2097152           0          0  16777216  2097152          20480      786175      1048319                7
+        cskv-80        25600    5.12x      1638400   819200    819200           0          0  16777216  2097152          20480     1429248      2620607               19
+        cskv-95         7712   17.00x       493568   204800    204800       82944       1024  16777216  2097152          20480     2286720      8385663               60
+        three           6112   21.45x       391168   153600    153600       82944       1024  16777216  2097152          20480     2445696     11006143               78
+    "#]].assert_eq(&plan.to_string());
+    let json = serde_json::to_value(&plan).unwrap();
+    assert_eq!(json["profiles"][2]["sealed_page"]["keys"], 819_200);
+    assert_eq!(json["profiles"][0]["requests"][0]["tokens"], 131_072);
+    assert_eq!(json["profiles"][0]["sealed_page"], serde_json::Value::Null);
+}
