@@ -69,9 +69,10 @@ def families():
             intermediate_size=128, max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False,
             attention_bias=True, mlp_bias=True, rope_parameters=rope(rope_theta=10000.0), bos_token_id=1,
             eos_token_id=2), "bfloat16", 1, []),
+        # The oldest spelling of linear scaling, and an epsilon large enough to show.
         "llama-linear": (llama(
             vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-            intermediate_size=128, max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            intermediate_size=128, max_position_embeddings=1024, rms_norm_eps=1e-3, tie_word_embeddings=False,
             rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, bos_token_id=1,
             eos_token_id=2), "float32", 1, []),
         "llama-yarn": (llama(
@@ -94,7 +95,7 @@ def families():
             bos_token_id=310, eos_token_id=311), "bfloat16", 1, ["head_dim", "layer_types"]),
         # Qwen3: RMSNorm on each head of q and k, head_dim 128 beside a small hidden size, eight query heads to a KV head.
         "qwen3": (transformers.Qwen3Config(
-            vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2, head_dim=128,
+            vocab_size=384, hidden_size=48, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2, head_dim=128,
             intermediate_size=160, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=False,
             rope_parameters=rope(rope_theta=1000000.0), bos_token_id=310, eos_token_id=311), "bfloat16", 1, []),
     }
