@@ -1,13 +1,15 @@
 //! Strait: long contexts through a narrow channel.
 
-pub mod ids;
-pub mod telemetry;
 pub mod calibrate;
 pub mod compress;
-pub mod request;
-pub mod plan;
-pub mod step;
-pub mod kv;
-pub mod ops;
-pub mod model;
 pub mod engine;
+pub mod ids;
+pub mod kv;
+pub mod model;
+pub mod ops;
+pub mod pages;
+pub mod plan;
+pub mod request;
+pub mod scheduler;
+pub mod step;
+pub mod telemetry;

@@ -15,10 +15,12 @@ use crate::compress::{Basis, LayerBasis};
 use crate::kv::layout::{BasisKind, Cskv, Profile};
 use crate::model::config::ModelConfig;
 
+mod collect;
 mod demo;
 mod pca;
 mod text;
 
+pub use collect::collect;
 pub use demo::demo_prompts;
 pub use text::calibration_text;
 

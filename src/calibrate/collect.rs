@@ -1,0 +1,84 @@
+//! Runs calibration texts through the exact model and hands the keys and values it makes to [`Moments`].
+
+use crate::calibrate::{CalibrateError, Moments};
+use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
+use crate::kv::Arena;
+use crate::kv::layout::{ExactType, PageLayout, Profile};
+use crate::model::decoder::{Decoder, LogitsSink, Observer, Pass, ReadyProfile};
+use crate::ops::Ops;
+use crate::step::{ExactStore, Logits, Row, StepPlan};
+
+/// Tokens computed at once.
+const CHUNK: usize = 512;
+
+/// Takes in every token of `texts`, each a sequence of its own with an exact cache. `done` hears how many tokens are in.
+///
+/// Cost: one prefill of all texts, without the output head; memory for the exact cache of the longest.
+///
+/// # Errors
+/// Where a key or value is not finite, or the memory for the cache cannot be had.
+pub fn collect(
+    decoder: &mut Decoder<'_>,
+    ops: &dyn Ops,
+    texts: &[Vec<TokenId>],
+    moments: &mut Moments,
+    mut done: impl FnMut(usize),
+) -> anyhow::Result<()> {
+    let full = Profile { name: "full".into(), cskv: None };
+    let layout = PageLayout::new(decoder.config(), ExactType::F32, &full, None);
+    let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+    let page = layout.sizes().exact;
+    let n_pages = longest.div_ceil(PAGE_TOKENS as usize) as u64;
+    let mut arena = Arena::new(page * n_pages)?;
+    let pages: Vec<PageAddr> = (0..n_pages).map(|i| PageAddr((i * page / PageAddr::UNIT) as u32)).collect();
+    let profiles = [ReadyProfile { layout, compression: Vec::new() }];
+    let mut seen = 0;
+    for text in texts {
+        for (i, chunk) in text.chunks(CHUNK).enumerate() {
+            let start = (i * CHUNK) as u32;
+            let row = Row {
+                seq: SeqId(0),
+                profile: ProfileIndex(0),
+                adapter: AdapterGeneration(0),
+                positions: start..start + chunk.len() as u32,
+                layers: 0..decoder.config().layers as u32,
+                tokens: 0..chunk.len(),
+                sealed: 0..0,
+                exact: 0..pages.len(),
+                store: ExactStore::Exact,
+                sinks: None,
+                moves: 0..0,
+                logits: Logits::None,
+            };
+            let plan = StepPlan { rows: vec![row], tokens: chunk.to_vec(), pages: pages.clone(), moves: vec![] };
+            let mut watch = Watch { moments, failed: None };
+            let observer: Option<&mut dyn Observer> = Some(&mut watch);
+            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops, sink: &mut Nobody, observer });
+            if let Some(failed) = watch.failed {
+                return Err(failed.into());
+            }
+            seen += chunk.len();
+            done(seen);
+        }
+    }
+    Ok(())
+}
+
+struct Watch<'a> {
+    moments: &'a mut Moments,
+    failed: Option<CalibrateError>,
+}
+
+impl Observer for Watch<'_> {
+    fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]) {
+        if self.failed.is_none() {
+            self.failed = self.moments.add(layer, positions[0] as usize, keys, values).err();
+        }
+    }
+}
+
+struct Nobody;
+
+impl LogitsSink for Nobody {
+    fn logits(&mut self, _: usize, _: u32, _: &mut [f32]) {}
+}

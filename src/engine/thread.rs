@@ -1,0 +1,517 @@
+//! The engine thread: it owns the model, the cache and the scheduler, and does one thing at a time: hear what came in,
+//! plan, compute, settle, tell. It never waits for a client, and a fault of one sequence ends that sequence.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc as std_mpsc;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::engine::sampler::{Draw, Occurrences, Sampler, has_penalties};
+use crate::engine::{Engine, EngineHandle, SubmitError, TokenStream};
+use crate::ids::{SeqId, TokenId};
+use crate::kv::Arena;
+use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use crate::ops::Ops;
+use crate::request::{Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
+use crate::scheduler::{self, Fit, Outcome, RowResult, Scheduler};
+use crate::step::StepPlan;
+use crate::telemetry::{self, Snapshot};
+
+/// Events a client may leave unread before its sequence is cancelled: it stopped reading.
+const UNREAD_EVENTS: usize = 4096;
+
+/// Steps between two full checks of the scheduler's books.
+const CHECK_EVERY: u64 = 256;
+
+/// How often gauges are refreshed while the engine is busy.
+const SNAPSHOT_EVERY: Duration = Duration::from_millis(100);
+
+/// Starts remembered to measure how fast the queue drains.
+const STARTS: usize = 32;
+
+/// Everything the engine owns.
+pub struct Parts {
+    pub decoder: Decoder<'static>,
+    pub arena: Arena,
+    pub profiles: Vec<ReadyProfile>,
+    pub ops: Box<dyn Ops>,
+    pub scheduler: scheduler::Config,
+    /// Receives every event worth counting.
+    pub emit: Box<dyn Fn(telemetry::Event) + Send>,
+}
+
+/// Starts the thread. It runs until [`Engine::stop`], or until the last handle and stream are gone.
+///
+/// # Errors
+/// When the scheduler refuses its configuration, or no thread can be made.
+pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHandle<()>)> {
+    let scheduler = Scheduler::new(parts.scheduler.clone())?;
+    let (inbox, messages) = std_mpsc::channel();
+    let door = Arc::new(Door {
+        inbox: Mutex::new(inbox),
+        fit: Mutex::new(Fit::new(&parts.scheduler)),
+        max_queued: parts.scheduler.max_queued_requests,
+        max_queued_tokens: parts.scheduler.max_queued_tokens,
+        queued: AtomicUsize::new(0),
+        queued_tokens: AtomicU64::new(0),
+        next_seq: AtomicU64::new(0),
+        draining: AtomicBool::new(false),
+        born: Instant::now(),
+        beat: AtomicU64::new(IDLE),
+        starts: Mutex::default(),
+        snapshot: RwLock::new(Arc::new(scheduler.snapshot())),
+    });
+    let room = Room {
+        scheduler,
+        decoder: parts.decoder,
+        arena: parts.arena,
+        profiles: parts.profiles,
+        ops: parts.ops,
+        emit: parts.emit,
+        clients: HashMap::new(),
+        sampler: Sampler::default(),
+        door: door.clone(),
+        outcomes: Vec::new(),
+        steps: 0,
+        snapshot_at: Instant::now(),
+        stalled: true,
+    };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || room.run(&messages))?;
+    Ok((EngineHandle::new(door), thread))
+}
+
+enum Message {
+    Submit { seq: SeqId, request: GenerateRequest, events: mpsc::Sender<Event> },
+    /// Nobody listens any more.
+    Cancel(SeqId),
+    /// The listener has what it wanted (a stop string): end it as finished.
+    Finish(SeqId),
+    Drain,
+    Stop,
+}
+
+/// The heartbeat of an engine that has nothing to do.
+const IDLE: u64 = u64::MAX;
+
+/// The engine as others see it.
+struct Door {
+    inbox: Mutex<std_mpsc::Sender<Message>>,
+    fit: Mutex<Fit>,
+    max_queued: usize,
+    max_queued_tokens: u64,
+    /// Requests that were submitted and have not started, and their prompt tokens.
+    queued: AtomicUsize,
+    queued_tokens: AtomicU64,
+    next_seq: AtomicU64,
+    draining: AtomicBool,
+    born: Instant,
+    /// Milliseconds since `born` when the current step began, or [`IDLE`].
+    beat: AtomicU64,
+    starts: Mutex<std::collections::VecDeque<Instant>>,
+    snapshot: RwLock<Arc<Snapshot>>,
+}
+
+impl Door {
+    fn send(&self, message: Message) -> bool {
+        self.inbox.lock().expect("no holder of the inbox panics").send(message).is_ok()
+    }
+
+    fn leave_queue(&self, prompt_tokens: usize) {
+        self.queued.fetch_sub(1, Ordering::Relaxed);
+        self.queued_tokens.fetch_sub(prompt_tokens as u64, Ordering::Relaxed);
+    }
+
+    /// Time until the queue has room for one more, from the pace of the latest starts; at least a second.
+    fn retry_after(&self) -> Duration {
+        let starts = self.starts.lock().expect("no holder panics");
+        let pace = match (starts.front(), starts.len()) {
+            (Some(first), n) if n > 1 => first.elapsed() / (n - 1) as u32,
+            (Some(first), _) => first.elapsed(),
+            // Nothing ever started: the engine is on its first requests, for as long as it has lived.
+            (None, _) => self.born.elapsed(),
+        };
+        pace.clamp(Duration::from_secs(1), Duration::from_secs(600))
+    }
+}
+
+impl Engine for Arc<Door> {
+    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(SubmitError::Draining);
+        }
+        let prompt = request.prompt.len();
+        let fit = self.fit.lock().expect("no holder of the arithmetic panics").check(request.profile, prompt as u32, request.max_new_tokens);
+        if let Err((need, have)) = fit {
+            return Err(SubmitError::TooLarge { need, have });
+        }
+        // Reserve the place first, so that two submitters cannot both take the last one.
+        let queued = self.queued.fetch_add(1, Ordering::Relaxed);
+        let tokens = self.queued_tokens.fetch_add(prompt as u64, Ordering::Relaxed);
+        if queued >= self.max_queued || (queued > 0 && tokens + prompt as u64 > self.max_queued_tokens) {
+            self.leave_queue(prompt);
+            return Err(SubmitError::QueueFull { queued, retry_after: self.retry_after() });
+        }
+        let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
+        let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
+        if !self.send(Message::Submit { seq, request, events }) {
+            self.leave_queue(prompt);
+            return Err(SubmitError::Stopped);
+        }
+        let (cancel, finish) = (self.clone(), self.clone());
+        Ok(TokenStream::new(seq, receiver, move || drop(cancel.send(Message::Cancel(seq))), move || drop(finish.send(Message::Finish(seq)))))
+    }
+
+    fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.read().expect("no holder panics").clone()
+    }
+
+    fn heartbeat_age(&self) -> Duration {
+        match self.beat.load(Ordering::Relaxed) {
+            IDLE => Duration::ZERO,
+            beat => self.born.elapsed().saturating_sub(Duration::from_millis(beat)),
+        }
+    }
+
+    fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        self.send(Message::Drain);
+    }
+
+    fn stop(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        self.send(Message::Stop);
+    }
+}
+
+/// The owner of a sequence, and what the engine must know to choose and report its tokens.
+struct Client {
+    events: mpsc::Sender<Event>,
+    request: GenerateRequest,
+    generated: u32,
+    occurrences: Option<Occurrences>,
+    /// By position minus one; complete when the first token comes.
+    prompt_logprobs: Vec<Option<TokenLogprob>>,
+    /// Counted in the door's queue until its first start.
+    queued: bool,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+/// What the thread owns.
+struct Room {
+    scheduler: Scheduler,
+    decoder: Decoder<'static>,
+    arena: Arena,
+    profiles: Vec<ReadyProfile>,
+    ops: Box<dyn Ops>,
+    emit: Box<dyn Fn(telemetry::Event) + Send>,
+    clients: HashMap<SeqId, Client>,
+    sampler: Sampler,
+    door: Arc<Door>,
+    outcomes: Vec<Outcome>,
+    steps: u64,
+    snapshot_at: Instant,
+    /// The latest plan was empty: nothing can run until something comes in, or a deadline passes.
+    stalled: bool,
+}
+
+impl Room {
+    fn run(mut self, messages: &std_mpsc::Receiver<Message>) {
+        let mut plan = StepPlan::default();
+        let mut results = Vec::new();
+        loop {
+            if !self.receive(messages) {
+                self.scheduler.end_all(Failure::Draining, &mut self.outcomes);
+                self.deliver(&[]);
+                self.publish();
+                return;
+            }
+            let now = self.door.born.elapsed();
+            self.door.beat.store(now.as_millis() as u64, Ordering::Relaxed);
+            self.scheduler.expire(now, &mut self.outcomes);
+            self.scheduler.plan(now, &mut plan, &mut self.outcomes);
+            self.deliver(&[]);
+            self.stalled = plan.rows.is_empty();
+            if self.stalled {
+                continue;
+            }
+            self.step(&plan, &mut results);
+            self.steps += 1;
+            if self.steps.is_multiple_of(CHECK_EVERY)
+                && let Err(broken) = self.scheduler.check()
+            {
+                // The books of the cache are wrong: any further token might be another sequence's.
+                tracing::error!(%broken, "page accounting is broken; the engine stops");
+                self.scheduler.end_all(Failure::Internal("the server's page accounting failed".into()), &mut self.outcomes);
+                self.deliver(&[]);
+                return;
+            }
+            if self.snapshot_at.elapsed() > SNAPSHOT_EVERY {
+                self.publish();
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        *self.door.snapshot.write().expect("no holder panics") = Arc::new(self.scheduler.snapshot());
+        self.snapshot_at = Instant::now();
+    }
+
+    /// Takes in all messages; waits for one when there is nothing to compute. `false` when the engine is to end.
+    fn receive(&mut self, messages: &std_mpsc::Receiver<Message>) -> bool {
+        let mut next = messages.try_recv().map_err(|e| e == std_mpsc::TryRecvError::Disconnected);
+        if let Err(gone) = next {
+            if gone {
+                return false;
+            }
+            // Nothing came in. With sequences on hand the next plan makes progress; without any, sleep.
+            if !self.stalled {
+                return true;
+            }
+            self.door.beat.store(IDLE, Ordering::Relaxed);
+            self.publish();
+            next = match self.scheduler.next_deadline() {
+                None => messages.recv().map_err(|_| true),
+                Some(at) => {
+                    let left = at.saturating_sub(self.door.born.elapsed());
+                    match messages.recv_timeout(left) {
+                        Ok(message) => Ok(message),
+                        Err(std_mpsc::RecvTimeoutError::Timeout) => return true,
+                        Err(std_mpsc::RecvTimeoutError::Disconnected) => Err(true),
+                    }
+                }
+            };
+        }
+        loop {
+            match next {
+                Ok(Message::Stop) => return false,
+                Ok(message) => self.hear(message),
+                Err(gone) => return !gone,
+            }
+            next = messages.try_recv().map_err(|e| e == std_mpsc::TryRecvError::Disconnected);
+        }
+    }
+
+    fn hear(&mut self, message: Message) {
+        match message {
+            Message::Submit { seq, request, events } => {
+                let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
+                let client = Client {
+                    occurrences: has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt)),
+                    events,
+                    generated: 0,
+                    prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
+                    queued: true,
+                    arrived: Instant::now(),
+                    first_token: None,
+                    last_token: None,
+                    request: request.clone(),
+                };
+                self.clients.insert(seq, client);
+                if let Err(refused) = self.scheduler.enqueue(seq, request, self.door.born.elapsed()) {
+                    // The door checks all of this before; what gets here raced with a drain.
+                    let failure = match refused {
+                        scheduler::Refused::Draining => Failure::Draining,
+                        other => Failure::Internal(other.to_string()),
+                    };
+                    self.tell(seq, Event::Failed { failure });
+                    self.forget(seq, "error", 0);
+                } else {
+                    (self.emit)(telemetry::Event::Accepted { prompt_tokens: prompt as u32, max_new_tokens: max_new });
+                }
+            }
+            Message::Cancel(seq) => {
+                if let Some(ended) = self.scheduler.cancel(seq) {
+                    self.forget(seq, "abort", ended.preemptions);
+                }
+            }
+            Message::Finish(seq) => {
+                if let Some(ended) = self.scheduler.cancel(seq) {
+                    self.tell(seq, Event::Done { reason: FinishReason::Stop, usage: ended.usage });
+                    self.forget(seq, "stop", ended.preemptions);
+                }
+            }
+            Message::Drain => self.scheduler.drain(),
+            Message::Stop => unreachable!("handled by receive"),
+        }
+    }
+
+    /// Computes a plan and settles it.
+    fn step(&mut self, plan: &StepPlan, results: &mut Vec<RowResult>) {
+        let begun = Instant::now();
+        results.clear();
+        results.resize(plan.rows.len(), RowResult::Nothing);
+        let mut logprobs = vec![None; plan.rows.len()];
+        let computed = catch_unwind(AssertUnwindSafe(|| {
+            let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
+            self.decoder.forward(&mut Pass {
+                plan,
+                arena: &mut self.arena,
+                profiles: &self.profiles,
+                ops: &*self.ops,
+                sink: &mut sink,
+                observer: None,
+            });
+        }));
+        let now = self.door.born.elapsed();
+        match computed {
+            Ok(()) => self.scheduler.commit(plan, results, now, &mut self.outcomes),
+            Err(panic) => {
+                let what = panic_text(&*panic);
+                tracing::error!(rows = plan.rows.len(), %what, "a step panicked");
+                self.scheduler.step_failed(plan, Failure::Internal("the model failed on this request".into()), now, &mut self.outcomes);
+            }
+        }
+        let tokens = plan.rows.iter().map(|r| (r.len() * r.layers.len()) as u64).sum::<u64>() / self.decoder.config().layers as u64;
+        (self.emit)(telemetry::Event::Step { seconds: begun.elapsed().as_secs_f64(), tokens: tokens as u32 });
+        self.deliver(&logprobs);
+    }
+
+    /// Tells clients and telemetry what happened. `logprobs` are by row of the plan just settled.
+    fn deliver(&mut self, logprobs: &[Option<TokenLogprob>]) {
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        for outcome in outcomes.drain(..) {
+            match outcome {
+                Outcome::Started { seq, queued, cached_tokens, prompt_tokens } => {
+                    if let Some(client) = self.clients.get_mut(&seq) {
+                        // A preempted sequence starts again; it left the queue the first time.
+                        if !std::mem::take(&mut client.queued) {
+                            continue;
+                        }
+                        self.door.leave_queue(client.request.prompt.len());
+                        let mut starts = self.door.starts.lock().expect("no holder panics");
+                        starts.push_back(Instant::now());
+                        if starts.len() > STARTS {
+                            starts.pop_front();
+                        }
+                    }
+                    (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
+                    (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
+                }
+                Outcome::Token { seq, row, id } => self.token(seq, id, logprobs.get(row).cloned().flatten()),
+                Outcome::Preempted { seq } => {
+                    (self.emit)(telemetry::Event::Preempted);
+                    tracing::debug!(?seq, "preempted");
+                }
+                Outcome::Done { seq, reason, ended } => {
+                    self.tell(seq, Event::Done { reason, usage: ended.usage });
+                    let label = if reason == FinishReason::Stop { "stop" } else { "length" };
+                    self.forget(seq, label, ended.preemptions);
+                }
+                Outcome::Failed { seq, failure, ended } => {
+                    self.tell(seq, Event::Failed { failure });
+                    self.forget(seq, "error", ended.preemptions);
+                }
+            }
+        }
+        self.outcomes = outcomes;
+    }
+
+    fn token(&mut self, seq: SeqId, id: TokenId, logprob: Option<TokenLogprob>) {
+        let Some(client) = self.clients.get_mut(&seq) else { return };
+        let now = Instant::now();
+        let event = match client.last_token.replace(now) {
+            None => telemetry::Event::FirstToken { ttft_s: (now - client.arrived).as_secs_f64() },
+            Some(before) => telemetry::Event::NextToken { gap_s: (now - before).as_secs_f64() },
+        };
+        client.first_token.get_or_insert(now);
+        client.generated += 1;
+        if let Some(occurrences) = &mut client.occurrences {
+            occurrences.add(id);
+        }
+        let prompt: Vec<TokenLogprob> = std::mem::take(&mut client.prompt_logprobs).into_iter().flatten().collect();
+        if !prompt.is_empty() {
+            self.tell(seq, Event::Prompt { logprobs: prompt });
+        }
+        (self.emit)(event);
+        self.tell(seq, Event::Token { id, logprob });
+    }
+
+    /// Hands an event to a client. One that left its channel full stopped reading: its sequence is cancelled.
+    fn tell(&mut self, seq: SeqId, event: Event) {
+        let Some(client) = self.clients.get(&seq) else { return };
+        if let Err(mpsc::error::TrySendError::Full(_)) = client.events.try_send(event) {
+            tracing::warn!(?seq, "a client left {UNREAD_EVENTS} events unread; its request is cancelled");
+            if let Some(ended) = self.scheduler.cancel(seq) {
+                self.forget(seq, "abort", ended.preemptions);
+            }
+        }
+    }
+
+    /// Closes the books on a client.
+    fn forget(&mut self, seq: SeqId, reason: &'static str, preemptions: u32) {
+        let Some(client) = self.clients.remove(&seq) else { return };
+        if client.queued {
+            self.door.leave_queue(client.request.prompt.len());
+        }
+        let now = Instant::now();
+        let first = client.first_token.unwrap_or(now);
+        (self.emit)(telemetry::Event::Finished {
+            reason,
+            e2e_s: (now - client.arrived).as_secs_f64(),
+            prefill_s: (first - client.arrived).as_secs_f64(),
+            decode_s: (now - first).as_secs_f64(),
+            prompt_tokens: client.request.prompt.len() as u32,
+            completion_tokens: client.generated,
+            preemptions,
+        });
+    }
+}
+
+/// Chooses a token from each row's last logits, and scores prompt tokens from the others.
+struct Choose<'s> {
+    plan: &'s StepPlan,
+    clients: &'s mut HashMap<SeqId, Client>,
+    sampler: &'s mut Sampler,
+    results: &'s mut [RowResult],
+    logprobs: &'s mut [Option<TokenLogprob>],
+}
+
+impl LogitsSink for Choose<'_> {
+    fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]) {
+        // A cancelled sequence may still be in the step in flight; the scheduler drops its result.
+        let Some(client) = self.clients.get_mut(&self.plan.rows[row].seq) else {
+            self.results[row] = RowResult::Failed(Failure::Internal("cancelled".into()));
+            return;
+        };
+        let request = &client.request;
+        let next = position as usize + 1;
+        if next < request.prompt.len()
+            && let Some(n) = request.prompt_logprobs
+            && let Some(slot) = client.prompt_logprobs.get_mut(position as usize)
+        {
+            match self.sampler.score(logits, request.prompt[next], n) {
+                Ok(scored) => *slot = Some(scored),
+                Err(_) => self.results[row] = RowResult::Failed(Failure::Numerical),
+            }
+        }
+        if next != request.prompt.len() + client.generated as usize || matches!(self.results[row], RowResult::Failed(_)) {
+            return;
+        }
+        let draw = Draw {
+            sampling: &request.sampling,
+            index: client.generated,
+            occurrences: client.occurrences.as_ref(),
+            banned: if client.generated < request.min_new_tokens { &request.stop_tokens } else { &[] },
+            logprobs: request.logprobs,
+        };
+        self.results[row] = match self.sampler.sample(logits, &draw) {
+            Ok((token, logprob)) => {
+                self.logprobs[row] = logprob;
+                RowResult::Token(token)
+            }
+            Err(_) => RowResult::Failed(Failure::Numerical),
+        };
+    }
+}
+
+/// The message of a panic, for the log.
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_else(|| "no message".into()).chars().take(200).collect()
+}
