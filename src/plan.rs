@@ -82,7 +82,8 @@ pub struct SealedPage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Requests {
     pub tokens: u32,
-    /// All grown to `tokens`, the last of them having just prefilled a prompt of that length.
+    /// So many can grow to `tokens` together, whenever each of them seals its pages, while one of them is prefilled with
+    /// a prompt of that length.
     pub fit: u64,
 }
 
@@ -111,7 +112,7 @@ pub fn plan(ask: &Ask<'_>) -> Plan {
 
 fn profile_plan(ask: &Ask<'_>, name: &str, room: &Room<'_>) -> ProfilePlan {
     let Room { layout, sizes, .. } = room;
-    let compressed = !layout.sealed.is_empty();
+    let compressed = room.compressed();
     let bytes_per_token = layout.bytes_per_token();
     let window_pages = u64::from(layout.window.saturating_add(PAGE_TOKENS)).div_ceil(P);
     ProfilePlan {
@@ -128,10 +129,19 @@ fn profile_plan(ask: &Ask<'_>, name: &str, room: &Room<'_>) -> ProfilePlan {
         window_bytes: if compressed { window_pages * sizes.exact } else { 0 },
         sinks_bytes: sizes.sinks,
         workspace_bytes_per_token: sizes.workspace as f64 / P as f64,
-        max_prompt_tokens: largest(|tokens| room.fits(1, 1, tokens)),
-        max_context_tokens: largest(|tokens| room.fits(1, 0, tokens)),
+        max_prompt_tokens: room.max_prompt(),
+        max_context_tokens: room.max_context(),
         requests: ask.lengths.iter().map(|&tokens| Requests { tokens, fit: room.requests(tokens) }).collect(),
     }
+}
+
+/// Pages of each kind. The counts are those of the scheduler, which admits by them.
+#[derive(Clone, Copy, Default)]
+struct Pages {
+    exact: u64,
+    sealed: u64,
+    sinks: u64,
+    workspace: u64,
 }
 
 /// An arena that serves one profile.
@@ -143,34 +153,80 @@ struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// Whether `n` sequences of `tokens` positions fit, while `prefilling` of them are in prefill.
-    ///
-    /// A sequence is counted at its fullest, in the step that seals its last page: the page and what it is made of are
-    /// both there, so `min(tokens, window + page)` positions are exact.
-    fn fits(&self, n: u64, prefilling: u64, tokens: u32) -> bool {
-        let mut pages = BTreeMap::new();
-        let mut demand = |bytes: u64, count: u64| *pages.entry(bytes).or_insert(0_u64) += count;
-        let all = u64::from(tokens).div_ceil(P);
-        if self.layout.sealed.is_empty() {
-            demand(self.sizes.exact, n * all);
-        } else {
-            let sealed = u64::from(sealed_len(tokens, self.layout.window)) / P;
-            demand(self.sizes.sealed, n * sealed);
-            demand(self.sizes.exact, n * u64::from(tokens.min(self.layout.window.saturating_add(PAGE_TOKENS))).div_ceil(P));
-            demand(self.sizes.sinks, if sealed > 0 { n } else { 0 });
-            demand(self.sizes.workspace, prefilling * all);
+    /// What a prompt of `n` positions holds while it is prefilled.
+    fn prefill(&self, n: u32) -> Pages {
+        if !self.compressed() {
+            return Pages { exact: pages_for(n), ..Pages::default() };
         }
-        // Pages of one size share slabs, whatever they are for; pages of different sizes do not.
-        let slabs = |(&bytes, &count): (&u64, &u64)| if bytes == 0 { 0 } else { count.div_ceil(self.slab_bytes / bytes) };
-        pages.iter().map(slabs).sum::<u64>() <= self.slabs
+        let sealed = sealed_len(n, self.layout.window);
+        Pages { exact: pages_for(n - sealed), sealed: pages_for(sealed), sinks: u64::from(sealed > 0), workspace: pages_for(n) }
+    }
+
+    /// What a sequence holds in the step that decodes position `len - 1`: a page that is sealed there, and the exact page
+    /// it is made of.
+    fn decode(&self, len: u32) -> Pages {
+        if !self.compressed() {
+            return Pages { exact: pages_for(len), ..Pages::default() };
+        }
+        let (before, after) = (sealed_len(len - 1, self.layout.window), sealed_len(len, self.layout.window));
+        Pages { exact: pages_for(len - before), sealed: pages_for(after), sinks: u64::from(after > 0), workspace: 0 }
+    }
+
+    /// No less than a sequence of `len` positions ever holds once it is prefilled, whenever it seals.
+    fn fullest(&self, len: u32) -> Pages {
+        let exact = if self.compressed() { len.min(self.layout.window.saturating_add(PAGE_TOKENS)) } else { len };
+        Pages { exact: pages_for(exact), ..self.decode(len) }
+    }
+
+    fn compressed(&self) -> bool {
+        !self.layout.sealed.is_empty()
+    }
+
+    /// Whether these pages fit the arena together.
+    fn takes(&self, pages: Pages) -> bool {
+        let PageSizes { exact, sealed, sinks, workspace } = self.sizes;
+        let mut counts = BTreeMap::new();
+        for (bytes, count) in [(exact, pages.exact), (sealed, pages.sealed), (sinks, pages.sinks), (workspace, pages.workspace)] {
+            // Pages of one size share slabs, whatever they are for; pages of different sizes do not.
+            *counts.entry(bytes).or_insert(0) += count;
+        }
+        // A kind without a size is one that the profile does not have.
+        let slabs = |(&bytes, &count): (&u64, &u64)| self.slab_bytes.checked_div(bytes).map_or(0, |per_slab| count.div_ceil(per_slab));
+        counts.iter().map(slabs).sum::<u64>() <= self.slabs
+    }
+
+    /// Longest prompt such that it and all shorter ones can be prefilled.
+    fn max_prompt(&self) -> u32 {
+        largest(|n| last_page_of(n).all(|m| self.takes(self.prefill(m))))
+    }
+
+    /// Longest sequence that a prompt of one token can grow to.
+    fn max_context(&self) -> u32 {
+        if !self.takes(self.prefill(1)) {
+            return 0;
+        }
+        largest(|n| last_page_of(n).all(|m| self.takes(self.decode(m))))
     }
 
     fn requests(&self, tokens: u32) -> u64 {
-        // No sequence of any length takes less than a page of 64 bytes.
-        let most = (self.slabs * self.slab_bytes / 64).min(u64::from(u32::MAX)) as u32;
-        let fit = largest(|n| n <= most && self.fits(u64::from(n), u64::from(n.min(1)), tokens));
-        u64::from(fit)
+        let (each, one) = (self.fullest(tokens), self.prefill(tokens));
+        let all = |n: u32| {
+            let n = u64::from(n);
+            let Pages { exact, sealed, sinks, .. } = each;
+            Pages { exact: n * exact, sealed: n * sealed, sinks: n * sinks, workspace: one.workspace }
+        };
+        u64::from(largest(|n| self.takes(all(n))))
     }
+}
+
+fn pages_for(positions: u32) -> u64 {
+    u64::from(positions).div_ceil(P)
+}
+
+/// The lengths that stand for all up to `n`: what a sequence holds falls where it seals, but at `len` it is of each kind
+/// no less than at `len - 64`.
+fn last_page_of(n: u32) -> impl Iterator<Item = u32> {
+    n.saturating_sub(PAGE_TOKENS - 1).max(1)..=n
 }
 
 /// The largest number for which `holds` is true, given that it is true up to there and false beyond; zero is not asked.

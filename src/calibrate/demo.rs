@@ -139,7 +139,7 @@ fn variables(draw: &mut Draw, chars: usize) -> Task {
     let mut known: Vec<(String, usize, String)> = Vec::new(); // value, depth, chain
     let mut answers = Vec::new();
     for (i, name) in pool.iter().enumerate() {
-        let source = i.saturating_sub(40) + draw.below(i.min(40).max(1));
+        let source = i.saturating_sub(40) + draw.below(i.clamp(1, 40));
         let one = match known.get(source).filter(|s| s.1 < 2) {
             Some((value, depth, chain)) if draw.below(10) < 4 => {
                 context += &format!("VAR {name} = VAR {}\n", pool[source]);

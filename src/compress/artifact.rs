@@ -174,6 +174,12 @@ struct ManifestProfile {
     ranks: Vec<(usize, usize)>,
 }
 
+/// What a compressed profile is served with.
+struct Choice<'a> {
+    basis: &'a BasisSet,
+    ranks: Vec<(usize, usize)>,
+}
+
 impl Artifact {
     /// An artifact of these bases and profiles.
     ///
@@ -272,7 +278,7 @@ impl Artifact {
     pub fn ranks(&self, profile: &Profile) -> Result<Vec<(usize, usize)>, Error> {
         match &profile.cskv {
             None => Ok(Vec::new()),
-            Some(cskv) => Ok(self.resolve(&profile.name, cskv)?.1),
+            Some(cskv) => Ok(self.choose(&profile.name, cskv)?.ranks),
         }
     }
 
@@ -286,7 +292,7 @@ impl Artifact {
     /// Where no basis has the profile's grouping, or it is too narrow for its ranks.
     pub fn layers(&self, profile: &Profile) -> Result<Vec<LayerCompression>, Error> {
         let Some(cskv) = &profile.cskv else { return Ok(Vec::new()) };
-        let (basis, ranks) = self.resolve(&profile.name, cskv)?;
+        let Choice { basis, ranks } = self.choose(&profile.name, cskv)?;
         let layers = basis.layers.iter().zip(ranks).enumerate();
         layers
             .map(|(layer, (basis, (keys, values)))| {
@@ -299,8 +305,7 @@ impl Artifact {
             .collect()
     }
 
-    /// The basis and the ranks of a compressed profile.
-    fn resolve(&self, name: &str, cskv: &Cskv) -> Result<(&BasisSet, Vec<(usize, usize)>), Error> {
+    fn choose(&self, name: &str, cskv: &Cskv) -> Result<Choice<'_>, Error> {
         check_spec(name, cskv, &self.model)?;
         let heads_per_group = cskv.basis.heads_per_group(self.model.kv_heads);
         let same = |a: f64, b: f64| (a - b).abs() <= 1e-9;
@@ -312,7 +317,7 @@ impl Artifact {
                 && basis.heads_per_group == heads_per_group
                 && (!basis.trained() || made.bits == cskv.bits)
             {
-                return Ok((basis, stored.ranks.clone()));
+                return Ok(Choice { basis, ranks: stored.ranks.clone() });
             }
         }
         let Some(basis) = self.bases.iter().find(|b| b.heads_per_group == heads_per_group && !b.trained()) else {
@@ -325,7 +330,7 @@ impl Artifact {
             });
         };
         let ranks = (Cskv::rank(cskv.key_rank, &self.model), Cskv::rank(cskv.value_rank, &self.model));
-        Ok((basis, vec![ranks; self.model.layers]))
+        Ok(Choice { basis, ranks: vec![ranks; self.model.layers] })
     }
 
     fn basis(&self, name: &str) -> Option<&BasisSet> {

@@ -61,8 +61,9 @@ fn eigenvalues(rows: &[f32], c: usize, from: usize, to: usize) -> Vec<f64> {
                 for row in &mut a {
                     (row[p], row[q]) = (cos * row[p] - sin * row[q], sin * row[p] + cos * row[q]);
                 }
-                for k in 0..m {
-                    (a[p][k], a[q][k]) = (cos * a[p][k] - sin * a[q][k], sin * a[p][k] + cos * a[q][k]);
+                let (upper, lower) = a.split_at_mut(q);
+                for (x, y) in upper[p].iter_mut().zip(&mut lower[0]) {
+                    (*x, *y) = (cos * *x - sin * *y, sin * *x + cos * *y);
                 }
             }
         }
@@ -81,9 +82,9 @@ fn error(p: &Projection, rows: &[f32]) -> f64 {
             let (width, rank) = (g.channels.len(), g.ranks.len());
             let x: Vec<f64> = g.channels.clone().map(|i| f64::from(row[i]) - f64::from(p.mean[i])).collect();
             let latent: Vec<f64> = (0..rank).map(|r| (0..width).map(|i| x[i] * f64::from(g.down[i * rank + r])).sum()).collect();
-            for i in 0..width {
+            for (i, x) in x.iter().enumerate() {
                 let back: f64 = (0..rank).map(|r| latent[r] * f64::from(g.up[r * width + i])).sum();
-                sum += (x[i] - back).powi(2);
+                sum += (x - back).powi(2);
             }
         }
     }
@@ -146,9 +147,9 @@ fn full_rank_gives_every_input_back() {
             // In f32, as the kernels do it.
             let x: Vec<f32> = row.iter().zip(&p.mean).map(|(x, m)| x - m).collect();
             let latent: Vec<f32> = (0..16).map(|r| (0..16).map(|i| x[i] * g.down[i * 16 + r]).sum()).collect();
-            for i in 0..16 {
+            for (i, &x) in row.iter().enumerate() {
                 let back = p.mean[i] + (0..16).map(|r| latent[r] * g.up[r * 16 + i]).sum::<f32>();
-                assert!((back - row[i]).abs() <= 1e-4 * scale, "{back} for {}", row[i]);
+                assert!((back - x).abs() <= 1e-4 * scale, "{back} for {x}");
             }
         }
     }
@@ -189,7 +190,7 @@ fn sinks_take_no_part() {
     let data = rows(6, 60, 8, 0.0, falling);
     let mut plain = Moments::new(&model(1, 2, 2, 4), 0);
     let mut spared = Moments::new(&model(1, 2, 2, 4), 4);
-    let wild = vec![1e6_f32; 4 * 8];
+    let wild = [1e6_f32; 4 * 8];
     for text in data.chunks(20 * 8) {
         plain.add(0, 0, text, text).unwrap();
         // Four wild positions first, split over two chunks.

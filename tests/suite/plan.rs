@@ -97,8 +97,9 @@ fn what_fits_is_counted_in_slabs() {
     assert_eq!(p[0].requests, [Requests { tokens: 8192, fit: 1 }, Requests { tokens: 32_768, fit: 0 }]);
     // cskv-80: 2 slabs of window and 1 of sinks leave 125 = 625 sealed pages; the 626th seals at (626 + 1) x 64 tokens.
     assert_eq!(p[2].max_context_tokens, 627 * 64 - 1);
-    // A prompt of 342 pages, the last not full: 340 sealed in 68 slabs, 342 of workspace in 57. One token more seals the 341st.
-    assert_eq!(p[2].max_prompt_tokens, 342 * 64 - 1);
+    // A prompt of 342 pages: 341 sealed in 69 slabs, 1 exact (nothing is drained from exact pages in prefill), 1 of sinks,
+    // 342 of workspace in 57. One token more takes two exact pages and a 58th slab of workspace.
+    assert_eq!(p[2].max_prompt_tokens, 342 * 64);
     // 8192 tokens: 127 sealed, 2 exact, 1 sinks each; one prompt's workspace of ceil(128/6) = 22 slabs.
     // R = 3: ceil(381/5) + 6 + 1 + 22 = 77 + 29 = 106. R = 4: 102 + 8 + 1 + 22 = 133 > 128.
     assert_eq!(p[2].requests[0].fit, 3);
@@ -117,21 +118,21 @@ fn a_request_that_fits_is_the_last_that_does() {
         let profiles = [PlannedProfile { profile, ranks: None }];
         let got = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &profiles, arena_bytes: arena, lengths: &[500] });
         let slabs_of = |pages: u64, bytes: u64| if pages == 0 { 0 } else { pages.div_ceil(got.slab_bytes / bytes) };
-        let (mut most_exact, mut longest) = (0, 0);
-        for len in 1_u32.. {
-            let exact = u64::from(len - sealed_len(len - 1, window)).div_ceil(64);
-            most_exact = exact.max(most_exact);
+        let slabs = arena / got.slab_bytes;
+        let held = |len: u32, before: u32, workspace: u32| {
             let sealed = u64::from(sealed_len(len, window)) / 64;
-            let sinks = u64::from(sealed > 0 && sinks > 0);
-            let need = slabs_of(sealed, sizes.sealed) + slabs_of(most_exact, sizes.exact) + slabs_of(sinks, sizes.sinks);
-            if need * got.slab_bytes > arena {
-                break;
-            }
-            longest = len;
-        }
+            slabs_of(sealed, sizes.sealed)
+                + slabs_of(u64::from(len - before).div_ceil(64), sizes.exact)
+                + slabs_of(u64::from(sealed > 0 && sinks > 0), sizes.sinks)
+                + slabs_of(u64::from(workspace).div_ceil(64), sizes.workspace)
+        };
+        let decoded = |len: u32| held(len, sealed_len(len - 1, window), 0) <= slabs;
+        let prefilled = |len: u32| held(len, sealed_len(len, window), len) <= slabs;
+        let longest = (1..).find(|&len| !decoded(len)).unwrap() - 1;
+        let longest_prompt = (1..).find(|&len| !prefilled(len)).unwrap() - 1;
+        assert_eq!(got.profiles[0].max_prompt_tokens, longest_prompt, "window {window}");
         assert_eq!(got.profiles[0].max_context_tokens, longest, "window {window}");
-        assert!(longest > 200, "the case says something");
-        assert!(got.profiles[0].max_prompt_tokens <= longest);
+        assert!(longest_prompt > 100 && longest > longest_prompt, "the case says something: {longest_prompt} {longest}");
     }
 }
 
@@ -157,7 +158,7 @@ fn the_plan_prints_as_a_table_and_as_json() {
         cache 68719476736 bytes = 8192 slabs of 8388608; the model takes 131072 positions
         profile  bytes/token  smaller  sealed page   = keys  + values  + metadata  + padding    window    sinks  prefill/token  max prompt  max context  x 131072 tokens
         full          131072    1.00x            -        -         -           -          -         0        0              0      524288       524288                4
-        cskv-50        65536    2.00x      4194304  2097152   2097152           0          0  16777216  2097152          20480      786175      1048319                7
+        cskv-50        65536    2.00x      4194304  2097152   2097152           0          0  16777216  2097152          20480      786176      1048319                7
         cskv-80        25600    5.12x      1638400   819200    819200           0          0  16777216  2097152          20480     1429248      2620607               19
         cskv-95         7712   17.00x       493568   204800    204800       82944       1024  16777216  2097152          20480     2286720      8385663               60
         three           6112   21.45x       391168   153600    153600       82944       1024  16777216  2097152          20480     2445696     11006143               78
