@@ -1,0 +1,467 @@
+//! A Hugging Face model folder, opened and believed only after every name, shape, type and offset in it has
+//! been checked. The bytes of the weights stay where they are: mapped from the files, or compiled in.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use serde_json::Value;
+
+use crate::model::config::ModelConfig;
+use crate::model::config_json::{self, ConfigError};
+use crate::model::generation::{self, Generation};
+use crate::model::header::{self, Dtype, Entry, HeaderError, Limits};
+use crate::model::json::{self, shown};
+use crate::model::weights::{self, LoadDtype, ModelWeights};
+
+/// An opened model: its configuration, and every tensor by name.
+///
+/// The files are mapped, so the folder must not be written to while the server runs; a file that is cut short
+/// under a mapping ends the process (there is no catching it). Files of a model folder are written once, by a download.
+pub struct Checkpoint {
+    pub config: ModelConfig,
+    /// Set when some layer attends to this many last positions only; see [`Checkpoint::check_context`].
+    pub sliding_window: Option<usize>,
+    pub generation: Generation,
+    /// One sentence each, for the log at start.
+    pub warnings: Vec<String>,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Located>,
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Checkpoint({}, {} tensors, {} bytes)", self.config.family, self.tensors.len(), self.stored_bytes())
+    }
+}
+
+/// A stored tensor: its bytes are exactly as long as type and shape say, and not necessarily aligned.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TensorView<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub data: &'a [u8],
+}
+
+/// Why a model folder cannot be served. Each is one sentence with cause and mend.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("{} is not a folder; name a folder with config.json and *.safetensors", .path.display())]
+    NotAFolder { path: PathBuf },
+    #[error("cannot read {}: {source}; check that it exists and is readable", .path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{} is not a regular file; replace it by the file itself", .path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} is {bytes} bytes long, more than the {limit} allowed for it", .path.display())]
+    TooLarge { path: PathBuf, bytes: u64, limit: u64 },
+    #[error("{} has neither model.safetensors nor model.safetensors.index.json; {mend}", .dir.display())]
+    NoWeights { dir: PathBuf, mend: &'static str },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("{file} {source}")]
+    Header { file: String, source: HeaderError },
+    #[error("model.safetensors.index.json {reason}; download it again")]
+    Index { reason: String },
+    #[error("model.safetensors.index.json names the shard {shard}, which is not in the folder; download the missing file")]
+    MissingShard { shard: String },
+    #[error("model.safetensors.index.json places the tensor `{tensor}` in {shard}, which does not hold it; index and shards are of different downloads")]
+    NotInShard { tensor: String, shard: String },
+    #[error("{shard} holds the tensor `{tensor}`, which model.safetensors.index.json places {place}; index and shards are of different downloads")]
+    NotInIndex { tensor: String, shard: String, place: String },
+    #[error("the tensor `{tensor}` is missing; {mend}")]
+    MissingTensor { tensor: String, mend: &'static str },
+    #[error("the tensor `{tensor}` in {file} belongs to nothing in a {family} model of {layers} layers; config.json and weights do not fit together")]
+    ExtraTensor { tensor: String, file: String, family: String, layers: usize },
+    #[error("the tensor `{tensor}` has the shape {got:?} and config.json makes it {want:?}; config.json and weights do not fit together")]
+    Shape { tensor: String, want: Vec<usize>, got: Vec<usize> },
+    #[error("the tensor `{tensor}` is stored as {got}; supported are F32, BF16 and F16 (quantised checkpoints are not)")]
+    Dtype { tensor: String, got: &'static str },
+    #[error("config.json ties the output head to the embedding, and `lm_head.weight` is there and differs from it; set tie_word_embeddings to false if the head is to be used")]
+    HeadDiffers,
+    #[error("the model attends to the last {window} positions only in some layers, which is not computed here; serve it with --max-model-len {window} or less ({asked} asked)")]
+    Window { window: usize, asked: usize },
+    #[error("the tensor `{tensor}` has {value} at element {element}; the weights are damaged: download them again")]
+    NotFinite { tensor: String, element: usize, value: f32 },
+    #[error("the tensor `{tensor}` is all zeros, as in a download that was never finished; download it again")]
+    AllZero { tensor: String },
+}
+
+struct Shard {
+    file: String,
+    bytes: Bytes,
+}
+
+/// Where a shard's bytes are.
+enum Bytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+struct Located {
+    shard: usize,
+    entry: Entry,
+}
+
+/// Largest `config.json`, `generation_config.json`.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+const INDEX_BYTES_MAX: u64 = 64 << 20;
+
+impl Checkpoint {
+    /// Opens a folder with `config.json`, one `model.safetensors` or the shards of
+    /// `model.safetensors.index.json`, and perhaps `generation_config.json`.
+    ///
+    /// Reads the headers only; weights are paged in when they are used. Where both kinds of weights lie in the
+    /// folder the single file is taken, as Hugging Face does.
+    pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        if !dir.is_dir() {
+            return Err(CheckpointError::NotAFolder { path: dir.to_owned() });
+        }
+        let config = read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?;
+        let generation_path = dir.join("generation_config.json");
+        let generation =
+            if generation_path.exists() { Some(read_file(&generation_path, CONFIG_BYTES_MAX)?) } else { None };
+        // The configuration is refused before any shard is opened.
+        let parsed = config_json::parse(&config)?;
+        let mut warnings = Vec::new();
+        let shards = if dir.join("model.safetensors").exists() {
+            vec![map_shard(dir, "model.safetensors")?]
+        } else if dir.join("model.safetensors.index.json").exists() {
+            return Checkpoint::open_index(dir, parsed, generation, warnings);
+        } else {
+            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|n| dir.join(n).exists());
+            let mend = if pickled {
+                "weights in pickle form are not loaded: convert them to safetensors"
+            } else {
+                "download the weights in safetensors form"
+            };
+            return Err(CheckpointError::NoWeights { dir: dir.to_owned(), mend });
+        };
+        let tensors = locate(&shards)?;
+        Checkpoint::assemble(parsed, generation.as_deref(), shards, tensors, &mut warnings)
+    }
+
+    /// The same from memory, for a model compiled into the binary. Align `safetensors` to 8 bytes or more, or
+    /// its weights are copied.
+    pub fn from_bytes(config_json: &str, generation_json: Option<&str>, safetensors: &'static [u8]) -> Result<Checkpoint, CheckpointError> {
+        let parsed = config_json::parse(config_json.as_bytes())?;
+        let shards = vec![Shard { file: "model.safetensors".to_owned(), bytes: Bytes::Static(safetensors) }];
+        let tensors = locate(&shards)?;
+        Checkpoint::assemble(parsed, generation_json.map(str::as_bytes), shards, tensors, &mut Vec::new())
+    }
+
+    fn open_index(
+        dir: &Path,
+        parsed: config_json::Parsed,
+        generation: Option<Vec<u8>>,
+        mut warnings: Vec<String>,
+    ) -> Result<Checkpoint, CheckpointError> {
+        let index = read_file(&dir.join("model.safetensors.index.json"), INDEX_BYTES_MAX)?;
+        let index = parse_index(&index)?;
+        let mut files: Vec<&String> = index.places.values().collect();
+        files.sort_unstable();
+        files.dedup();
+        if files.len() > 4096 {
+            return Err(CheckpointError::Index { reason: format!("names {} shards, more than any model has", files.len()) });
+        }
+        let mut shards = Vec::with_capacity(files.len());
+        for file in files {
+            if !dir.join(file).exists() {
+                return Err(CheckpointError::MissingShard { shard: file.clone() });
+            }
+            shards.push(map_shard(dir, file)?);
+        }
+        let tensors = locate_indexed(&shards, &index)?;
+        let data: u64 = tensors.values().map(|t| (t.entry.end - t.entry.begin) as u64).sum();
+        if let Some(total) = index.total_bytes.filter(|&n| n != data) {
+            // Several published indexes count shared tensors twice or count parameters, so this alone is no proof.
+            warnings.push(format!("model.safetensors.index.json states {total} bytes of weights and the shards hold {data}"));
+        }
+        Checkpoint::assemble(parsed, generation.as_deref(), shards, tensors, &mut warnings)
+    }
+
+    fn assemble(
+        parsed: config_json::Parsed,
+        generation: Option<&[u8]>,
+        shards: Vec<Shard>,
+        tensors: BTreeMap<String, Located>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Checkpoint, CheckpointError> {
+        warnings.extend(parsed.warnings);
+        let generation = generation::parse(generation, &parsed.eos, parsed.config.vocab, warnings)?;
+        let warnings = std::mem::take(warnings);
+        let (config, sliding_window) = (parsed.config, parsed.sliding_window);
+        let mut it = Checkpoint { config, sliding_window, generation, warnings, shards, tensors };
+        it.check_tensors()?;
+        Ok(it)
+    }
+
+    /// Every tensor the configuration asks for is there in its shape and in a supported type, and nothing else is.
+    fn check_tensors(&mut self) -> Result<(), CheckpointError> {
+        let want = weights::expected(&self.config);
+        for (name, shape) in &want {
+            let Some(found) = self.tensors.get(name) else {
+                let mend = if name == "lm_head.weight" {
+                    "add it, or set tie_word_embeddings to true in config.json if the model ties its head"
+                } else {
+                    "config.json and weights do not fit together, or a file is missing"
+                };
+                return Err(CheckpointError::MissingTensor { tensor: name.clone(), mend });
+            };
+            if found.entry.shape != *shape {
+                let (want, got) = (shape.clone(), found.entry.shape.clone());
+                return Err(CheckpointError::Shape { tensor: name.clone(), want, got });
+            }
+            if let Dtype::Other(got, _) = found.entry.dtype {
+                return Err(CheckpointError::Dtype { tensor: name.clone(), got });
+            }
+        }
+        let tied_head = self.config.tied.then_some(weights::HEAD);
+        let mut halves = 0;
+        for (name, found) in &self.tensors {
+            halves += usize::from(found.entry.dtype == Dtype::F16);
+            if want.contains_key(name) || Some(name.as_str()) == tied_head || inert(name) {
+                continue;
+            }
+            return Err(CheckpointError::ExtraTensor {
+                tensor: name.clone(),
+                file: self.shards[found.shard].file.clone(),
+                family: self.config.family.clone(),
+                layers: self.config.layers,
+            });
+        }
+        if halves > 0 {
+            self.warnings.push(format!("{halves} tensors are stored as F16 and are held as F32, which is exact; --dtype bf16 halves that memory"));
+        }
+        if let (true, Some(head)) = (self.config.tied, self.tensor(weights::HEAD)) {
+            let embed = self.tensor(weights::EMBED).expect("checked above");
+            if head.shape != embed.shape {
+                let (want, got) = (embed.shape.to_vec(), head.shape.to_vec());
+                return Err(CheckpointError::Shape { tensor: weights::HEAD.to_owned(), want, got });
+            }
+            if let Dtype::Other(got, _) = head.dtype {
+                return Err(CheckpointError::Dtype { tensor: weights::HEAD.to_owned(), got });
+            }
+            let same = if head.dtype == embed.dtype {
+                head.data == embed.data
+            } else {
+                weights::floats(head).eq(weights::floats(embed))
+            };
+            if !same {
+                return Err(CheckpointError::HeadDiffers);
+            }
+        }
+        Ok(())
+    }
+
+    /// The stored tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let Located { shard, entry } = self.tensors.get(name)?;
+        // The offsets were checked against this very slice when the header was read.
+        let data = &self.shards[*shard].bytes.as_slice()[entry.begin..entry.end];
+        Some(TensorView { dtype: entry.dtype, shape: &entry.shape, data })
+    }
+
+    /// Names of all stored tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Bytes of all tensors as stored.
+    pub fn stored_bytes(&self) -> u64 {
+        self.tensors.values().map(|t| (t.entry.end - t.entry.begin) as u64).sum()
+    }
+
+    /// The weights as the forward pass wants them. Borrowed from the mapping where type and alignment allow,
+    /// else converted now: a cost only of `--dtype` against the stored type, of F16, and of unaligned files.
+    pub fn weights(&self, dtype: LoadDtype) -> ModelWeights<'_> {
+        weights::build(self, dtype)
+    }
+
+    /// Whether full attention is right for sequences of up to `max_model_len` positions.
+    pub fn check_context(&self, max_model_len: usize) -> Result<(), CheckpointError> {
+        match self.sliding_window {
+            Some(window) if max_model_len > window => Err(CheckpointError::Window { window, asked: max_model_len }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Identity of the model: of the configuration as resolved, of every tensor's name, type and shape, and of a
+    /// sample of its values. How the tensors are spread over files, and generation settings, do not enter.
+    ///
+    /// BLAKE3 over, each part preceded by its length as `u64` little endian: `strait model 1`; the resolved
+    /// configuration as Rust prints it; then per tensor, in order of names: name, type, shape as `u64`s, and of
+    /// the data either all (up to 64 KiB), or 16 blocks of 4 KiB at `i * (len - 4096) / 15`, the first and
+    /// last among them. About 25 MB are read for a model of 400 tensors, whatever its size. Values outside the
+    /// sample do not enter: it tells models apart, and is no seal against tampering.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        let mut part = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        part(b"strait model 1");
+        part(format!("{:?} {:?}", self.config, self.sliding_window).as_bytes());
+        for name in self.tensors.keys().filter(|n| !inert(n)) {
+            let view = self.tensor(name).expect("a key of the table");
+            part(name.as_bytes());
+            part(view.dtype.name().as_bytes());
+            part(&view.shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect::<Vec<u8>>());
+            if view.data.len() <= 64 << 10 {
+                part(view.data);
+            } else {
+                for i in 0..16 {
+                    let at = ((view.data.len() - 4096) as u128 * i / 15) as usize;
+                    part(&view.data[at..at + 4096]);
+                }
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Reads every weight once and refuses what is not finite, and matrices that are all zeros. Bound by memory
+    /// or disk bandwidth.
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        for (name, shape) in weights::expected(&self.config) {
+            let view = self.tensor(&name).expect("checked when the folder was opened");
+            let mut zeros = true;
+            for (element, value) in weights::floats(view).enumerate() {
+                if !value.is_finite() {
+                    return Err(CheckpointError::NotFinite { tensor: name, element, value });
+                }
+                zeros &= value == 0.0;
+            }
+            if zeros && shape.len() == 2 {
+                return Err(CheckpointError::AllZero { tensor: name });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Buffers that old conversions saved and nothing reads: they are recomputed.
+fn inert(name: &str) -> bool {
+    name == "rotary_emb.inv_freq"
+        || name.starts_with("model.") && (name.ends_with("rotary_emb.inv_freq") || name.ends_with("self_attn.masked_bias"))
+}
+
+fn locate(shards: &[Shard]) -> Result<BTreeMap<String, Located>, CheckpointError> {
+    let mut out = BTreeMap::new();
+    for (shard, s) in shards.iter().enumerate() {
+        for (name, entry) in entries(s)? {
+            out.insert(name, Located { shard, entry });
+        }
+    }
+    Ok(out)
+}
+
+/// The tensors of all shards, each of which the index must place exactly where it is.
+fn locate_indexed(shards: &[Shard], index: &Index) -> Result<BTreeMap<String, Located>, CheckpointError> {
+    let mut out = BTreeMap::new();
+    for (shard, s) in shards.iter().enumerate() {
+        for (tensor, entry) in entries(s)? {
+            let place = match index.places.get(&tensor) {
+                Some(file) if *file == s.file => {
+                    out.insert(tensor, Located { shard, entry });
+                    continue;
+                }
+                Some(other) => format!("in {other}"),
+                None => "nowhere".to_owned(),
+            };
+            return Err(CheckpointError::NotInIndex { tensor, shard: s.file.clone(), place });
+        }
+    }
+    match index.places.iter().find(|(tensor, _)| !out.contains_key(*tensor)) {
+        Some((tensor, shard)) => Err(CheckpointError::NotInShard { tensor: shown(tensor, 80), shard: shard.clone() }),
+        None => Ok(out),
+    }
+}
+
+fn entries(shard: &Shard) -> Result<BTreeMap<String, Entry>, CheckpointError> {
+    header::parse(shard.bytes.as_slice(), Limits::MODEL).map_err(|source| CheckpointError::Header { file: shard.file.clone(), source })
+}
+
+struct Index {
+    /// Tensor to file; every file is a plain name in the same folder.
+    places: BTreeMap<String, String>,
+    total_bytes: Option<u64>,
+}
+
+fn parse_index(text: &[u8]) -> Result<Index, CheckpointError> {
+    let fail = |reason: String| CheckpointError::Index { reason };
+    let value = json::parse(text).map_err(|reason| fail(format!("is not valid JSON ({reason})")))?;
+    let total_bytes = value.pointer("/metadata/total_size").and_then(Value::as_u64);
+    let Some(map) = value.get("weight_map").and_then(Value::as_object) else {
+        return Err(fail("has no weight_map".to_owned()));
+    };
+    let mut places = BTreeMap::new();
+    for (tensor, file) in map {
+        let plain = |f: &&str| f.len() <= 255 && f.ends_with(".safetensors") && f.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+        let Some(file) = file.as_str().filter(plain) else {
+            return Err(fail(format!("places `{}` in {}, which is not the plain name of a safetensors file", shown(tensor, 80), json::shown_value(file))));
+        };
+        places.insert(tensor.clone(), file.to_owned());
+    }
+    if places.is_empty() {
+        return Err(fail("has an empty weight_map".to_owned()));
+    }
+    Ok(Index { places, total_bytes })
+}
+
+/// Opens `path` if it is a regular file or a link to one. Asking first keeps a FIFO from blocking the open.
+fn open_regular(path: &Path) -> Result<(File, u64), CheckpointError> {
+    let io = |source| CheckpointError::Io { path: path.to_owned(), source };
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(CheckpointError::NotAFile { path: path.to_owned() });
+    }
+    let file = File::open(path).map_err(io)?;
+    // The length comes from what was opened, not from what the path meant before.
+    let about = file.metadata().map_err(io)?;
+    if !about.is_file() {
+        return Err(CheckpointError::NotAFile { path: path.to_owned() });
+    }
+    Ok((file, about.len()))
+}
+
+/// Reads a small file whole.
+pub(crate) fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+    let (file, bytes) = open_regular(path)?;
+    let mut out = Vec::new();
+    // One more than allowed tells a file that grew meanwhile.
+    file.take(limit + 1).read_to_end(&mut out).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+    if out.len() as u64 > limit {
+        return Err(CheckpointError::TooLarge { path: path.to_owned(), bytes: bytes.max(limit + 1), limit });
+    }
+    Ok(out)
+}
+
+fn map_shard(dir: &Path, name: &str) -> Result<Shard, CheckpointError> {
+    let path = dir.join(name);
+    let (file, bytes) = open_regular(&path)?;
+    if bytes == 0 {
+        // An empty file cannot be mapped everywhere.
+        return Err(CheckpointError::Header { file: name.to_owned(), source: HeaderError::TooShort { file: 0 } });
+    }
+    // SAFETY: the mapping is read-only and private to this process; the bytes are only ever read as plain numbers
+    // (any bit pattern is a valid u8, f32, bf16 or f16), and every slice of it is bounds-checked against the mapping.
+    // That nobody truncates or rewrites the file meanwhile is the documented condition on the model folder: rewriting
+    // changes numbers, truncating ends the process with SIGBUS; neither can make a reference dangle.
+    let map = unsafe { Mmap::map(&file) }.map_err(|source| CheckpointError::Io { path, source })?;
+    Ok(Shard { file: name.to_owned(), bytes: Bytes::Mapped(map) })
+}
+
+/// `bytes` as elements, if they are aligned for them.
+pub(super) fn cast<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(bytes: &[u8]) -> Option<Cow<'_, [T]>> {
+    bytemuck::try_cast_slice(bytes).ok().map(Cow::Borrowed)
+}

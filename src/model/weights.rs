@@ -1,0 +1,234 @@
+//! The tensors of a checkpoint by their place in the decoder, typed.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::model::checkpoint::{Checkpoint, TensorView, cast};
+use crate::model::config::ModelConfig;
+use crate::model::header::Dtype;
+use crate::ops::{Matrix, MatrixData};
+
+pub(super) const EMBED: &str = "model.embed_tokens.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+
+/// `--dtype`: in which type matrices are held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LoadDtype {
+    /// As stored; F16 becomes F32, which is exact.
+    #[default]
+    Auto,
+    /// Rounded to nearest even where stored otherwise.
+    Bf16,
+    /// Widened where stored otherwise.
+    F32,
+}
+
+/// Elements of a matrix, borrowed from the checkpoint where possible.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data<'a> {
+    F32(Cow<'a, [f32]>),
+    Bf16(Cow<'a, [bf16]>),
+}
+
+/// A row-major matrix `[out][in]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight<'a> {
+    pub out_features: usize,
+    pub in_features: usize,
+    pub data: Data<'a>,
+}
+
+impl Weight<'_> {
+    /// What [`crate::ops`] multiplies by.
+    pub fn matrix(&self) -> Matrix<'_> {
+        let data = match &self.data {
+            Data::F32(d) => MatrixData::F32(d),
+            Data::Bf16(d) => MatrixData::Bf16(d),
+        };
+        Matrix { out_features: self.out_features, in_features: self.in_features, data }
+    }
+
+    /// Row `i`, widened into `out` of `in_features` elements: the look-up of an embedding.
+    pub fn row(&self, i: usize, out: &mut [f32]) {
+        let range = i * self.in_features..(i + 1) * self.in_features;
+        match &self.data {
+            Data::F32(d) => out.copy_from_slice(&d[range]),
+            Data::Bf16(d) => d[range].iter().zip(out).for_each(|(x, y)| *y = x.to_f32()),
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(d) => size_of_val(&**d),
+            Data::Bf16(d) => size_of_val(&**d),
+        }
+    }
+
+    /// Whether the elements lie in the checkpoint itself.
+    pub fn is_borrowed(&self) -> bool {
+        matches!(&self.data, Data::F32(Cow::Borrowed(_)) | Data::Bf16(Cow::Borrowed(_)))
+    }
+}
+
+/// A matrix with its bias of `out_features` elements, if the model has one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Projection<'a> {
+    pub weight: Weight<'a>,
+    pub bias: Option<Vec<f32>>,
+}
+
+/// One decoder layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerWeights<'a> {
+    /// `[hidden]`, before attention.
+    pub input_norm: Vec<f32>,
+    /// `[hidden]`, before the MLP.
+    pub post_norm: Vec<f32>,
+    pub q: Projection<'a>,
+    pub k: Projection<'a>,
+    pub v: Projection<'a>,
+    pub o: Projection<'a>,
+    /// `[head_dim]`, on each head of q and of k before rope.
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub gate: Projection<'a>,
+    pub up: Projection<'a>,
+    pub down: Projection<'a>,
+}
+
+/// All weights of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelWeights<'a> {
+    /// `[vocab][hidden]`.
+    pub embed: Weight<'a>,
+    pub layers: Vec<LayerWeights<'a>>,
+    /// `[hidden]`.
+    pub norm: Vec<f32>,
+    /// `[vocab][hidden]`; `None` when the embedding is the head.
+    pub untied_head: Option<Weight<'a>>,
+}
+
+impl<'a> ModelWeights<'a> {
+    /// The output head, tied or not.
+    pub fn head(&self) -> &Weight<'a> {
+        self.untied_head.as_ref().unwrap_or(&self.embed)
+    }
+}
+
+/// Every tensor a model of this configuration has, with its shape.
+pub(super) fn expected(c: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let mut out = BTreeMap::new();
+    let mut want = |name: String, shape: &[usize]| {
+        out.insert(name, shape.to_vec());
+    };
+    want(EMBED.to_owned(), &[c.vocab, c.hidden]);
+    want(FINAL_NORM.to_owned(), &[c.hidden]);
+    if !c.tied {
+        want(HEAD.to_owned(), &[c.vocab, c.hidden]);
+    }
+    let (q, kv) = (c.q_channels(), c.kv_channels());
+    for i in 0..c.layers {
+        let name = |part: &str| format!("model.layers.{i}.{part}");
+        want(name("input_layernorm.weight"), &[c.hidden]);
+        want(name("post_attention_layernorm.weight"), &[c.hidden]);
+        if c.qk_norm {
+            want(name("self_attn.q_norm.weight"), &[c.head_dim]);
+            want(name("self_attn.k_norm.weight"), &[c.head_dim]);
+        }
+        let mut projection = |part: &str, to: usize, from: usize, bias: bool| {
+            want(name(&format!("{part}.weight")), &[to, from]);
+            if bias {
+                want(name(&format!("{part}.bias")), &[to]);
+            }
+        };
+        projection("self_attn.q_proj", q, c.hidden, c.qkv_bias);
+        projection("self_attn.k_proj", kv, c.hidden, c.qkv_bias);
+        projection("self_attn.v_proj", kv, c.hidden, c.qkv_bias);
+        projection("self_attn.o_proj", c.hidden, q, c.output_bias);
+        projection("mlp.gate_proj", c.intermediate, c.hidden, c.mlp_bias);
+        projection("mlp.up_proj", c.intermediate, c.hidden, c.mlp_bias);
+        projection("mlp.down_proj", c.hidden, c.intermediate, c.mlp_bias);
+    }
+    out
+}
+
+/// Types every tensor of a checked checkpoint.
+pub(super) fn build(checkpoint: &Checkpoint, dtype: LoadDtype) -> ModelWeights<'_> {
+    let get = |name: &str| checkpoint.tensor(name).expect("opening a checkpoint checks that every expected tensor is there");
+    let vector = |name: String| floats(get(&name)).collect::<Vec<f32>>();
+    let weight = |name: &str| typed(get(name), dtype);
+    let layers = (0..checkpoint.config.layers)
+        .map(|i| {
+            let name = |part: &str| format!("model.layers.{i}.{part}");
+            let projection = |part: &str, bias: bool| Projection {
+                weight: weight(&name(&format!("{part}.weight"))),
+                bias: bias.then(|| vector(name(&format!("{part}.bias")))),
+            };
+            let c = &checkpoint.config;
+            LayerWeights {
+                input_norm: vector(name("input_layernorm.weight")),
+                post_norm: vector(name("post_attention_layernorm.weight")),
+                q: projection("self_attn.q_proj", c.qkv_bias),
+                k: projection("self_attn.k_proj", c.qkv_bias),
+                v: projection("self_attn.v_proj", c.qkv_bias),
+                o: projection("self_attn.o_proj", c.output_bias),
+                q_norm: c.qk_norm.then(|| vector(name("self_attn.q_norm.weight"))),
+                k_norm: c.qk_norm.then(|| vector(name("self_attn.k_norm.weight"))),
+                gate: projection("mlp.gate_proj", c.mlp_bias),
+                up: projection("mlp.up_proj", c.mlp_bias),
+                down: projection("mlp.down_proj", c.mlp_bias),
+            }
+        })
+        .collect();
+    ModelWeights {
+        embed: weight(EMBED),
+        layers,
+        norm: vector(FINAL_NORM.to_owned()),
+        untied_head: (!checkpoint.config.tied).then(|| weight(HEAD)),
+    }
+}
+
+/// A two-dimensional tensor in the type asked for.
+fn typed(view: TensorView<'_>, dtype: LoadDtype) -> Weight<'_> {
+    let to_bf16 = match (view.dtype, dtype) {
+        (_, LoadDtype::Bf16) | (Dtype::Bf16, LoadDtype::Auto) => true,
+        (_, LoadDtype::F32) | (_, LoadDtype::Auto) => false,
+    };
+    let data = match (view.dtype, to_bf16) {
+        (Dtype::F32, false) => Data::F32(cast(view.data).unwrap_or_else(|| Cow::Owned(convert(view, |x| x)))),
+        (Dtype::Bf16, true) => Data::Bf16(cast(view.data).unwrap_or_else(|| Cow::Owned(convert(view, bf16::from_f32)))),
+        (_, false) => Data::F32(Cow::Owned(convert(view, |x| x))),
+        (_, true) => Data::Bf16(Cow::Owned(convert(view, bf16::from_f32))),
+    };
+    Weight { out_features: view.shape[0], in_features: view.shape[1], data }
+}
+
+/// Every element through `f32` (exact for all three stored types), in parallel.
+fn convert<T: Copy + Default + Send + Sync>(view: TensorView<'_>, to: impl Fn(f32) -> T + Sync) -> Vec<T> {
+    const BLOCK: usize = 1 << 16;
+    let size = view.dtype.bytes();
+    let mut out = vec![T::default(); view.data.len() / size];
+    out.par_chunks_mut(BLOCK).zip(view.data.par_chunks(BLOCK * size)).for_each(|(out, data)| {
+        let part = TensorView { data, ..view };
+        out.iter_mut().zip(floats(part)).for_each(|(y, x)| *y = to(x));
+    });
+    out
+}
+
+/// The elements as `f32`, whatever the alignment. Only for the three supported types.
+pub(super) fn floats(view: TensorView<'_>) -> impl Iterator<Item = f32> + '_ {
+    let read: fn(&[u8]) -> f32 = match view.dtype {
+        Dtype::F32 => |b| f32::from_le_bytes(b.try_into().expect("chunks of four")),
+        Dtype::Bf16 => |b| bf16::from_le_bytes(b.try_into().expect("chunks of two")).to_f32(),
+        Dtype::F16 => |b| f16::from_le_bytes(b.try_into().expect("chunks of two")).to_f32(),
+        Dtype::Other(name, _) => unreachable!("{name} is refused when a checkpoint is opened"),
+    };
+    view.data.chunks_exact(view.dtype.bytes()).map(read)
+}
+
+const _: () = assert!(cfg!(target_endian = "little"), "stored numbers are little endian and are used in place");
