@@ -7,5 +7,7 @@ pub mod request;
 pub mod step;
 pub mod kv;
 pub mod ops;
+pub mod pages;
+pub mod scheduler;
 pub mod model;
 pub mod engine;

@@ -1,0 +1,135 @@
+//! How many pages of each kind a sequence of a given length holds. All arithmetic of "will it fit" is here.
+
+use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
+use crate::kv::layout::PageSizes;
+use crate::pages::{Kind, Tag};
+use crate::step::sealed_len;
+
+/// What the scheduler knows of a cache profile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ProfileSizes {
+    pub sizes: PageSizes,
+    /// At least so many recent positions stay exact; means nothing unless `compressed`.
+    pub window: u32,
+    /// So many first positions stay exact; at most a page.
+    pub sinks: u32,
+    /// Whether pages are sealed. Otherwise only exact pages exist.
+    pub compressed: bool,
+    /// How the bytes of a sealed page divide.
+    pub split: SealedSplit,
+}
+
+/// Parts of a sealed page, in bytes. They sum to the page, padding counted as metadata.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SealedSplit {
+    pub keys: u64,
+    pub values: u64,
+    pub metadata: u64,
+}
+
+/// Pages of each kind, in the order of [`Kind::ALL`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Need {
+    pub(super) exact: u32,
+    pub(super) sealed: u32,
+    pub(super) sinks: u32,
+    pub(super) workspace: u32,
+}
+
+impl Need {
+    /// The same, as the pool reads it.
+    pub(super) fn of(self, profile: ProfileIndex) -> [(Tag, u32); 4] {
+        let Need { exact, sealed, sinks, workspace } = self;
+        let n = [exact, sealed, sinks, workspace];
+        std::array::from_fn(|i| (Tag { profile, kind: Kind::ALL[i] }, n[i]))
+    }
+
+    pub(super) fn is_zero(self) -> bool {
+        self == Need::default()
+    }
+}
+
+/// Pages that `positions` fill or begin.
+pub(super) fn pages_for(positions: u32) -> u32 {
+    positions.div_ceil(PAGE_TOKENS)
+}
+
+impl ProfileSizes {
+    /// Positions that are in sealed pages once `len` are computed.
+    pub(super) fn sealed_len(&self, len: u32) -> u32 {
+        if self.compressed { sealed_len(len, self.window) } else { 0 }
+    }
+
+    /// Pages of the prefix index that a prompt of `n` positions may use. The last position is always computed, for its
+    /// logits, and a compressed prompt takes no page that would not be sealed anyway.
+    pub(super) fn reusable_pages(&self, n: u32) -> u32 {
+        let complete = n.saturating_sub(1) / PAGE_TOKENS;
+        if self.compressed { complete.min(self.sealed_len(n) / PAGE_TOKENS) } else { complete }
+    }
+
+    /// What a prompt of `n` positions leases when its first `reused` are in shared pages.
+    pub(super) fn prefill_need(&self, n: u32, reused: u32) -> Need {
+        let sealed = self.sealed_len(n);
+        Need {
+            exact: pages_for(n - if self.compressed { sealed } else { reused }),
+            sealed: sealed.saturating_sub(reused) / PAGE_TOKENS,
+            sinks: u32::from(self.sinks > 0 && reused == 0 && sealed > 0),
+            workspace: if self.compressed { pages_for(n - reused) } else { 0 },
+        }
+    }
+
+    /// What a sequence holds in the step that decodes position `len - 1`, the page it seals there included.
+    fn decode_need(&self, len: u32) -> Need {
+        let (before, after) = (self.sealed_len(len - 1), self.sealed_len(len));
+        Need { exact: pages_for(len - before), sealed: after / PAGE_TOKENS, sinks: u32::from(self.sinks > 0 && after > 0), workspace: 0 }
+    }
+
+    /// The most a request ever holds, if it is never preempted: any of these may be the largest in bytes.
+    ///
+    /// The last token generated is never computed. A decode step at `len` needs no less than the one at `len - 64`,
+    /// so the last 64 lengths stand for all.
+    pub(super) fn peaks(&self, prompt: u32, max_new: u32) -> impl Iterator<Item = Need> + '_ {
+        let last = prompt + max_new - 1;
+        let decodes = (prompt + 1).max(last.saturating_sub(PAGE_TOKENS - 1))..=last;
+        std::iter::once(self.prefill_need(prompt, 0)).chain(decodes.map(|len| self.decode_need(len)))
+    }
+
+    /// Why these sizes cannot be served, if they cannot.
+    pub(super) fn fault(&self) -> Option<&'static str> {
+        let PageSizes { exact, sealed, sinks, workspace } = self.sizes;
+        let SealedSplit { keys, values, metadata } = self.split;
+        if ![exact, sealed, sinks, workspace].iter().all(|bytes| bytes.is_multiple_of(PageAddr::UNIT)) {
+            Some("page sizes are not whole address units")
+        } else if exact == 0 {
+            Some("exact pages have no size")
+        } else if !self.compressed {
+            None
+        } else if sealed == 0 || workspace == 0 || (sinks == 0) != (self.sinks == 0) {
+            Some("a compressed profile lacks the size of a page")
+        } else if self.sinks > PAGE_TOKENS {
+            Some("sinks exceed a page")
+        } else if keys + values + metadata != sealed {
+            Some("the parts of a sealed page do not sum to it")
+        } else {
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lengths_of_a_decode_are_its_peak() {
+        for (window, sinks, prompt, max_new) in [(64, 4, 10, 700), (0, 0, 64, 300), (100, 16, 500, 1), (256, 4, 1, 90), (32, 4, 200, 200)] {
+            let profile = ProfileSizes { window, sinks, compressed: true, ..ProfileSizes::default() };
+            let all: Vec<Need> = (prompt + 1..prompt + max_new).map(|len| profile.decode_need(len)).collect();
+            let peaks: Vec<Need> = profile.peaks(prompt, max_new).collect();
+            for need in &all {
+                let covers = |p: &&Need| p.exact >= need.exact && p.sealed >= need.sealed && p.sinks >= need.sinks;
+                assert!(peaks.iter().any(|p| covers(&p)), "{need:?} is not covered, window {window}, prompt {prompt}");
+            }
+        }
+    }
+}
