@@ -445,7 +445,8 @@ impl Sim {
         let seq = SeqId(self.rng.below(self.next_seq + 1));
         let before = self.scheduler.pool().bytes();
         let known = self.live.remove(&seq).is_some();
-        self.check(self.scheduler.cancel(seq).is_some() != known, "cancel and the owner disagree on who lives")?;
+        let ended = self.scheduler.cancel(seq);
+        self.check(ended.is_some() != known, "cancel and the owner disagree on who lives")?;
         if in_flight {
             self.tally.cancelled_in_flight += u64::from(known);
             self.check(self.scheduler.pool().bytes() != before, "pages moved while a step is in flight")?;
