@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod compress;
+pub mod config;
 pub mod engine;
 pub mod ids;
 pub mod kv;
@@ -13,3 +14,4 @@ pub mod request;
 pub mod scheduler;
 pub mod step;
 pub mod telemetry;
+

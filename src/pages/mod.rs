@@ -321,12 +321,12 @@ impl PagePool {
 
     /// How many hold a page.
     pub fn holders(&self, page: PageAddr) -> u32 {
-        self.pages[self.slot(page).1].holders
+        self.page(page).map_or(0, |p| p.holders)
     }
 
     /// Whether the prefix index knows a page.
     pub fn is_indexed(&self, page: PageAddr) -> bool {
-        self.pages[self.slot(page).1].entry != NONE
+        self.page(page).is_some_and(|p| p.entry != NONE)
     }
 
     /// Pages in the prefix index.
@@ -348,7 +348,13 @@ impl PagePool {
         self.classes[usize::from(self.slabs[slab as usize].class)].page_bytes
     }
 
-    /// Slab and slot of a page.
+    /// The slot at an address, unless its slab serves no class.
+    fn page(&self, page: PageAddr) -> Option<&Page> {
+        let slab = &self.slabs[(page.byte() / self.slab_bytes) as usize];
+        (slab.class != NO_CLASS).then(|| &self.pages[self.slot(page).1])
+    }
+
+    /// Slab and slot of a page that is not free.
     fn slot(&self, page: PageAddr) -> (u32, usize) {
         let slab = page.byte() / self.slab_bytes;
         let class = &self.classes[usize::from(self.slabs[slab as usize].class)];

@@ -395,14 +395,14 @@ impl Scheduler {
                 }
             }
         }
-        if let [one] = group[..] {
+        let was_alone = plan.rows.iter().all(|row| row.seq == plan.rows[0].seq);
+        if let (true, &[one]) = (was_alone, &group[..]) {
             let at = self.place(self.ranks[&one]).expect("placed just now");
             self.fail(at, failure, out);
-        } else if group.len() > 1 {
-            let rest = group.split_off(group.len().div_ceil(2));
-            self.suspects.push(rest);
-            self.suspects.push(group);
+            return;
         }
+        let rest = group.split_off(group.len().div_ceil(2));
+        self.suspects.extend([rest, group].into_iter().filter(|half| !half.is_empty()));
     }
 
     /// Whether there is nothing to run and nothing waits.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::profile::{Need, ProfileSizes, pages_for};
-use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
+use crate::ids::{PAGE_TOKENS, PageAddr, SeqId, TokenId};
 use crate::pages::PagePool;
 use crate::pages::prefix::{Hit, Key, Keys, PageTokens};
 use crate::request::{CacheUse, GenerateRequest, Usage};
@@ -118,10 +118,6 @@ impl<State> Sequence<State> {
 
     pub(super) fn prompt_len(&self) -> u32 {
         self.request.prompt.len() as u32
-    }
-
-    pub(super) fn profile(&self) -> ProfileIndex {
-        self.request.profile
     }
 
     /// The token at a position.

@@ -4,3 +4,4 @@ mod artifact;
 mod calibrate;
 mod model;
 mod plan;
+mod sim;

@@ -1,0 +1,348 @@
+//! The command line and the config file, as their users write them. Field names are the flags.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use crate::config::ConfigError;
+use crate::config::profiles::ProfileFile;
+
+/// Serve long contexts from a compressed KV cache, over the OpenAI API.
+///
+/// Without a subcommand, serves the built-in demo model on http://127.0.0.1:8000.
+#[derive(Parser, Debug)]
+#[command(name = "strait", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub serve: ServeFlags,
+}
+
+/// What the program can do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Serve a model over HTTP.
+    Serve(Serve),
+    /// Say exactly what fits: bytes per token, tokens and requests, per cache profile.
+    Plan(Plan),
+    /// Calibrate a model and write its compression artifact (closed form).
+    Compress(Compress),
+}
+
+/// `strait serve`.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// A Hugging Face-format folder; the built-in demo model when left out.
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub flags: ServeFlags,
+}
+
+/// `strait plan`.
+#[derive(Args, Debug)]
+pub struct Plan {
+    /// A Hugging Face-format folder; only its config.json is read. The built-in demo model when left out.
+    pub model: Option<PathBuf>,
+    /// Bytes of the cache: a number, or one with KiB, MiB, GiB.
+    #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES", default_value = "4GiB")]
+    pub kv_cache_memory_bytes: Bytes,
+    /// Lengths of request to count, in tokens.
+    #[arg(long, value_delimiter = ',', default_values_t = [4096u32, 32768, 131072])]
+    pub lengths: Vec<u32>,
+    /// Element of exact keys and values: follows the model's weights when `auto`.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto, env = "STRAIT_DTYPE")]
+    pub dtype: DtypeArg,
+    /// TOML file with further cache profiles.
+    #[arg(long, env = "STRAIT_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `strait compress`.
+#[derive(Args, Debug)]
+pub struct Compress {
+    /// A Hugging Face-format folder; the built-in demo model when left out.
+    pub model: Option<PathBuf>,
+    /// Where to write the artifact.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// UTF-8 text to calibrate on; a built-in text when left out.
+    #[arg(long)]
+    pub text: Option<PathBuf>,
+    /// Tokens to calibrate on, at most.
+    #[arg(long, default_value_t = 16384)]
+    pub tokens: usize,
+    /// Worker threads [default: all cores].
+    #[arg(long, env = "STRAIT_THREADS")]
+    pub threads: Option<usize>,
+    /// TOML file with further cache profiles.
+    #[arg(long, env = "STRAIT_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// Flags of a server; each also an environment variable and a key of the config file.
+#[derive(Args, Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+pub struct ServeFlags {
+    /// TOML file with any of these settings, and cache profiles.
+    #[arg(long, env = "STRAIT_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Address to listen on [default: 127.0.0.1].
+    #[arg(long, env = "STRAIT_HOST")]
+    pub host: Option<IpAddr>,
+    /// Port to listen on; 0 takes a free one [default: 8000].
+    #[arg(long, short, env = "STRAIT_PORT")]
+    pub port: Option<u16>,
+    /// Key that clients must present as bearer token; may be repeated. Prefer --api-key-file: arguments are visible to others.
+    #[arg(long, env = "STRAIT_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub api_key: Vec<String>,
+    /// File with one API key per line; # begins a comment.
+    #[arg(long, env = "STRAIT_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Key for /admin routes from other machines [default: loopback only].
+    #[arg(long, env = "STRAIT_ADMIN_API_KEY", hide_env_values = true)]
+    pub admin_api_key: Option<String>,
+    /// Name of the model in the API; may be repeated [default: the folder's name].
+    #[arg(long, alias = "alias", env = "STRAIT_SERVED_MODEL_NAME", value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
+    /// Longest sequence, prompt and answer together [default: what the model was made for].
+    #[arg(long, alias = "ctx-size", alias = "context-length", env = "STRAIT_MAX_MODEL_LEN")]
+    pub max_model_len: Option<u32>,
+    /// Type of the weights in memory [default: auto, as stored].
+    #[arg(long, value_enum, env = "STRAIT_DTYPE")]
+    pub dtype: Option<DtypeArg>,
+    /// auto, cpu or cuda[:n] [default: auto].
+    #[arg(long, env = "STRAIT_DEVICE")]
+    pub device: Option<DeviceArg>,
+    /// Worker threads [default: all cores].
+    #[arg(long, short, env = "STRAIT_THREADS")]
+    pub threads: Option<usize>,
+    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
+    #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]
+    pub kv_cache_memory_bytes: Option<Bytes>,
+    /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, or one of the config file [default: full].
+    #[arg(long, env = "STRAIT_CACHE_PROFILE")]
+    pub cache_profile: Option<String>,
+    /// Compression artifact of this model [default: computed at start].
+    #[arg(long, env = "STRAIT_COMPRESSION")]
+    pub compression: Option<PathBuf>,
+    /// Sequences that run at once [default: 64].
+    #[arg(long, alias = "parallel", alias = "max-running-requests", env = "STRAIT_MAX_NUM_SEQS")]
+    pub max_num_seqs: Option<usize>,
+    /// Tokens computed in one step [default: 512].
+    #[arg(long, alias = "chunked-prefill-size", env = "STRAIT_MAX_NUM_BATCHED_TOKENS")]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Requests that may wait; more are answered 429 [default: 256].
+    #[arg(long, alias = "max-num-queued-reqs", env = "STRAIT_MAX_QUEUED_REQUESTS")]
+    pub max_queued_requests: Option<usize>,
+    /// Reuse the cache of equal prompt beginnings: the default, said aloud.
+    #[arg(long, env = "STRAIT_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_missing_value = "true", conflicts_with = "no_enable_prefix_caching")]
+    pub enable_prefix_caching: Option<bool>,
+    /// Compute every prompt from its start.
+    #[arg(long, env = "STRAIT_NO_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip)]
+    pub no_enable_prefix_caching: Option<bool>,
+    /// Seconds that running requests get to finish after SIGTERM [default: 30].
+    #[arg(long, env = "STRAIT_SHUTDOWN_TIMEOUT")]
+    pub shutdown_timeout: Option<f64>,
+    /// Form of the log on stderr [default: text].
+    #[arg(long, value_enum, env = "STRAIT_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Seed of requests that give none; they then repeat from start to start in the same order [default: random].
+    #[arg(long, env = "STRAIT_SEED")]
+    pub seed: Option<u64>,
+}
+
+impl ServeFlags {
+    /// What is set here, and from `other` what is not.
+    pub fn or(self, other: ServeFlags) -> ServeFlags {
+        let list = |a: Vec<String>, b: Vec<String>| if a.is_empty() { b } else { a };
+        let caching = match (self.enable_prefix_caching, self.no_enable_prefix_caching) {
+            (_, Some(no)) => Some(!no),
+            (yes, None) => yes.or(other.enable_prefix_caching),
+        };
+        ServeFlags {
+            config: self.config,
+            host: self.host.or(other.host),
+            port: self.port.or(other.port),
+            api_key: list(self.api_key, other.api_key),
+            api_key_file: self.api_key_file.or(other.api_key_file),
+            admin_api_key: self.admin_api_key.or(other.admin_api_key),
+            served_model_name: list(self.served_model_name, other.served_model_name),
+            max_model_len: self.max_model_len.or(other.max_model_len),
+            dtype: self.dtype.or(other.dtype),
+            device: self.device.or(other.device),
+            threads: self.threads.or(other.threads),
+            kv_cache_memory_bytes: self.kv_cache_memory_bytes.or(other.kv_cache_memory_bytes),
+            cache_profile: self.cache_profile.or(other.cache_profile),
+            compression: self.compression.or(other.compression),
+            max_num_seqs: self.max_num_seqs.or(other.max_num_seqs),
+            max_num_batched_tokens: self.max_num_batched_tokens.or(other.max_num_batched_tokens),
+            max_queued_requests: self.max_queued_requests.or(other.max_queued_requests),
+            enable_prefix_caching: caching,
+            no_enable_prefix_caching: caching.map(|on| !on),
+            shutdown_timeout: self.shutdown_timeout.or(other.shutdown_timeout),
+            log_format: self.log_format.or(other.log_format),
+            seed: self.seed.or(other.seed),
+        }
+    }
+}
+
+/// The config file: the flags by their names, and a table of cache profiles.
+#[derive(Debug, Default)]
+pub struct File {
+    pub flags: ServeFlags,
+    pub profiles: BTreeMap<String, ProfileFile>,
+}
+
+impl File {
+    /// Reads and checks a file; unknown keys are refused.
+    ///
+    /// # Errors
+    /// Where it cannot be read, or is not what it should be.
+    pub fn read(path: &Path) -> Result<File, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.into(), source })?;
+        let bad = |reason: String| ConfigError::Toml { path: path.into(), reason: reason.trim().replace('\n', " ") };
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| bad(e.to_string()))?;
+        let profiles = match table.remove("profiles") {
+            Some(profiles) => profiles.try_into().map_err(|e: toml::de::Error| bad(format!("profiles: {e}")))?,
+            None => BTreeMap::new(),
+        };
+        let flags = table.try_into().map_err(|e: toml::de::Error| bad(e.to_string()))?;
+        Ok(File { flags, profiles })
+    }
+}
+
+/// `--dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DtypeArg {
+    Auto,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "float32")]
+    F32,
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum DeviceArg {
+    Auto,
+    Cpu,
+    Cuda(u32),
+}
+
+impl FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "auto" => Ok(DeviceArg::Auto),
+            "cpu" => Ok(DeviceArg::Cpu),
+            "cuda" => Ok(DeviceArg::Cuda(0)),
+            _ => {
+                let index = s.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+                index.map(DeviceArg::Cuda).ok_or_else(|| "choose auto, cpu or cuda[:n]".into())
+            }
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceArg {
+    type Error = String;
+
+    fn try_from(s: String) -> Result<Self, String> {
+        s.parse()
+    }
+}
+
+/// A number of bytes, as people write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "BytesFile")]
+pub struct Bytes(pub u64);
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum BytesFile {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<BytesFile> for Bytes {
+    type Error = String;
+
+    fn try_from(b: BytesFile) -> Result<Self, String> {
+        match b {
+            BytesFile::Number(n) => Ok(Bytes(n)),
+            BytesFile::Text(s) => s.parse(),
+        }
+    }
+}
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let want = || "write a number of bytes, or one with KiB, MiB, GiB, TiB (1024s) or KB, MB, GB, TB (1000s)".to_owned();
+        let digits = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
+        let (number, unit) = s.split_at(digits);
+        let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kib" | "k" => 1 << 10,
+            "mib" | "m" => 1 << 20,
+            "gib" | "g" => 1 << 30,
+            "tib" | "t" => 1 << 40,
+            "kb" => 1_000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            "tb" => 1_000_000_000_000,
+            _ => return Err(want()),
+        };
+        if let Ok(whole) = number.parse::<u64>() {
+            return whole.checked_mul(scale).map(Bytes).ok_or_else(want);
+        }
+        let number: f64 = number.parse().map_err(|_| want())?;
+        let bytes = number * scale as f64;
+        if bytes.is_finite() && (0.0..1e18).contains(&bytes) { Ok(Bytes(bytes as u64)) } else { Err(want()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_as_people_write_them() {
+        for (text, want) in
+            [("0", 0), ("512", 512), ("4GiB", 4 << 30), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2g", 2 << 30), ("3KB", 3000)]
+        {
+            assert_eq!(text.parse(), Ok(Bytes(want)), "{text}");
+        }
+        for bad in ["", "GiB", "-1", "1 XB", "1e3", "99999999999999999999", "18446744073709551615KiB", "1.2.3"] {
+            assert!(bad.parse::<Bytes>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,161 @@
+//! What the operator asked for, made into what will run. Flags win over environment variables, these over the
+//! `--config` file, these over defaults; each default gives its reason here. Nothing that is accepted is ignored.
+
+pub mod args;
+pub mod profiles;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::args::{Bytes, DeviceArg, DtypeArg, LogFormat, ServeFlags};
+use crate::config::profiles::{DEFAULT_PROFILE, builtin};
+use crate::kv::layout::Profile;
+use crate::model::weights::LoadDtype;
+
+/// What a server will run, before the model is known.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub host: IpAddr,
+    pub port: u16,
+    pub api_keys: Vec<String>,
+    pub admin_api_key: Option<String>,
+    pub served_model_names: Vec<String>,
+    pub max_model_len: Option<u32>,
+    pub dtype: LoadDtype,
+    pub threads: usize,
+    pub kv_cache_memory_bytes: Option<u64>,
+    pub profiles: Vec<Profile>,
+    /// Index in `profiles`.
+    pub default_profile: usize,
+    pub compression: Option<PathBuf>,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: u32,
+    pub max_queued_requests: usize,
+    pub prefix_caching: bool,
+    pub shutdown_timeout: Duration,
+    pub log_format: LogFormat,
+    pub seed: Option<u64>,
+}
+
+/// Why the settings cannot run. One sentence with cause and mend.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the config file {}: {source}; check the path given to --config", .path.display())]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("the config file {} is not valid: {reason}", .path.display())]
+    Toml { path: PathBuf, reason: String },
+    #[error("cannot read the API key file {}: {source}; check the path given to --api-key-file", .path.display())]
+    KeyFile { path: PathBuf, source: std::io::Error },
+    #[error("the API key file {} holds no key; write one key per line, # begins a comment", .path.display())]
+    NoKeys { path: PathBuf },
+    #[error("an API key is empty; give a key of at least one character")]
+    EmptyKey,
+    #[error("there is no cache profile {name:?}; choose one of {known}, or define it under [profiles] in the config file")]
+    UnknownProfile { name: String, known: String },
+    #[error("cache profile {name:?}: {fault}")]
+    BadProfile { name: String, fault: String },
+    #[error("--{flag} is {value}; it must be {want}")]
+    Range { flag: &'static str, value: String, want: &'static str },
+    #[error("--device {0} asks for a CUDA device, and this build serves on the CPU only; use --device cpu")]
+    NoCuda(String),
+    #[error(
+        "--max-num-batched-tokens is {tokens}, and {seqs} sequences need at least {least} (a token each, and a page of a prompt); raise it or lower --max-num-seqs"
+    )]
+    StepTooSmall { tokens: u32, seqs: usize, least: usize },
+}
+
+impl Settings {
+    /// Resolves flags (already merged with the environment) against the config file and defaults.
+    ///
+    /// # Errors
+    /// One [`ConfigError`] for the first thing that cannot be.
+    pub fn resolve(flags: &ServeFlags) -> Result<Settings, ConfigError> {
+        let file = match &flags.config {
+            Some(path) => args::File::read(path)?,
+            None => args::File::default(),
+        };
+        let flags = flags.clone().or(file.flags);
+        let mut profiles = builtin();
+        for (name, profile) in file.profiles {
+            let profile = profile.resolve(&name)?;
+            match profiles.iter_mut().find(|p| p.name == name) {
+                Some(_) if name == "full" => {
+                    return Err(ConfigError::BadProfile { name, fault: "full is the exact cache and cannot be redefined".into() });
+                }
+                Some(known) => *known = profile,
+                None => profiles.push(profile),
+            }
+        }
+        let wanted = flags.cache_profile.unwrap_or_else(|| DEFAULT_PROFILE.into());
+        let default_profile = profiles.iter().position(|p| p.name == wanted).ok_or_else(|| ConfigError::UnknownProfile {
+            name: wanted,
+            known: profiles.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", "),
+        })?;
+        let mut api_keys = flags.api_key;
+        if let Some(path) = &flags.api_key_file {
+            api_keys.extend(read_keys(path)?);
+        }
+        if api_keys.iter().chain(&flags.admin_api_key).any(|k| k.is_empty()) {
+            return Err(ConfigError::EmptyKey);
+        }
+        match flags.device {
+            None | Some(DeviceArg::Auto | DeviceArg::Cpu) => {}
+            Some(DeviceArg::Cuda(n)) => return Err(ConfigError::NoCuda(format!("cuda:{n}"))),
+        }
+        let threads = flags.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        // A decode batch of 64 already reads the weights once for 64 tokens; more only lengthens each step.
+        let max_num_seqs = flags.max_num_seqs.unwrap_or(64);
+        // On a CPU a step of 512 prompt tokens keeps the matrix units busy, and a decode waits for it at most once.
+        let max_num_batched_tokens = flags.max_num_batched_tokens.unwrap_or((max_num_seqs as u32).saturating_add(64).max(512));
+        // Beyond this a client waits longer than it is patient; it is told to come back instead.
+        let max_queued_requests = flags.max_queued_requests.unwrap_or(256);
+        let range = |flag, value: String, want, ok: bool| if ok { Ok(()) } else { Err(ConfigError::Range { flag, value, want }) };
+        range("threads", threads.to_string(), "from 1 to 1024", (1..=1024).contains(&threads))?;
+        range("max-num-seqs", max_num_seqs.to_string(), "from 1 to 4096", (1..=4096).contains(&max_num_seqs))?;
+        range("max-queued-requests", max_queued_requests.to_string(), "at least 1", max_queued_requests >= 1)?;
+        if let Some(n) = flags.max_model_len {
+            range("max-model-len", n.to_string(), "at least 2", n >= 2)?;
+        }
+        let least = max_num_seqs + 64;
+        if (max_num_batched_tokens as usize) < least {
+            return Err(ConfigError::StepTooSmall { tokens: max_num_batched_tokens, seqs: max_num_seqs, least });
+        }
+        // Long enough for an ordinary answer to end; below Kubernetes' default of 30 s would cut streams for nothing.
+        let shutdown_timeout = flags.shutdown_timeout.unwrap_or(30.0);
+        range("shutdown-timeout", shutdown_timeout.to_string(), "a number of seconds from 0 to 86400", (0.0..=86400.0).contains(&shutdown_timeout))?;
+        Ok(Settings {
+            // A server without keys is for this machine alone until its operator says otherwise.
+            host: flags.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            port: flags.port.unwrap_or(8000),
+            api_keys,
+            admin_api_key: flags.admin_api_key,
+            served_model_names: flags.served_model_name,
+            max_model_len: flags.max_model_len,
+            dtype: match flags.dtype.unwrap_or(DtypeArg::Auto) {
+                DtypeArg::Auto => LoadDtype::Auto,
+                DtypeArg::Bf16 => LoadDtype::Bf16,
+                DtypeArg::F32 => LoadDtype::F32,
+            },
+            threads,
+            kv_cache_memory_bytes: flags.kv_cache_memory_bytes.map(|Bytes(n)| n),
+            profiles,
+            default_profile,
+            compression: flags.compression,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_queued_requests,
+            prefix_caching: !flags.no_enable_prefix_caching.unwrap_or(false),
+            shutdown_timeout: Duration::from_secs_f64(shutdown_timeout),
+            log_format: flags.log_format.unwrap_or(LogFormat::Text),
+            seed: flags.seed,
+        })
+    }
+}
+
+/// One key per line; `#` begins a comment.
+fn read_keys(path: &PathBuf) -> Result<Vec<String>, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::KeyFile { path: path.clone(), source })?;
+    let keys: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).map(Into::into).collect();
+    if keys.is_empty() { Err(ConfigError::NoKeys { path: path.clone() }) } else { Ok(keys) }
+}
