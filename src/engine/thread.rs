@@ -44,7 +44,7 @@ pub struct Parts {
     pub emit: Box<dyn Fn(telemetry::Event) + Send>,
 }
 
-/// Starts the thread. It runs until [`Engine::stop`], or until the last handle and stream are gone.
+/// Starts the thread. It runs until [`Engine::stop`].
 ///
 /// # Errors
 /// When the scheduler refuses its configuration, or no thread can be made.
@@ -162,7 +162,13 @@ impl Engine for Arc<Door> {
             return Err(SubmitError::Stopped);
         }
         let (cancel, finish) = (self.clone(), self.clone());
-        Ok(TokenStream::new(seq, receiver, move || drop(cancel.send(Message::Cancel(seq))), move || drop(finish.send(Message::Finish(seq)))))
+        let cancel = move || {
+            cancel.send(Message::Cancel(seq));
+        };
+        let finish = move || {
+            finish.send(Message::Finish(seq));
+        };
+        Ok(TokenStream::new(seq, receiver, cancel, finish))
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {

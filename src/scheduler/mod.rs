@@ -38,7 +38,8 @@ use std::ops::Bound;
 use std::time::Duration;
 
 pub use self::fit::Fit;
-pub use self::profile::{ProfileSizes, SealedSplit};
+pub use self::profile::ProfileSizes;
+pub use crate::kv::layout::SealedSplit;
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
 pub use self::sequence::{Ended, Times};
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};

@@ -1,7 +1,7 @@
 //! How many pages of each kind a sequence of a given length holds. All arithmetic of "will it fit" is here.
 
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
-use crate::kv::layout::PageSizes;
+use crate::kv::layout::{PageLayout, PageSizes, SealedSplit};
 use crate::pages::{Kind, Tag};
 use crate::step::sealed_len;
 
@@ -17,14 +17,6 @@ pub struct ProfileSizes {
     pub compressed: bool,
     /// How the bytes of a sealed page divide.
     pub split: SealedSplit,
-}
-
-/// Parts of a sealed page, in bytes. They sum to the page, padding counted as metadata.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct SealedSplit {
-    pub keys: u64,
-    pub values: u64,
-    pub metadata: u64,
 }
 
 /// Pages of each kind, in the order of [`Kind::ALL`].
@@ -55,6 +47,14 @@ pub(super) fn pages_for(positions: u32) -> u32 {
 }
 
 impl ProfileSizes {
+    /// What a layout comes to. Padding of a sealed page counts as metadata.
+    pub fn of(layout: &PageLayout) -> Self {
+        let (sizes, split) = (layout.sizes(), layout.sealed_split());
+        let metadata = sizes.sealed - split.keys - split.values;
+        let split = SealedSplit { metadata, ..split };
+        ProfileSizes { sizes, window: layout.window, sinks: layout.sinks, compressed: !layout.sealed.is_empty(), split }
+    }
+
     /// Positions that are in sealed pages once `len` are computed.
     pub(super) fn sealed_len(&self, len: u32) -> u32 {
         if self.compressed { sealed_len(len, self.window) } else { 0 }

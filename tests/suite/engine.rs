@@ -1,0 +1,384 @@
+//! The real engine thread on tiny real models: batching, profiles, layer-by-layer prefill, cancellation, faults.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strait::calibrate::{self, Moments};
+use strait::compress::artifact::Fingerprint;
+use strait::engine::thread::{Parts, start};
+use strait::engine::{EngineHandle, SubmitError, TokenStream};
+use strait::ids::{AdapterGeneration, ProfileIndex, TokenId};
+use strait::kv::Arena;
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use strait::model::checkpoint::Checkpoint;
+use strait::model::decoder::{Decoder, ReadyProfile};
+use strait::model::weights::LoadDtype;
+use strait::ops::cpu::Cpu;
+use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
+use strait::request::{Event, Failure, FinishReason, GenerateRequest, Sampling, TokenLogprob, Usage};
+use strait::scheduler::{self, ProfileSizes};
+
+const POSITIONS: usize = 768;
+
+/// `full`; all directions at 16 bits; a fifth of them; a fifth at 4 bits.
+fn profiles() -> Vec<Profile> {
+    let cskv = |name: &str, share, bits, sinks| Profile {
+        name: name.into(),
+        cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks, basis: BasisKind::Joint }),
+    };
+    vec![Profile { name: "full".into(), cskv: None }, cskv("lossless", 1.0, 16, 4), cskv("fifth", 0.2, 16, 4), cskv("fifth-4", 0.2, 4, 0)]
+}
+
+struct World {
+    engine: EngineHandle,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.engine.stop();
+        let ended = self.thread.take().expect("joined once").join();
+        if !std::thread::panicking() {
+            ended.expect("the engine thread ends well");
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Size {
+    budget: u32,
+    seqs: usize,
+    arena_pages: u64,
+    queue: usize,
+}
+
+const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64 };
+
+fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(model);
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&dir).unwrap()));
+    let config = &checkpoint.config;
+    let ops = ops();
+    let mut decoder = Decoder::new(config, checkpoint.weights(LoadDtype::F32), POSITIONS, 64);
+
+    let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
+    let mut moments = Moments::new(config, 4);
+    calibrate::collect(&mut decoder, &Cpu::new(1), &texts, &mut moments, |_| ()).unwrap();
+    let artifact = calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles()).unwrap().artifact;
+    let ready: Vec<ReadyProfile> = profiles()
+        .iter()
+        .map(|p| ReadyProfile {
+            layout: PageLayout::new(config, ExactType::F32, p, None),
+            compression: if p.cskv.is_some() { artifact.layers(p).unwrap() } else { vec![] },
+        })
+        .collect();
+    let arena_bytes = ready[0].layout.sizes().exact * size.arena_pages;
+    let parts = Parts {
+        scheduler: scheduler::Config {
+            max_num_seqs: size.seqs,
+            max_num_batched_tokens: size.budget,
+            max_queued_requests: size.queue,
+            max_queued_tokens: 1 << 20,
+            layers: config.layers as u32,
+            max_model_len: POSITIONS as u32,
+            arena_bytes,
+            profiles: ready.iter().map(|r| ProfileSizes::of(&r.layout)).collect(),
+            prefix_caching: true,
+            hash_secret: [7; 32],
+            model_digest: [1; 32],
+        },
+        arena: Arena::new(arena_bytes).unwrap(),
+        decoder,
+        profiles: ready,
+        ops,
+        emit: Box::new(|_| ()),
+    };
+    let (engine, thread) = start(parts).unwrap();
+    World { engine, thread: Some(thread) }
+}
+
+fn cpu() -> Box<dyn Ops> {
+    Box::new(Cpu::new(2))
+}
+
+fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x % vocab as u64) as TokenId
+        })
+        .collect()
+}
+
+fn request(prompt: &[TokenId], max_new: u32, profile: u8) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.into(),
+        max_new_tokens: max_new,
+        min_new_tokens: 0,
+        stop_tokens: Arc::new([]),
+        sampling: Sampling::greedy(),
+        logprobs: Some(2),
+        prompt_logprobs: None,
+        profile: ProfileIndex(profile),
+        adapter: AdapterGeneration(0),
+        priority: 0,
+        cache_salt: 0,
+        queue_timeout: Duration::from_secs(60),
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct Said {
+    tokens: Vec<TokenId>,
+    logprobs: Vec<TokenLogprob>,
+    prompt: Vec<TokenLogprob>,
+    end: Result<(FinishReason, Usage), Failure>,
+}
+
+fn hear(mut stream: TokenStream) -> Said {
+    let (mut tokens, mut logprobs, mut prompt) = (vec![], vec![], vec![]);
+    loop {
+        match stream.events.blocking_recv().expect("the engine says how it ends") {
+            Event::Prompt { logprobs } => prompt = logprobs,
+            Event::Token { id, logprob } => {
+                tokens.push(id);
+                logprobs.extend(logprob);
+            }
+            Event::Done { reason, usage } => return Said { tokens, logprobs, prompt, end: Ok((reason, usage)) },
+            Event::Failed { failure } => return Said { tokens, logprobs, prompt, end: Err(failure) },
+        }
+    }
+}
+
+fn settled(world: &World) -> Arc<strait::telemetry::Snapshot> {
+    let begun = Instant::now();
+    loop {
+        let s = world.engine.snapshot();
+        if s.running + s.waiting == 0 && s.free_bytes + s.cached_bytes > 0 && s.branches.iter().all(|b| b.2 == 0) {
+            return s;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "pages never came home: {s:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_what_else_is_in_the_batch() {
+    for model in ["llama3", "qwen3"] {
+        let prompts: Vec<Vec<TokenId>> = [1, 5, 63, 64, 65, 130, 300].iter().map(|&n| tokens(n, n as u64, 256)).collect();
+        let sampled = |i: usize, profile| GenerateRequest {
+            sampling: Sampling { temperature: if i.is_multiple_of(2) { 0.0 } else { 0.8 }, seed: i as u64, top_p: 0.9, ..Sampling::greedy() },
+            ..request(&prompts[i], 20, profile)
+        };
+        // Each alone, with a cold cache, with steps of another size.
+        let alone: Vec<Vec<Said>> = (0..4u8)
+            .map(|profile| {
+                (0..prompts.len())
+                    .map(|i| {
+                        let world = world(model, Size { budget: 80, ..ROOMY }, cpu);
+                        hear(world.engine.submit(sampled(i, profile)).unwrap())
+                    })
+                    .collect()
+            })
+            .collect();
+        let together = world(model, ROOMY, cpu);
+        let streams: Vec<_> =
+            (0..4u8).flat_map(|p| (0..prompts.len()).map(move |i| (p, i))).map(|(p, i)| (p, i, together.engine.submit(sampled(i, p)).unwrap())).collect();
+        for (profile, i, stream) in streams {
+            let (got, want) = (hear(stream), &alone[profile as usize][i]);
+            assert_eq!(got.tokens, want.tokens, "{model}, profile {profile}, prompt {i}");
+            assert_eq!(got.logprobs, want.logprobs, "{model}, profile {profile}, prompt {i}: to the bit");
+        }
+        settled(&together);
+    }
+}
+
+#[test]
+fn prefill_of_a_compressed_cache_is_exact_at_any_length() {
+    for budget in [80, 512, 1024] {
+        let world = world("llama3", Size { budget, ..ROOMY }, cpu);
+        for n in [1, 64, 65, 200, 600] {
+            let prompt = tokens(n, 9 + n as u64, 256);
+            let first = |profile| hear(world.engine.submit(request(&prompt, 1, profile)).unwrap()).logprobs;
+            let full = first(0);
+            for profile in 1..4 {
+                assert_eq!(first(profile), full, "budget {budget}, {n} tokens, profile {profile}");
+            }
+        }
+    }
+}
+
+#[test]
+fn all_directions_at_16_bits_are_as_good_as_the_exact_cache() {
+    let world = world("llama3", ROOMY, cpu);
+    let prompt = tokens(500, 3, 256);
+    let said = |profile| hear(world.engine.submit(request(&prompt, 100, profile)).unwrap());
+    let (full, lossless, fifth) = (said(0), said(1), said(3));
+    let difference = |other: &Said| full.logprobs.iter().zip(&other.logprobs).map(|(a, b)| (a.logprob - b.logprob).abs()).fold(0.0, f32::max);
+    assert_eq!(full.tokens, lossless.tokens);
+    assert!(difference(&lossless) < 0.02, "{}", difference(&lossless));
+    assert!(difference(&fifth) > 0.02, "a fifth of the directions cannot be exact on random weights: is it compressed at all?");
+    let (_, usage) = lossless.end.unwrap();
+    assert_eq!((usage.cache.sealed_tokens, usage.cache.window_tokens), (512, 599 - 512 + 4));
+}
+
+#[test]
+fn prompt_log_probabilities_come_through_every_way_of_prefill() {
+    let prompt = tokens(300, 5, 256);
+    let mut all: Vec<Vec<TokenLogprob>> = vec![];
+    for (budget, profile) in [(512, 0), (80, 0), (80, 1), (512, 1)] {
+        let world = world("qwen2", Size { budget, ..ROOMY }, cpu);
+        let said = hear(world.engine.submit(GenerateRequest { prompt_logprobs: Some(1), ..request(&prompt, 1, profile) }).unwrap());
+        assert_eq!(said.prompt.len(), 299);
+        all.push(said.prompt);
+    }
+    assert!(all.iter().all(|p| *p == all[0]));
+}
+
+#[test]
+fn an_equal_beginning_is_read_from_the_cache_and_changes_nothing() {
+    let world = world("mistral", ROOMY, cpu);
+    let prompt = tokens(300, 11, 256);
+    let say = || hear(world.engine.submit(request(&prompt, 10, 0)).unwrap());
+    let (cold, warm) = (say(), say());
+    assert_eq!(cold.tokens, warm.tokens);
+    assert_eq!(cold.logprobs, warm.logprobs);
+    assert_eq!((cold.end.unwrap().1.cached_tokens, warm.end.unwrap().1.cached_tokens), (0, 256));
+}
+
+#[test]
+fn preempted_sequences_of_an_exact_cache_say_the_same() {
+    let prompts: Vec<Vec<TokenId>> = (0..6).map(|i| tokens(100 + 20 * i, 40 + i as u64, 256)).collect();
+    let say = |size| -> Vec<Vec<TokenId>> {
+        let world = world("llama3", size, cpu);
+        let streams: Vec<_> = prompts.iter().map(|p| world.engine.submit(request(p, 200, 0)).unwrap()).collect();
+        streams.into_iter().map(|s| hear(s).tokens).collect()
+    };
+    // Six sequences grow to some 5 pages each; ten pages force preemption again and again.
+    assert_eq!(say(Size { arena_pages: 10, ..ROOMY }), say(ROOMY));
+}
+
+#[test]
+fn a_dropped_stream_gives_its_pages_back() {
+    let world = world("llama3", ROOMY, cpu);
+    for round in 0..5 {
+        let mut streams: Vec<_> =
+            (0..8).map(|i| world.engine.submit(request(&tokens(200, 60 + i, 256), 400, (i % 4) as u8)).unwrap()).collect();
+        for _ in 0..round {
+            streams[0].events.blocking_recv().unwrap();
+        }
+    }
+    let home = settled(&world);
+    assert_eq!(home.branches.iter().map(|b| b.2).sum::<u64>(), 0);
+}
+
+#[test]
+fn a_stream_that_is_finished_early_gets_its_bill() {
+    let world = world("llama3", ROOMY, cpu);
+    let mut stream = world.engine.submit(request(&tokens(100, 2, 256), 500, 0)).unwrap();
+    for _ in 0..3 {
+        assert!(matches!(stream.events.blocking_recv(), Some(Event::Token { .. })));
+    }
+    stream.finish();
+    let said = hear(stream);
+    let (reason, usage) = said.end.unwrap();
+    assert_eq!((reason, usage.prompt_tokens), (FinishReason::Stop, 100));
+    assert!(usage.completion_tokens >= 3 && usage.completion_tokens < 500 && usage.cache.bytes > 0);
+}
+
+#[test]
+fn stop_tokens_end_and_minimum_lengths_hold_them_off() {
+    let world = world("llama3", ROOMY, cpu);
+    let prompt = tokens(50, 8, 256);
+    let free = hear(world.engine.submit(request(&prompt, 30, 0)).unwrap()).tokens;
+    let stop = free[4];
+    let first = free.iter().position(|&t| t == stop).unwrap();
+    let with = |min| GenerateRequest { stop_tokens: Arc::new([stop]), min_new_tokens: min, ..request(&prompt, 30, 0) };
+    let stopped = hear(world.engine.submit(with(0)).unwrap());
+    assert_eq!(stopped.tokens, free[..first]);
+    assert_eq!(stopped.end.unwrap().0, FinishReason::Stop);
+    let held = hear(world.engine.submit(with(20)).unwrap()).tokens;
+    assert!(held.len() >= 20 && !held[..20].contains(&stop));
+}
+
+#[test]
+fn what_cannot_fit_and_what_cannot_wait_is_refused_at_the_door() {
+    let world = world("llama3", Size { seqs: 1, queue: 2, arena_pages: 8, ..ROOMY }, cpu);
+    assert!(matches!(world.engine.submit(request(&tokens(600, 1, 256), 100, 0)), Err(SubmitError::TooLarge { .. })));
+    let long = || world.engine.submit(request(&tokens(64, 1, 256), 300, 0));
+    let mut kept = vec![];
+    let refused = (0..20).find_map(|_| match long() {
+        Ok(stream) => {
+            kept.push(stream);
+            None
+        }
+        Err(e) => Some(e),
+    });
+    match refused {
+        Some(SubmitError::QueueFull { retry_after, .. }) => assert!(retry_after >= Duration::from_secs(1)),
+        other => panic!("{other:?}"),
+    }
+    world.engine.drain();
+    assert!(matches!(long(), Err(SubmitError::Draining)));
+}
+
+/// Panics whenever a linear layer sees the mark that one token's embedding carries.
+struct Cursed(Cpu, f32);
+
+impl Ops for Cursed {
+    fn describe(&self) -> String {
+        "cursed".into()
+    }
+    fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+        self.0.linear(x, rows, jobs);
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(!x.contains(&self.1), "the cursed token");
+        self.0.rms_norm(x, weight, eps, out);
+    }
+    fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
+        self.0.rope(x, heads, table, positions);
+    }
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        self.0.silu_mul(gate, up);
+    }
+    fn attend(&self, arena: &Arena, shape: Heads, table: &RopeTable, rows: &[AttendRow<'_>], q: &[f32], out: &mut [f32]) {
+        self.0.attend(arena, shape, table, rows, q, out);
+    }
+    fn seal(&self, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
+        self.0.seal(arena, view, table, jobs);
+    }
+}
+
+#[test]
+fn a_request_that_breaks_the_step_ends_alone() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/llama2");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let weights = checkpoint.weights(LoadDtype::F32);
+    let mut mark = vec![0.0; checkpoint.config.hidden];
+    weights.embed.row(255, &mut mark);
+    let clean = |n, seed| -> Vec<TokenId> { tokens(n, seed, 250) };
+    let world = world("llama2", ROOMY, move || Box::new(Cursed(Cpu::new(1), mark[0])));
+    let good: Vec<Vec<TokenId>> = (0..5).map(|i| clean(40 + 30 * i, i as u64 + 1)).collect();
+    let bias: Arc<std::collections::BTreeMap<TokenId, f32>> = Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
+    let ask = |prompt: &[TokenId], p| GenerateRequest {
+        sampling: Sampling { logit_bias: bias.clone(), ..Sampling::greedy() },
+        ..request(prompt, 10, p)
+    };
+    let want: Vec<Said> = good.iter().map(|p| hear(world.engine.submit(ask(p, 0)).unwrap())).collect();
+    let mut cursed = clean(90, 77);
+    cursed[50] = 255;
+    let streams: Vec<_> = good.iter().map(|p| world.engine.submit(ask(p, 0)).unwrap()).collect();
+    let bad: Vec<_> = (0..2).map(|p| world.engine.submit(ask(&cursed, p)).unwrap()).collect();
+    for (stream, want) in streams.into_iter().zip(&want) {
+        assert_eq!(hear(stream).tokens, want.tokens);
+    }
+    for stream in bad {
+        assert!(matches!(hear(stream).end, Err(Failure::Internal(_))));
+    }
+    settled(&world);
+}
