@@ -104,6 +104,11 @@ impl<'a> Decoder<'a> {
         Decoder { config, weights, rope: RopeTable::new(config, positions), heads, block, scratch: Scratch::default() }
     }
 
+    /// Longest sequence it can run.
+    pub fn positions(&self) -> usize {
+        self.rope.cos.len() / self.rope.half
+    }
+
     /// The facts of this model.
     pub fn config(&self) -> &'a ModelConfig {
         self.config
