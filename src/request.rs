@@ -122,20 +122,10 @@ pub struct CacheUse {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Log-probabilities of prompt positions `1..n` (position 0 has none); only when asked for.
-    Prompt {
-        logprobs: Vec<TokenLogprob>,
-    },
-    Token {
-        id: TokenId,
-        logprob: Option<TokenLogprob>,
-    },
-    Done {
-        reason: FinishReason,
-        usage: Usage,
-    },
-    Failed {
-        failure: Failure,
-    },
+    Prompt { logprobs: Vec<TokenLogprob> },
+    Token { id: TokenId, logprob: Option<TokenLogprob> },
+    Done { reason: FinishReason, usage: Usage },
+    Failed { failure: Failure },
 }
 
 /// The bill of one sequence.

@@ -5,49 +5,22 @@
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A request was refused before the engine; `code` is the stable error code.
-    Refused {
-        code: &'static str,
-    },
+    Refused { code: &'static str },
     /// A sequence was accepted by the engine.
-    Accepted {
-        prompt_tokens: u32,
-        max_new_tokens: u32,
-    },
+    Accepted { prompt_tokens: u32, max_new_tokens: u32 },
     /// A sequence's first plan row was made after so long in the queue.
-    Started {
-        queue_s: f64,
-        cached_tokens: u32,
-        prompt_tokens: u32,
-    },
+    Started { queue_s: f64, cached_tokens: u32, prompt_tokens: u32 },
     /// Its first token, since arrival.
-    FirstToken {
-        ttft_s: f64,
-    },
+    FirstToken { ttft_s: f64 },
     /// Each later token, since the one before.
-    NextToken {
-        gap_s: f64,
-    },
+    NextToken { gap_s: f64 },
     /// A sequence ended. `reason`: `stop`, `length`, `abort` or `error`.
-    Finished {
-        reason: &'static str,
-        e2e_s: f64,
-        prefill_s: f64,
-        decode_s: f64,
-        prompt_tokens: u32,
-        completion_tokens: u32,
-        preemptions: u32,
-    },
+    Finished { reason: &'static str, e2e_s: f64, prefill_s: f64, decode_s: f64, prompt_tokens: u32, completion_tokens: u32, preemptions: u32 },
     Preempted,
     /// One forward pass.
-    Step {
-        seconds: f64,
-        tokens: u32,
-    },
+    Step { seconds: f64, tokens: u32 },
     /// Prefix cache look-up, in tokens.
-    PrefixLookup {
-        queried: u32,
-        hit: u32,
-    },
+    PrefixLookup { queried: u32, hit: u32 },
 }
 
 /// State of the engine after a step: what gauges show and `/v1/capacity` answers.

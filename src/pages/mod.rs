@@ -288,11 +288,14 @@ impl PagePool {
     /// Those who hold such pages keep them.
     pub fn forget(&mut self, page: PageAddr) {
         let root = self.pages[self.slot(page).1].entry;
-        while root != NONE {
+        if root == NONE {
+            return;
+        }
+        loop {
             let leaf = self.index.leaf_below(root);
             self.drop_entry(leaf);
             if leaf == root {
-                break;
+                return;
             }
         }
     }
