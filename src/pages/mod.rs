@@ -288,11 +288,14 @@ impl PagePool {
     /// Those who hold such pages keep them.
     pub fn forget(&mut self, page: PageAddr) {
         let root = self.pages[self.slot(page).1].entry;
-        while root != NONE {
+        if root == NONE {
+            return;
+        }
+        loop {
             let leaf = self.index.leaf_below(root);
             self.drop_entry(leaf);
             if leaf == root {
-                break;
+                return;
             }
         }
     }
@@ -300,7 +303,8 @@ impl PagePool {
     /// Where every byte is.
     pub fn bytes(&self) -> Bytes {
         let (held, cached) = (self.held_bytes.iter().sum(), self.cached_bytes.iter().sum());
-        let free: u64 = self.classes.iter().map(|c| u64::from(c.free) * c.page_bytes).sum::<u64>() + self.empty.len() as u64 * self.slab_bytes;
+        let free: u64 =
+            self.classes.iter().map(|c| u64::from(c.free) * c.page_bytes).sum::<u64>() + self.empty.len() as u64 * self.slab_bytes;
         Bytes { free, held, cached, lost: self.arena_bytes - free - held - cached }
     }
 
@@ -571,7 +575,10 @@ impl PagePool {
             return Err(format!("classes count {:?}, {} clearable, and are {classes:?}, {clearable}", self.classes, self.clearable));
         }
         if (&held_bytes, &cached_bytes) != (&self.held_bytes, &self.cached_bytes) || self.bytes().lost != lost {
-            return Err(format!("bytes by tag: {:?} held {:?} cached, found {held_bytes:?} {cached_bytes:?}", self.held_bytes, self.cached_bytes));
+            return Err(format!(
+                "bytes by tag: {:?} held {:?} cached, found {held_bytes:?} {cached_bytes:?}",
+                self.held_bytes, self.cached_bytes
+            ));
         }
         self.index.check(self.classes.len(), |entry| self.is_held(entry))?;
         for (id, entry, _) in self.index.iter() {

@@ -267,7 +267,11 @@ impl PrefixIndex {
             }
         }
         if unused != 0 || live != self.by_key.len() || live + self.vacant.len() != self.entries.len() {
-            return Err(format!("the index counts {live} entries, {} keys, {} vacant; {unused} unused too many", self.len(), self.vacant.len()));
+            return Err(format!(
+                "the index counts {live} entries, {} keys, {} vacant; {unused} unused too many",
+                self.len(),
+                self.vacant.len()
+            ));
         }
         Ok(())
     }

@@ -39,9 +39,9 @@ use std::time::Duration;
 
 pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
+pub use self::sequence::{Ended, Times};
 pub use crate::kv::layout::SealedSplit;
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
-pub use self::sequence::{Ended, Times};
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
 use crate::pages::prefix::{CacheIdentity, Hit, Keys};
 use crate::pages::{Kind, PagePool, Tag};
@@ -122,14 +122,33 @@ pub enum RowResult {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Outcome {
     /// Its first row was planned.
-    Started { seq: SeqId, queued: Duration, cached_tokens: u32, prompt_tokens: u32 },
+    Started {
+        seq: SeqId,
+        queued: Duration,
+        cached_tokens: u32,
+        prompt_tokens: u32,
+    },
     /// A token of the stream, from `row` of the plan just committed. A stop token is not part of the stream.
-    Token { seq: SeqId, row: usize, id: TokenId },
+    Token {
+        seq: SeqId,
+        row: usize,
+        id: TokenId,
+    },
     /// It waits again. If it had no token yet, prompt log-probabilities will come once more from the start.
-    Preempted { seq: SeqId },
+    Preempted {
+        seq: SeqId,
+    },
     /// It ended as it should. `completion_tokens` counts the stop token, as vLLM does.
-    Done { seq: SeqId, reason: FinishReason, ended: Ended },
-    Failed { seq: SeqId, failure: Failure, ended: Ended },
+    Done {
+        seq: SeqId,
+        reason: FinishReason,
+        ended: Ended,
+    },
+    Failed {
+        seq: SeqId,
+        failure: Failure,
+        ended: Ended,
+    },
 }
 
 /// Decides what the next step computes, and keeps all books.
@@ -260,12 +279,8 @@ impl Scheduler {
         let rank = (request.priority, self.arrivals);
         assert!(self.ranks.insert(seq, rank).is_none(), "{seq:?} is used twice");
         self.arrivals += 1;
-        let identity = CacheIdentity {
-            model: self.config.model_digest,
-            adapter: request.adapter,
-            profile: request.profile,
-            salt: request.cache_salt,
-        };
+        let identity =
+            CacheIdentity { model: self.config.model_digest, adapter: request.adapter, profile: request.profile, salt: request.cache_salt };
         let root = self.keys.root(&identity);
         self.wait(Sequence::new(seq, rank, request, root, self.now));
         Ok(())
@@ -507,8 +522,8 @@ impl Scheduler {
     fn accept(&mut self, at: usize, row: usize, id: TokenId, out: &mut Vec<Outcome>) {
         let sequence = &mut self.running[at];
         let seq = sequence.id;
-        let stops = sequence.generated.len() as u32 >= sequence.request.min_new_tokens
-            && sequence.request.stop_tokens.binary_search(&id).is_ok();
+        let stops =
+            sequence.generated.len() as u32 >= sequence.request.min_new_tokens && sequence.request.stop_tokens.binary_search(&id).is_ok();
         sequence.generated.push(id);
         sequence.times.first_token.get_or_insert(self.now);
         let full = sequence.generated.len() as u32 == sequence.request.max_new_tokens;
@@ -647,7 +662,9 @@ impl Scheduler {
                     Some(hit) => self.scratch.hits.push(hit),
                     None => {
                         let Scheduler { running, config, keys, .. } = self;
-                        if let Some(runner) = running.iter_mut().find_map(|s| s.will_offer(&sequence, page, &config.profiles, keys).then_some(s.rank)) {
+                        if let Some(runner) =
+                            running.iter_mut().find_map(|s| s.will_offer(&sequence, page, &config.profiles, keys).then_some(s.rank))
+                        {
                             sequence.state.parked = Some((runner, page));
                             self.wait(sequence);
                             return Admission::Parked;

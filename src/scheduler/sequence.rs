@@ -90,7 +90,10 @@ pub(super) struct Running {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
     /// Position `at` of layer `layer`; always layer 0 for the full profile, whose chunks pass all layers.
-    Prefill { layer: u32, at: u32 },
+    Prefill {
+        layer: u32,
+        at: u32,
+    },
     Decode,
 }
 

@@ -3,5 +3,7 @@
 mod artifact;
 mod calibrate;
 mod model;
+mod pages;
 mod plan;
+mod scheduler;
 mod sim;

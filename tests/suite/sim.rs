@@ -284,6 +284,9 @@ fn world(rng: &mut Rng) -> World {
     let profiles: Vec<ProfileSizes> = (0..1 + rng.below(3)).map(|_| profile(rng)).collect();
     let slab = profiles.iter().map(|p| p.sizes.exact.max(p.sizes.workspace)).max().unwrap_or(0);
     let max_num_seqs = 1 + rng.below(8) as usize;
+    // Short prompts and long answers on few slabs: everybody grows, nobody can.
+    let crowded = rng.one_in(2);
+    let slabs = if crowded { 6 + rng.below(12) } else { 5 + rng.below(40) };
     World {
         config: Config {
             max_num_seqs,
@@ -292,19 +295,19 @@ fn world(rng: &mut Rng) -> World {
             max_queued_tokens: 200 + rng.below(8000),
             layers: layers as u32,
             max_model_len: 1000,
-            arena_bytes: slab * (5 + rng.below(40)) + rng.below(slab),
+            arena_bytes: slab * slabs + rng.below(slab),
             profiles,
             prefix_caching: !rng.one_in(5),
             hash_secret: [rng.next() as u8; 32],
             model_digest: [1; 32],
         },
         requests: 10 + rng.below(50),
-        calm: rng.pick(&[1, 3, 20, 60]),
+        calm: if crowded { 1 } else { rng.pick(&[1, 3, 20, 60]) },
         cancels: rng.one_in(2),
         faults: rng.one_in(2),
         timeouts: rng.one_in(3),
-        prompt_max: rng.pick(&[70, 200, 400]),
-        new_max: rng.pick(&[3, 80, 200, 300]),
+        prompt_max: if crowded { 70 } else { rng.pick(&[70, 200, 400]) },
+        new_max: if crowded { rng.pick(&[200, 300, 500]) } else { rng.pick(&[3, 80, 200, 300]) },
         documents: 1 + rng.below(4),
     }
 }
@@ -455,7 +458,6 @@ impl Sim {
     }
 
     fn step(&mut self, plan: &mut StepPlan) -> Checked<()> {
-        self.steps += 1;
         self.now += Duration::from_millis(self.rng.below(20));
         let mut out = Vec::new();
         if self.scheduler.next_deadline().is_some_and(|at| at <= self.now) {
@@ -468,6 +470,7 @@ impl Sim {
         if plan.rows.is_empty() {
             return self.check(!self.scheduler.is_idle(), "work waits and nothing was planned");
         }
+        self.steps += 1;
         self.check_budget(plan)?;
         for word in [plan.rows.len(), plan.tokens.len(), plan.pages.len(), plan.moves.len()] {
             self.stream = mix(self.stream, word as u64);
@@ -649,8 +652,18 @@ fn every_sequence_says_what_it_would_say_alone() {
         }
         steps += sim.steps;
         seed += 1;
-        let Tally { done, cached_tokens, preemptions, layered_rows, seals, timeouts, out_of_pages, refused, cancelled_in_flight, failed_steps } =
-            sim.tally;
+        let Tally {
+            done,
+            cached_tokens,
+            preemptions,
+            layered_rows,
+            seals,
+            timeouts,
+            out_of_pages,
+            refused,
+            cancelled_in_flight,
+            failed_steps,
+        } = sim.tally;
         total = Tally {
             done: total.done + done,
             cached_tokens: total.cached_tokens + cached_tokens,

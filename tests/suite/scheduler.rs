@@ -1,0 +1,955 @@
+//! The scheduler's policy, as transcripts: what each step computes, and what became of it.
+//!
+//! A row prints as `sequence profile positions [layers] sealed=pages exact=pages moves`; outcomes follow after `=`. Profile 0 is
+//! `full`; profile 1 keeps a window of 64 and 4 sinks. Four layers, pages of 4096 (exact), 512 (sealed), 256 (sinks) and 2048
+//! (workspace) bytes.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use expect_test::{Expect, expect};
+
+use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
+use strait::kv::layout::PageSizes;
+use strait::request::{Failure, GenerateRequest, Sampling};
+use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Refused, RowResult, Scheduler, SealedSplit};
+use strait::step::{Logits, StepPlan};
+use strait::telemetry::Branch;
+
+const SLAB: u64 = 4096;
+/// What the model always says; no stop token.
+const WORD: TokenId = 7;
+const STOP: TokenId = 2;
+
+fn config(slabs: u64) -> Config {
+    let full = ProfileSizes { sizes: PageSizes { exact: SLAB, ..PageSizes::default() }, ..ProfileSizes::default() };
+    let compressed = ProfileSizes {
+        sizes: PageSizes { exact: SLAB, sealed: 512, sinks: 256, workspace: 2048 },
+        window: 64,
+        sinks: 4,
+        compressed: true,
+        split: SealedSplit { keys: 200, values: 200, metadata: 112 },
+    };
+    Config {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 128,
+        max_queued_requests: 16,
+        max_queued_tokens: 10_000,
+        layers: 4,
+        max_model_len: 4000,
+        arena_bytes: slabs * SLAB,
+        profiles: vec![full, compressed],
+        prefix_caching: true,
+        hash_secret: [3; 32],
+        model_digest: [5; 32],
+    }
+}
+
+/// A request with a prompt of its own, told apart by `document`.
+fn request(profile: u8, document: u32, prompt: u32, max_new_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        prompt: (0..prompt).map(|i| 1000 * document + 10 + i % 700).collect(),
+        max_new_tokens,
+        min_new_tokens: 0,
+        stop_tokens: Arc::from([STOP]),
+        sampling: Sampling::greedy(),
+        logprobs: None,
+        prompt_logprobs: None,
+        profile: ProfileIndex(profile),
+        adapter: AdapterGeneration(0),
+        priority: 0,
+        cache_salt: 0,
+        queue_timeout: Duration::MAX,
+    }
+}
+
+struct Script {
+    scheduler: Scheduler,
+    plan: StepPlan,
+    text: String,
+    next: u64,
+    now: Duration,
+}
+
+impl Script {
+    fn new(config: Config) -> Self {
+        let scheduler = Scheduler::new(config).expect("a sound configuration");
+        Script { scheduler, plan: StepPlan::default(), text: String::new(), next: 0, now: Duration::ZERO }
+    }
+
+    fn enqueue(&mut self, request: GenerateRequest) -> SeqId {
+        let seq = SeqId(self.next);
+        self.next += 1;
+        self.scheduler.enqueue(seq, request, self.now).expect("it fits");
+        seq
+    }
+
+    fn plan(&mut self) {
+        let mut out = Vec::new();
+        self.now += Duration::from_secs(1);
+        self.scheduler.plan(self.now, &mut self.plan, &mut out);
+        self.tell(&out);
+        write!(self.text, "{}", self.plan).expect("strings take everything");
+        self.check();
+    }
+
+    /// Every wanted token is `word`.
+    fn commit(&mut self, word: TokenId) {
+        let results = self.plan.rows.iter().map(|row| match row.logits {
+            Logits::None => RowResult::Nothing,
+            Logits::Last | Logits::All => RowResult::Token(word),
+        });
+        self.commit_results(&results.collect::<Vec<_>>());
+    }
+
+    fn commit_results(&mut self, results: &[RowResult]) {
+        let mut out = Vec::new();
+        self.scheduler.commit(&self.plan, results, self.now, &mut out);
+        self.tell(&out);
+        self.text += "--\n";
+        self.check();
+    }
+
+    fn steps(&mut self, n: usize) -> &mut Self {
+        for _ in 0..n {
+            self.plan();
+            if self.plan.rows.is_empty() {
+                break;
+            }
+            self.commit(WORD);
+        }
+        self
+    }
+
+    /// Steps that are not worth a line.
+    fn skip(&mut self, n: usize) -> &mut Self {
+        let before = self.text.len();
+        self.steps(n);
+        self.text.truncate(before);
+        writeln!(self.text, "... {n} steps").expect("strings take everything");
+        self
+    }
+
+    fn tell(&mut self, out: &[Outcome]) {
+        for outcome in out {
+            let line = match outcome {
+                Outcome::Started { seq, queued, cached_tokens, .. } => format!("{seq:?} starts after {queued:?}, {cached_tokens} cached"),
+                Outcome::Token { seq, id: WORD, .. } => format!("{seq:?} says one"),
+                Outcome::Token { seq, id, .. } => format!("{seq:?} says {id}"),
+                Outcome::Preempted { seq } => format!("{seq:?} preempted"),
+                Outcome::Done { seq, reason, ended } => {
+                    let (usage, cache) = (ended.usage, ended.usage.cache);
+                    format!(
+                        "{seq:?} {reason:?}: {}+{} tokens, {} cached; {} sealed, {} exact, {} bytes",
+                        usage.prompt_tokens,
+                        usage.completion_tokens,
+                        usage.cached_tokens,
+                        cache.sealed_tokens,
+                        cache.window_tokens,
+                        cache.bytes
+                    )
+                }
+                Outcome::Failed { seq, failure, ended } => format!("{seq:?} {failure:?} after {} tokens", ended.usage.completion_tokens),
+            };
+            writeln!(self.text, "= {line}").expect("strings take everything");
+        }
+    }
+
+    fn held(&self) -> u64 {
+        self.scheduler.pool().bytes().held
+    }
+
+    fn check(&self) {
+        self.scheduler.check().unwrap_or_else(|fault| panic!("{fault}\n{}", self.text));
+    }
+
+    fn finish(&mut self, want: Expect) {
+        want.assert_eq(&std::mem::take(&mut self.text));
+    }
+}
+
+#[test]
+fn a_short_chat() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 0, 10, 3));
+    s.steps(4).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..10 sealed=0 exact=1 sample
+        = s0 says one
+        --
+        s0 p0 10..11 sealed=0 exact=1 sample
+        = s0 says one
+        --
+        s0 p0 11..12 sealed=0 exact=1 sample
+        = s0 says one
+        = s0 Length: 10+3 tokens, 0 cached; 0 sealed, 12 exact, 4096 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn a_stop_token_ends_the_stream_and_is_not_part_of_it() {
+    let mut s = Script::new(config(16));
+    s.enqueue(GenerateRequest { min_new_tokens: 2, ..request(0, 0, 10, 9) });
+    for word in [STOP, WORD, STOP] {
+        s.plan();
+        s.commit(word);
+    }
+    s.finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..10 sealed=0 exact=1 sample
+        = s0 says 2
+        --
+        s0 p0 10..11 sealed=0 exact=1 sample
+        = s0 says one
+        --
+        s0 p0 11..12 sealed=0 exact=1 sample
+        = s0 Stop: 10+3 tokens, 0 cached; 0 sealed, 12 exact, 4096 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn a_long_full_prompt_in_chunks_beside_decodes() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 0, 60, 9));
+    s.enqueue(request(0, 1, 300, 2));
+    s.steps(6).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        s0 p0 0..60 sealed=0 exact=1 sample
+        s1 p0 0..64 sealed=0 exact=1
+        = s0 says one
+        --
+        s0 p0 60..61 sealed=0 exact=1 sample
+        s1 p0 64..128 sealed=0 exact=2
+        = s0 says one
+        --
+        s0 p0 61..62 sealed=0 exact=1 sample
+        s1 p0 128..192 sealed=0 exact=3
+        = s0 says one
+        --
+        s0 p0 62..63 sealed=0 exact=1 sample
+        s1 p0 192..300 sealed=0 exact=5 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 63..64 sealed=0 exact=1 sample
+        s1 p0 300..301 sealed=0 exact=5 sample
+        = s0 says one
+        = s1 says one
+        = s1 Length: 300+2 tokens, 0 cached; 0 sealed, 301 exact, 20480 bytes
+        --
+        s0 p0 64..65 sealed=0 exact=2 sample
+        = s0 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn a_long_compressed_prompt_goes_layer_by_layer() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(1, 0, 200, 2));
+    s.steps(8).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p1 0..200 layers 0..1 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..64 layers 2..3 sealed=0 exact=1
+        --
+        s0 p1 64..200 layers 2..3 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 3..4 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8) sample
+        = s0 says one
+        --
+        s0 p1 200..201 sealed=2 exact=2 sample
+        = s0 says one
+        = s0 Length: 200+2 tokens, 0 cached; 128 sealed, 77 exact, 9472 bytes
+        --
+    "#]]);
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 9, 10, 99));
+    s.enqueue(request(1, 0, 300, 2));
+    s.skip(2).steps(3).finish(expect![[r#"
+        ... 2 steps
+        s0 p0 11..12 sealed=0 exact=1 sample
+        s1 p1 0..300 layers 3..4 sealed=0 exact=5 sinks seal->@192 seal->@200 seal->@208 keep(64) keep(44) sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 12..13 sealed=0 exact=1 sample
+        s1 p1 300..301 sealed=3 exact=2 sample
+        = s0 says one
+        = s1 says one
+        = s1 Length: 300+2 tokens, 0 cached; 192 sealed, 113 exact, 9984 bytes
+        --
+        s0 p0 13..14 sealed=0 exact=1 sample
+        = s0 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn a_compressed_prompt_within_a_step_passes_all_layers_at_once() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(1, 0, 128, 1));
+    s.enqueue(request(1, 1, 30, 1));
+    s.steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        s0 p1 0..128 layers 0..1 sealed=0 exact=2 sinks seal->@64 keep(64)
+        s0 p1 0..128 layers 1..2 sealed=0 exact=2 sinks seal->@64 keep(64)
+        s0 p1 0..128 layers 2..3 sealed=0 exact=2 sinks seal->@64 keep(64)
+        s1 p1 0..30 layers 0..4 sealed=0 exact=1 keep(30) sample
+        = s1 says one
+        = s1 Length: 30+1 tokens, 0 cached; 0 sealed, 30 exact, 4096 bytes
+        --
+        s0 p1 0..128 layers 3..4 sealed=0 exact=2 sinks seal->@64 keep(64) sample
+        = s0 says one
+        = s0 Length: 128+1 tokens, 0 cached; 64 sealed, 68 exact, 4864 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn equal_prompts_share_complete_pages_exact() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 0, 128, 1));
+    s.steps(1);
+    s.enqueue(request(0, 0, 128, 1));
+    s.enqueue(request(0, 0, 140, 1));
+    s.steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2 sample
+        = s0 says one
+        = s0 Length: 128+1 tokens, 0 cached; 0 sealed, 128 exact, 8192 bytes
+        --
+        = s1 starts after 1s, 64 cached
+        = s2 starts after 1s, 128 cached
+        s1 p0 64..128 sealed=0 exact=2 sample
+        s2 p0 128..140 sealed=0 exact=3 sample
+        = s1 says one
+        = s1 Length: 128+1 tokens, 64 cached; 0 sealed, 128 exact, 8192 bytes
+        = s2 says one
+        = s2 Length: 140+1 tokens, 128 cached; 0 sealed, 140 exact, 12288 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn equal_prompts_share_sealed_pages_and_sinks() {
+    let mut s = Script::new(config(24));
+    s.enqueue(request(1, 0, 200, 1));
+    s.skip(7);
+    s.enqueue(request(1, 0, 200, 1));
+    s.enqueue(request(1, 0, 260, 1));
+    s.steps(4).finish(expect![[r#"
+        ... 7 steps
+        = s1 starts after 1s, 128 cached
+        = s2 starts after 1s, 128 cached
+        s1 p1 128..200 layers 0..1 sealed=2 exact=2 keep(64) keep(8)
+        s1 p1 128..200 layers 1..2 sealed=2 exact=2 keep(64) keep(8)
+        s1 p1 128..200 layers 2..3 sealed=2 exact=2 keep(64) keep(8)
+        s2 p1 128..260 layers 0..1 sealed=2 exact=3 seal->@144 keep(64) keep(4)
+        s2 p1 128..260 layers 1..2 sealed=2 exact=3 seal->@144 keep(64) keep(4)
+        --
+        s1 p1 128..200 layers 3..4 sealed=2 exact=2 keep(64) keep(8) sample
+        s2 p1 128..260 layers 2..3 sealed=2 exact=3 seal->@144 keep(64) keep(4)
+        s2 p1 128..260 layers 3..4 sealed=2 exact=3 seal->@144 keep(64) keep(4) sample
+        = s1 says one
+        = s1 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
+        = s2 says one
+        = s2 Length: 260+1 tokens, 128 cached; 192 sealed, 72 exact, 9984 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn equal_prompts_at_once_are_computed_once() {
+    let mut s = Script::new(config(24));
+    for _ in 0..3 {
+        s.enqueue(request(1, 0, 200, 1));
+    }
+    s.enqueue(request(0, 5, 20, 1));
+    s.steps(9).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s3 starts after 1s, 0 cached
+        s0 p1 0..200 layers 0..1 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s3 p0 0..20 sealed=0 exact=1 sample
+        = s3 says one
+        = s3 Length: 20+1 tokens, 0 cached; 0 sealed, 20 exact, 4096 bytes
+        --
+        s0 p1 0..200 layers 2..3 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 3..4 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8) sample
+        = s0 says one
+        = s0 Length: 200+1 tokens, 0 cached; 128 sealed, 76 exact, 9472 bytes
+        --
+        = s1 starts after 3s, 128 cached
+        = s2 starts after 3s, 128 cached
+        s1 p1 128..200 layers 0..1 sealed=2 exact=2 keep(64) keep(8)
+        s1 p1 128..200 layers 1..2 sealed=2 exact=2 keep(64) keep(8)
+        s1 p1 128..200 layers 2..3 sealed=2 exact=2 keep(64) keep(8)
+        s2 p1 128..200 layers 0..4 sealed=2 exact=2 keep(64) keep(8) sample
+        = s2 says one
+        = s2 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
+        --
+        s1 p1 128..200 layers 3..4 sealed=2 exact=2 keep(64) keep(8) sample
+        = s1 says one
+        = s1 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn requests_that_differ_in_salt_adapter_or_profile_share_nothing() {
+    let mut s = Script::new(config(24));
+    s.enqueue(request(0, 0, 128, 1));
+    s.skip(1);
+    s.enqueue(GenerateRequest { cache_salt: 1, ..request(0, 0, 130, 1) });
+    s.enqueue(GenerateRequest { adapter: AdapterGeneration(1), ..request(0, 0, 130, 1) });
+    s.enqueue(GenerateRequest { prompt_logprobs: Some(1), ..request(0, 0, 30, 1) });
+    let mut lines = 0;
+    for _ in 0..8 {
+        s.steps(1);
+        lines += s.text.lines().filter(|line| line.contains("starts") && !line.ends_with(" 0 cached")).count();
+    }
+    assert_eq!(lines, 0, "{}", s.text);
+}
+
+#[test]
+fn a_page_is_sealed_while_decoding() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(1, 0, 126, 70));
+    s.steps(4).skip(61).steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p1 0..126 layers 0..4 sealed=0 exact=2 keep(64) keep(62) sample
+        = s0 says one
+        --
+        s0 p1 126..127 sealed=0 exact=2 sample
+        = s0 says one
+        --
+        s0 p1 127..128 sealed=0 exact=2 sinks seal->@128 sample
+        = s0 says one
+        --
+        s0 p1 128..129 sealed=1 exact=2 sample
+        = s0 says one
+        --
+        ... 61 steps
+        s0 p1 190..191 sealed=1 exact=2 sample
+        = s0 says one
+        --
+        s0 p1 191..192 sealed=1 exact=2 seal->@136 sample
+        = s0 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn the_youngest_is_preempted_and_goes_on_where_it_was() {
+    let mut s = Script::new(config(3));
+    s.enqueue(request(0, 0, 63, 66));
+    s.enqueue(request(0, 1, 60, 20));
+    s.skip(1).steps(6).finish(expect![[r#"
+        ... 1 steps
+        s0 p0 63..64 sealed=0 exact=1 sample
+        s1 p0 60..61 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 64..65 sealed=0 exact=2 sample
+        s1 p0 61..62 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 65..66 sealed=0 exact=2 sample
+        s1 p0 62..63 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 66..67 sealed=0 exact=2 sample
+        s1 p0 63..64 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        --
+        = s1 preempted
+        s0 p0 67..68 sealed=0 exact=2 sample
+        = s0 says one
+        --
+        s0 p0 68..69 sealed=0 exact=2 sample
+        = s0 says one
+        --
+    "#]]);
+    s.skip(58).steps(8).finish(expect![[r#"
+        ... 58 steps
+        s0 p0 127..128 sealed=0 exact=2 sample
+        = s0 says one
+        = s0 Length: 63+66 tokens, 0 cached; 0 sealed, 128 exact, 8192 bytes
+        --
+        s1 p0 64..65 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 65..66 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 66..67 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 67..68 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 68..69 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 69..70 sealed=0 exact=2 sample
+        = s1 says one
+        --
+        s1 p0 70..71 sealed=0 exact=2 sample
+        = s1 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn what_was_preempted_three_times_is_shielded() {
+    let mut s = Script::new(config(4));
+    let low = |priority, document| GenerateRequest { priority, ..request(0, document, 60, 150) };
+    s.enqueue(low(9, 0));
+    let mut told = String::new();
+    let mut until_preempted = |s: &mut Script| {
+        while !s.text.contains("preempted") {
+            s.steps(1);
+        }
+        told.extend(s.text.lines().filter(|line| line.contains("preempted") || line.contains("Length")).map(|line| format!("{line}\n")));
+        s.text.clear();
+    };
+    // Three times somebody more urgent takes the pages of s0, and goes.
+    for document in 1..4 {
+        let urgent = s.enqueue(low(0, document));
+        until_preempted(&mut s);
+        s.scheduler.cancel(urgent);
+    }
+    // Then s5, though it is the more urgent one, makes room.
+    s.enqueue(low(0, 4));
+    s.enqueue(low(5, 5));
+    until_preempted(&mut s);
+    expect![[r#"
+        = s0 preempted
+        = s0 preempted
+        = s0 preempted
+        = s5 preempted
+    "#]]
+    .assert_eq(&told);
+}
+
+#[test]
+fn a_cancel_is_complete_in_every_state() {
+    // Unknown, waiting, waiting for an equal prompt, in flight (each kind of row), between steps, preempted, done.
+    let mut s = Script::new(config(16));
+    assert!(s.scheduler.cancel(SeqId(99)).is_none());
+    let waiting = s.enqueue(request(0, 0, 100, 5));
+    assert!(s.scheduler.cancel(waiting).is_some());
+    assert!(s.scheduler.cancel(waiting).is_none());
+    assert!(s.scheduler.is_idle());
+
+    for profile in [0, 1] {
+        for steps in 0..12 {
+            for in_flight in [false, true] {
+                let mut s = Script::new(config(16));
+                let seq = s.enqueue(request(profile, 0, 190, 5));
+                let parked = s.enqueue(request(profile, 0, 190, 5));
+                s.skip(steps);
+                if in_flight {
+                    s.plan();
+                    let held = s.held();
+                    s.scheduler.cancel(seq);
+                    s.scheduler.cancel(parked);
+                    assert_eq!(s.held(), held, "pages stay while a step is in flight");
+                    s.check();
+                    s.text.clear();
+                    s.commit(WORD);
+                    assert_eq!(s.text, "--\n", "a cancelled sequence says nothing");
+                } else {
+                    s.scheduler.cancel(seq);
+                    s.check();
+                    s.scheduler.cancel(parked);
+                }
+                assert_eq!(s.held(), 0, "profile {profile}, step {steps}");
+                assert!(s.scheduler.is_idle());
+                s.check();
+            }
+        }
+    }
+
+    let mut s = Script::new(config(3));
+    s.enqueue(request(0, 0, 63, 60));
+    let preempted = s.enqueue(request(0, 1, 63, 60));
+    s.steps(3);
+    assert!(s.text.contains("s1 preempted"), "{}", s.text);
+    assert_eq!(s.scheduler.cancel(preempted).map(|ended| ended.usage.completion_tokens), Some(2));
+    s.check();
+}
+
+#[test]
+fn who_waits_for_an_equal_prompt_goes_on_when_that_is_cancelled() {
+    let mut s = Script::new(config(16));
+    let first = s.enqueue(request(1, 0, 200, 1));
+    s.enqueue(request(1, 0, 200, 1));
+    s.steps(1);
+    s.plan();
+    s.scheduler.cancel(first);
+    s.commit(WORD);
+    s.steps(1).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p1 0..200 layers 0..1 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..64 layers 2..3 sealed=0 exact=1
+        --
+        s0 p1 64..200 layers 2..3 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8)
+        s0 p1 0..200 layers 3..4 sealed=0 exact=4 sinks seal->@128 seal->@136 keep(64) keep(8) sample
+        --
+        = s1 starts after 3s, 0 cached
+        s1 p1 0..200 layers 0..1 sealed=0 exact=4 sinks seal->@0 seal->@8 keep(64) keep(8)
+        s1 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@0 seal->@8 keep(64) keep(8)
+        s1 p1 0..64 layers 2..3 sealed=0 exact=1
+        --
+    "#]]);
+}
+
+#[test]
+fn a_huge_prompt_and_short_chats_both_advance() {
+    let mut s = Script::new(Config { max_num_batched_tokens: 256, ..config(64) });
+    s.enqueue(request(0, 0, 1000, 2));
+    s.steps(1);
+    for chat in 1..4 {
+        s.enqueue(request(0, chat, 50 + chat, 2));
+    }
+    s.steps(5).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..256 sealed=0 exact=4
+        --
+        = s1 starts after 1s, 0 cached
+        = s2 starts after 1s, 0 cached
+        = s3 starts after 1s, 0 cached
+        s0 p0 256..384 sealed=0 exact=6
+        s1 p0 0..51 sealed=0 exact=1 sample
+        s2 p0 0..52 sealed=0 exact=1 sample
+        = s1 says one
+        = s2 says one
+        --
+        s1 p0 51..52 sealed=0 exact=1 sample
+        s2 p0 52..53 sealed=0 exact=1 sample
+        s0 p0 384..576 sealed=0 exact=9
+        s3 p0 0..53 sealed=0 exact=1 sample
+        = s1 says one
+        = s1 Length: 51+2 tokens, 0 cached; 0 sealed, 52 exact, 4096 bytes
+        = s2 says one
+        = s2 Length: 52+2 tokens, 0 cached; 0 sealed, 53 exact, 4096 bytes
+        = s3 says one
+        --
+        s3 p0 53..54 sealed=0 exact=1 sample
+        s0 p0 576..768 sealed=0 exact=12
+        = s3 says one
+        = s3 Length: 53+2 tokens, 0 cached; 0 sealed, 54 exact, 4096 bytes
+        --
+        s0 p0 768..1000 sealed=0 exact=16 sample
+        = s0 says one
+        --
+        s0 p0 1000..1001 sealed=0 exact=16 sample
+        = s0 says one
+        = s0 Length: 1000+2 tokens, 0 cached; 0 sealed, 1001 exact, 65536 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn nobody_passes_what_does_not_fit_and_priority_goes_first() {
+    let mut s = Script::new(config(4));
+    s.enqueue(request(0, 0, 120, 30));
+    s.steps(1);
+    s.enqueue(request(0, 1, 190, 1));
+    s.enqueue(request(0, 2, 10, 1));
+    s.steps(1);
+    s.enqueue(GenerateRequest { priority: -1, ..request(0, 3, 20, 1) });
+    s.steps(1).skip(27).steps(4).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..120 sealed=0 exact=2 sample
+        = s0 says one
+        --
+        s0 p0 120..121 sealed=0 exact=2 sample
+        = s0 says one
+        --
+        = s3 starts after 1s, 0 cached
+        s0 p0 121..122 sealed=0 exact=2 sample
+        s3 p0 0..20 sealed=0 exact=1 sample
+        = s0 says one
+        = s3 says one
+        = s3 Length: 20+1 tokens, 0 cached; 0 sealed, 20 exact, 4096 bytes
+        --
+        ... 27 steps
+        = s1 starts after 30s, 0 cached
+        = s2 starts after 30s, 0 cached
+        s1 p0 0..64 sealed=0 exact=1
+        s2 p0 0..10 sealed=0 exact=1 sample
+        = s2 says one
+        = s2 Length: 10+1 tokens, 0 cached; 0 sealed, 10 exact, 4096 bytes
+        --
+        s1 p0 64..190 sealed=0 exact=3 sample
+        = s1 says one
+        = s1 Length: 190+1 tokens, 0 cached; 0 sealed, 190 exact, 12288 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn a_full_queue_refuses_and_so_does_what_can_never_fit() {
+    let mut s = Script::new(Config { max_queued_requests: 2, max_queued_tokens: 150, ..config(4) });
+    let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
+    // 4 exact pages hold 256 positions; the last token generated is not one of them.
+    assert_eq!(refused(request(0, 0, 250, 8)), Some(Refused::TooLarge { need: 5 * SLAB, have: 4 * SLAB }));
+    assert_eq!(refused(request(0, 0, 3990, 11)), Some(Refused::TooLong { tokens: 4001, max_model_len: 4000 }));
+    assert_eq!(refused(request(2, 0, 10, 1)), Some(Refused::Malformed("no such cache profile")));
+    assert_eq!(refused(request(0, 0, 0, 1)), Some(Refused::Malformed("no tokens to read or to write")));
+    s.enqueue(request(0, 0, 250, 7));
+    let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
+    assert_eq!(refused(request(0, 1, 10, 1)), Some(Refused::QueueFull { requests: 1, tokens: 250 }));
+    let mut s = Script::new(Config { max_queued_requests: 2, ..config(4) });
+    s.enqueue(request(0, 0, 10, 7));
+    s.enqueue(request(0, 1, 10, 7));
+    let refused = s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO);
+    assert_eq!(refused, Err(Refused::QueueFull { requests: 2, tokens: 20 }));
+    s.scheduler.drain();
+    assert_eq!(s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO), Err(Refused::Draining));
+    s.skip(9);
+    assert!(s.scheduler.is_idle(), "what was queued before the drain runs");
+}
+
+#[test]
+fn admission_is_exact_to_the_token() {
+    for profile in [0, 1] {
+        for slabs in 2..9 {
+            let mut scheduler = Scheduler::new(config(slabs)).expect("a sound configuration");
+            let mut takes = |prompt| scheduler.enqueue(SeqId(u64::from(prompt)), request(profile, 0, prompt, 64), Duration::ZERO).is_ok();
+            let Some(longest) = (1..3000).take_while(|&n| takes(n)).last() else { continue };
+            // The longest that is taken runs to its end in an arena of just that size, and holds pages enough for itself alone.
+            let mut s = Script::new(config(slabs));
+            s.enqueue(request(profile, 0, longest, 64));
+            s.skip(64 + 4 * longest as usize);
+            assert!(s.scheduler.is_idle(), "profile {profile}, {slabs} slabs, {longest} tokens");
+            assert_eq!(s.held(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_waits_too_long_is_told_so() {
+    let mut s = Script::new(Config { max_num_seqs: 1, ..config(16) });
+    s.enqueue(request(0, 0, 10, 9));
+    s.enqueue(GenerateRequest { queue_timeout: Duration::from_secs(3), ..request(0, 1, 10, 1) });
+    s.steps(1);
+    assert_eq!(s.scheduler.next_deadline(), Some(Duration::from_secs(3)));
+    let mut out = Vec::new();
+    s.scheduler.expire(Duration::from_millis(2999), &mut out);
+    assert!(out.is_empty());
+    s.scheduler.expire(Duration::from_secs(3), &mut out);
+    s.tell(&out);
+    s.check();
+    assert_eq!(s.scheduler.next_deadline(), None);
+    s.steps(1).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..10 sealed=0 exact=1 sample
+        = s0 says one
+        --
+        = s1 QueueTimeout after 0 tokens
+        s0 p0 10..11 sealed=0 exact=1 sample
+        = s0 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn a_step_that_fails_is_repeated_in_halves_until_the_culprit_is_found() {
+    let mut s = Script::new(config(16));
+    for document in 0..5 {
+        s.enqueue(request(0, document, 10, 4));
+    }
+    s.skip(1);
+    for _ in 0..7 {
+        s.plan();
+        if s.plan.rows.iter().any(|row| row.seq == SeqId(3)) {
+            let mut out = Vec::new();
+            s.scheduler.step_failed(&s.plan.clone(), Failure::Internal("boom".into()), s.now, &mut out);
+            s.text += "failed\n";
+            s.tell(&out);
+            s.check();
+        } else {
+            s.commit(WORD);
+        }
+    }
+    assert!(s.scheduler.is_idle());
+    s.finish(expect![[r#"
+        ... 1 steps
+        s0 p0 10..11 sealed=0 exact=1 sample
+        s1 p0 10..11 sealed=0 exact=1 sample
+        s2 p0 10..11 sealed=0 exact=1 sample
+        s3 p0 10..11 sealed=0 exact=1 sample
+        s4 p0 10..11 sealed=0 exact=1 sample
+        failed
+        s0 p0 10..11 sealed=0 exact=1 sample
+        s1 p0 10..11 sealed=0 exact=1 sample
+        s2 p0 10..11 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        = s2 says one
+        --
+        s3 p0 10..11 sealed=0 exact=1 sample
+        s4 p0 10..11 sealed=0 exact=1 sample
+        failed
+        s3 p0 10..11 sealed=0 exact=1 sample
+        failed
+        = s3 Internal("boom") after 1 tokens
+        s4 p0 10..11 sealed=0 exact=1 sample
+        = s4 says one
+        --
+        s0 p0 11..12 sealed=0 exact=1 sample
+        s1 p0 11..12 sealed=0 exact=1 sample
+        s2 p0 11..12 sealed=0 exact=1 sample
+        s4 p0 11..12 sealed=0 exact=1 sample
+        = s0 says one
+        = s1 says one
+        = s2 says one
+        = s4 says one
+        --
+        s0 p0 12..13 sealed=0 exact=1 sample
+        s1 p0 12..13 sealed=0 exact=1 sample
+        s2 p0 12..13 sealed=0 exact=1 sample
+        s4 p0 12..13 sealed=0 exact=1 sample
+        = s0 says one
+        = s0 Length: 10+4 tokens, 0 cached; 0 sealed, 13 exact, 4096 bytes
+        = s1 says one
+        = s1 Length: 10+4 tokens, 0 cached; 0 sealed, 13 exact, 4096 bytes
+        = s2 says one
+        = s2 Length: 10+4 tokens, 0 cached; 0 sealed, 13 exact, 4096 bytes
+        = s4 says one
+        = s4 Length: 10+4 tokens, 0 cached; 0 sealed, 13 exact, 4096 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn a_layered_prefill_that_failed_starts_over() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 9, 10, 99));
+    s.enqueue(request(1, 0, 200, 2));
+    s.skip(1);
+    s.plan();
+    s.scheduler.step_failed(&s.plan.clone(), Failure::Internal("boom".into()), s.now, &mut Vec::new());
+    s.text += "failed\n";
+    s.steps(3).finish(expect![[r#"
+        ... 1 steps
+        s0 p0 10..11 sealed=0 exact=1 sample
+        s1 p1 64..200 layers 2..3 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8)
+        s1 p1 0..200 layers 3..4 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8) sample
+        failed
+        s0 p0 10..11 sealed=0 exact=1 sample
+        = s0 says one
+        --
+        s1 p1 0..200 layers 0..1 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8)
+        s1 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8)
+        s1 p1 0..64 layers 2..3 sealed=0 exact=1
+        --
+        s0 p0 11..12 sealed=0 exact=1 sample
+        s1 p1 64..200 layers 2..3 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8)
+        s1 p1 0..200 layers 3..4 sealed=0 exact=4 sinks seal->@192 seal->@200 keep(64) keep(8) sample
+        = s0 says one
+        = s1 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn results_that_do_not_suit_their_row_end_that_sequence_alone() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 0, 10, 4));
+    s.enqueue(request(0, 1, 10, 4));
+    s.enqueue(request(0, 2, 10, 4));
+    s.plan();
+    s.commit_results(&[RowResult::Nothing, RowResult::Failed(Failure::Numerical), RowResult::Token(WORD)]);
+    s.steps(1).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        = s2 starts after 1s, 0 cached
+        s0 p0 0..10 sealed=0 exact=1 sample
+        s1 p0 0..10 sealed=0 exact=1 sample
+        s2 p0 0..10 sealed=0 exact=1 sample
+        = s0 Internal("row 0 of the step returned Nothing for Last") after 0 tokens
+        = s1 Numerical after 0 tokens
+        = s2 says one
+        --
+        s2 p0 10..11 sealed=0 exact=1 sample
+        = s2 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn pages_of_a_sequence_that_failed_leave_the_index() {
+    let mut s = Script::new(config(16));
+    s.enqueue(request(0, 0, 200, 1));
+    s.skip(1);
+    assert_eq!(s.scheduler.pool().indexed(), 2);
+    s.plan();
+    s.commit_results(&[RowResult::Failed(Failure::Numerical)]);
+    assert_eq!(s.scheduler.pool().indexed(), 0);
+    s.enqueue(request(0, 0, 200, 1));
+    s.plan();
+    s.finish(expect![[r#"
+        ... 1 steps
+        s0 p0 128..200 sealed=0 exact=4 sample
+        = s0 Numerical after 0 tokens
+        --
+        = s1 starts after 1s, 0 cached
+        s1 p0 0..128 sealed=0 exact=2
+    "#]]);
+}
+
+#[test]
+fn the_snapshot_accounts_for_every_byte() {
+    let mut s = Script::new(Config { arena_bytes: 16 * SLAB + 100, ..config(16) });
+    s.enqueue(request(1, 0, 300, 9));
+    s.enqueue(request(0, 1, 70, 2));
+    s.plan();
+    let mut seen = String::new();
+    for _ in 0..14 {
+        let now = s.scheduler.snapshot();
+        let held: u64 = now.branches.iter().map(|(_, _, bytes)| bytes).sum();
+        let bytes = s.scheduler.pool().bytes();
+        assert_eq!((now.free_bytes, now.cached_bytes, held), (bytes.free, bytes.cached, bytes.held));
+        assert_eq!(bytes.free + bytes.cached + bytes.held + bytes.lost, 16 * SLAB + 100);
+        let of = |branch| now.branches.iter().filter(|b| b.1 == branch).map(|b| b.2).sum::<u64>();
+        let line = [Branch::Window, Branch::Sinks, Branch::SealedKeys, Branch::SealedValues, Branch::Metadata, Branch::Workspace]
+            .map(|branch| format!("{} {}", branch.label(), of(branch)))
+            .join(", ");
+        if !seen.contains(&line) {
+            writeln!(seen, "{line}; cached {}, lost {}", now.cached_bytes, bytes.lost).expect("strings take everything");
+        }
+        s.commit(WORD);
+        s.plan();
+    }
+    expect![[r#"
+        window 16384, sinks 256, sealed_keys 600, sealed_values 600, metadata 336, workspace 10240; cached 0, lost 100
+        window 8192, sinks 256, sealed_keys 600, sealed_values 600, metadata 336, workspace 0; cached 4096, lost 100
+        window 0, sinks 0, sealed_keys 0, sealed_values 0, metadata 0, workspace 0; cached 5888, lost 100
+    "#]]
+    .assert_eq(&seen);
+}
+
+#[test]
+fn a_configuration_that_could_starve_is_refused() {
+    let tokens = |max_num_batched_tokens, max_num_seqs| Scheduler::new(Config { max_num_batched_tokens, max_num_seqs, ..config(4) }).err();
+    assert_eq!(tokens(70, 8), Some(ConfigError::StepTooSmall { tokens: 70, seqs: 8, least: 71 }));
+    assert_eq!(tokens(71, 8), None);
+    let mut bad = config(4);
+    bad.profiles[1].split.keys += 1;
+    let error = Scheduler::new(bad).err().map(|e| e.to_string());
+    assert_eq!(error.as_deref(), Some("cache profile 1: the parts of a sealed page do not sum to it"));
+}
