@@ -1,4 +1,4 @@
-//! Strait: long contexts through a narrow channel.
+#![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod calibrate;
 pub mod compress;

@@ -53,7 +53,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
     let (inbox, messages) = std_mpsc::channel();
     let door = Arc::new(Door {
         inbox: Mutex::new(inbox),
-        fit: Mutex::new(Fit::new(&parts.scheduler)),
+        fit: Fit::new(&parts.scheduler),
         max_queued: parts.scheduler.max_queued_requests,
         max_queued_tokens: parts.scheduler.max_queued_tokens,
         queued: AtomicUsize::new(0),
@@ -100,7 +100,7 @@ const IDLE: u64 = u64::MAX;
 /// The engine as others see it.
 struct Door {
     inbox: Mutex<std_mpsc::Sender<Message>>,
-    fit: Mutex<Fit>,
+    fit: Fit,
     max_queued: usize,
     max_queued_tokens: u64,
     /// Requests that were submitted and have not started, and their prompt tokens.
@@ -144,7 +144,7 @@ impl Engine for Arc<Door> {
             return Err(SubmitError::Draining);
         }
         let prompt = request.prompt.len();
-        let fit = self.fit.lock().expect("no holder of the arithmetic panics").check(request.profile, prompt as u32, request.max_new_tokens);
+        let fit = self.fit.check(request.profile, prompt as u32, request.max_new_tokens);
         if let Err((need, have)) = fit {
             return Err(SubmitError::TooLarge { need, have });
         }

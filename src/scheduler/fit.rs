@@ -25,7 +25,7 @@ impl Fit {
     ///
     /// # Panics
     /// For a profile that is not in the configuration.
-    pub fn check(&mut self, profile: ProfileIndex, prompt: u32, max_new: u32) -> Result<(), (u64, u64)> {
+    pub fn check(&self, profile: ProfileIndex, prompt: u32, max_new: u32) -> Result<(), (u64, u64)> {
         for need in self.profiles[usize::from(profile.0)].peaks(prompt, max_new) {
             let (need, have) = self.pool.alone(&need.of(profile));
             if need > have {
@@ -33,5 +33,24 @@ impl Fit {
             }
         }
         Ok(())
+    }
+
+    /// Bytes that a prompt of `positions - 1` tokens and one more need at their largest, in whole slabs.
+    ///
+    /// # Panics
+    /// For a profile that is not in the configuration.
+    pub fn need(&self, profile: ProfileIndex, positions: u32) -> u64 {
+        let peaks = self.profiles[usize::from(profile.0)].peaks(positions.saturating_sub(1).max(1), 1);
+        peaks.map(|need| self.pool.alone(&need.of(profile)).0).max().unwrap_or(0)
+    }
+
+    /// The longest prompt, with one token of answer, that could run alone; at most `limit`.
+    pub fn longest(&self, profile: ProfileIndex, limit: u32) -> u32 {
+        let (mut fits, mut fails) = (0, limit.saturating_add(1));
+        while fails - fits > 1 {
+            let middle = fits + (fails - fits) / 2;
+            if self.check(profile, middle, 1).is_ok() { fits = middle } else { fails = middle }
+        }
+        fits
     }
 }

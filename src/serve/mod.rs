@@ -1,0 +1,341 @@
+//! The composition root: builds every room from the settings, starts the engine thread, serves, drains.
+
+pub mod codec;
+pub mod offline;
+pub mod ready;
+
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+
+use crate::admission;
+use crate::config::Settings;
+use crate::config::args::{LogFormat, ServeFlags};
+use crate::demo;
+use crate::engine::thread::{Parts, start};
+use crate::ids::{PAGE_TOKENS, ProfileIndex};
+use crate::kv::Arena;
+use crate::kv::layout::PageLayout;
+use crate::model::decoder::{Decoder, ReadyProfile};
+use crate::ops::Ops;
+use crate::ops::cpu::Cpu;
+use crate::scheduler::{self, Fit, ProfileSizes};
+use crate::serve::codec::ModelCodec;
+use crate::serve::ready::{Bases, Opened, Source};
+use crate::server::{self, Keys, Loaded, Pages, Server};
+use crate::telemetry::{Facts, Telemetry};
+
+const PAGES: Pages =
+    Pages { chat: include_str!("../server/web/chat.html"), dashboard: include_str!("../server/web/dashboard.html") };
+
+/// `strait serve`: serves `model`, or the demo model, until SIGTERM or SIGINT.
+///
+/// # Errors
+/// One sentence for what kept it from serving.
+pub fn serve(model: Option<&PathBuf>, flags: &ServeFlags) -> anyhow::Result<()> {
+    let settings = Settings::resolve(flags)?;
+    log_to_stderr(settings.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("http").enable_all().build()?;
+    runtime.block_on(run(Source::of(model), settings))
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("STRAIT_LOG").unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    // A second server in one process (tests) keeps the first one's log.
+    let _ = match format {
+        LogFormat::Text => builder.with_target(false).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}
+
+async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
+    // The port first: a second server on it must not load a model to find that out.
+    let address = SocketAddr::new(settings.host, settings.port);
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; is another server running there? choose another with --port (0 takes a free one) or --host")
+    })?;
+    let address = listener.local_addr()?;
+    if settings.api_keys.is_empty() && !address.ip().is_loopback() {
+        tracing::warn!("listening on {address} without an API key: whoever reaches it can use it; see --api-key-file");
+    }
+
+    let is_demo = matches!(source, Source::Demo);
+    let telemetry_name = match (&source, settings.served_model_names.first()) {
+        (_, Some(name)) => name.clone(),
+        (Source::Demo, None) => demo::NAME.to_owned(),
+        (Source::Folder(dir), None) => ready::folder_name(dir),
+    };
+    let telemetry = Arc::new(Telemetry::new(&telemetry_name));
+    let mut config = server::Config::new(PAGES);
+    config.api_keys = Keys::new(&settings.api_keys);
+    config.admin_keys = Keys::new(&settings.admin_api_key);
+    config.seed = settings.seed;
+    let server = Server::new(config, telemetry.clone());
+    let drain_timeout = settings.shutdown_timeout;
+    let serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
+
+    // Loading blocks for long; meanwhile the edge answers 503 and a signal ends the process.
+    let loading = {
+        let (server, telemetry) = (server.clone(), telemetry.clone());
+        tokio::task::spawn_blocking(move || load(source, &settings, &telemetry).map(|ready| install(&server, ready)))
+    };
+    let (summary, engine) = tokio::select! {
+        loaded = loading => loaded.context("loading the model failed")??,
+        () = server.reached(server::Phase::Draining) => bail!("stopped while the model was being loaded"),
+    };
+    let mut out = std::io::stdout();
+    // Nobody may be reading; that is no reason not to serve.
+    let _ = write!(out, "{}", banner(&address, is_demo, &summary)).and_then(|()| out.flush());
+
+    let drained = serving.await.context("the accept loop failed")?;
+    let ended = tokio::task::spawn_blocking(move || engine.join()).await?;
+    if ended.is_err() {
+        bail!("the engine thread panicked; see the log above");
+    }
+    tracing::info!(forced = drained.forced, "stopped");
+    Ok(())
+}
+
+/// SIGTERM or SIGINT.
+async fn shutdown_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        // Without handlers the signals end the process by themselves.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining; a second one ends at once"),
+    }
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => (), _ = interrupt.recv() => () }
+        std::process::exit(130);
+    });
+}
+
+/// A model with its engine, not yet started.
+struct Ready {
+    opened: Opened,
+    parts: Parts,
+    names: Vec<String>,
+    context: u32,
+    default_profile: usize,
+    bases: Bases,
+    backend: String,
+    load_seconds: f64,
+    weight_bytes: u64,
+    profile_specs: Vec<crate::kv::layout::Profile>,
+    prefix_caching: bool,
+}
+
+/// What the banner tells.
+struct Summary {
+    name: String,
+    root: String,
+    context: u32,
+    backend: String,
+    bases: Bases,
+    load_seconds: f64,
+    weight_bytes: u64,
+    arena_bytes: u64,
+    /// Name, bytes per token, tokens of one context that fit; and whether it is the default.
+    profiles: Vec<(String, f64, u64, bool)>,
+}
+
+fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyhow::Result<Ready> {
+    let begun = Instant::now();
+    let opened = source.open()?;
+    let checkpoint = opened.checkpoint;
+    let model = &checkpoint.config;
+    let context = settings.max_model_len.unwrap_or(model.max_positions as u32);
+    if context as usize > model.max_positions {
+        bail!("--max-model-len is {context}, and the model was made for {} positions; lower it", model.max_positions);
+    }
+    checkpoint.check_context(context as usize)?;
+    let ops: Box<dyn Ops> = Box::new(Cpu::new(settings.threads));
+    let weights = ready::weights(&opened, settings.dtype);
+    let exact = ready::exact_type(&weights);
+    let weight_bytes = checkpoint.stored_bytes();
+    let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
+    let (profiles, bases) =
+        ready::profiles(&opened, &mut decoder, &*ops, exact, &settings.profiles, settings.compression.as_deref())?;
+    if let Bases::Computed { tokens, seconds } = &bases {
+        tracing::info!("no compression artifact: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)");
+    }
+
+    let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
+    let arena_bytes = match settings.kv_cache_memory_bytes {
+        Some(bytes) => bytes,
+        None => default_arena(&profiles[0].layout, &sizes, context, settings.max_num_seqs)?,
+    };
+    let config = scheduler::Config {
+        max_num_seqs: settings.max_num_seqs,
+        max_num_batched_tokens: settings.max_num_batched_tokens,
+        max_queued_requests: settings.max_queued_requests,
+        // So that a queue of the longest prompts is not hours long; one prompt may always wait.
+        max_queued_tokens: 8 * u64::from(context),
+        layers: model.layers as u32,
+        max_model_len: context,
+        arena_bytes,
+        profiles: sizes,
+        prefix_caching: settings.prefix_caching,
+        hash_secret: secret(),
+        model_digest: checkpoint.digest(),
+    };
+    // The least that is worth serving: one prompt of a page and a page of answer.
+    let least = (2 * PAGE_TOKENS).min(context);
+    if let Err((need, have)) = Fit::new(&config).check(ProfileIndex(settings.default_profile as u8), least.div_ceil(2), least / 2) {
+        bail!("the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile");
+    }
+    let arena = Arena::new(arena_bytes).with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
+    let backend = ops.describe();
+    let telemetry = telemetry.clone();
+    let emit = Box::new(move |event| telemetry.emit(event));
+    let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
+    Ok(Ready {
+        parts: Parts { decoder, arena, profiles, ops, scheduler: config, emit },
+        names,
+        context,
+        default_profile: settings.default_profile,
+        bases,
+        backend,
+        load_seconds: begun.elapsed().as_secs_f64(),
+        weight_bytes,
+        profile_specs: settings.profiles.clone(),
+        prefix_caching: settings.prefix_caching,
+        opened,
+    })
+}
+
+/// Half of the memory that is free now, but no more than the longest sequences of a full house could use.
+fn default_arena(full: &PageLayout, sizes: &[ProfileSizes], context: u32, seqs: usize) -> anyhow::Result<u64> {
+    let page = full.sizes().exact;
+    let house = u64::from(context.div_ceil(PAGE_TOKENS)).saturating_mul(page).saturating_mul(seqs as u64);
+    let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
+    let largest = sizes.iter().flat_map(|s| [s.sizes.exact, s.sizes.workspace]).max().unwrap_or(page);
+    Ok((free / 2).min(house).max(8 * largest))
+}
+
+/// `MemAvailable` of the machine, or what a memory cgroup leaves if that is less.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    let free = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    match (read("memory.max"), read("memory.current")) {
+        (Some(max), Some(current)) => Some(free.min(max.saturating_sub(current))),
+        _ => Some(free),
+    }
+}
+
+/// Random bytes that outsiders cannot guess: keys of the prefix index.
+fn secret() -> [u8; 32] {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = blake3::Hasher::new();
+    for _ in 0..4 {
+        // Each is keyed by the operating system's randomness.
+        hasher.update(&std::hash::RandomState::new().build_hasher().finish().to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// Starts the engine and puts the model behind the edge.
+fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, std::thread::JoinHandle<()>)> {
+    let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } = ready;
+    let config = parts.scheduler.clone();
+    let layouts: Vec<PageLayout> = parts.profiles.iter().map(|p: &ReadyProfile| p.layout.clone()).collect();
+    let (engine, thread) = start(parts)?;
+    let fit = Mutex::new(Fit::new(&config));
+    let longest = |i: usize| Fit::new(&config).longest(ProfileIndex(i as u8), u32::MAX / 2);
+    let summary = Summary {
+        name: names[0].clone(),
+        root: opened.root.clone(),
+        context,
+        backend,
+        bases,
+        load_seconds,
+        weight_bytes,
+        arena_bytes: config.arena_bytes,
+        profiles: (0..layouts.len())
+            .map(|i| (profile_specs[i].name.clone(), layouts[i].bytes_per_token(), u64::from(longest(i)), i == default_profile))
+            .collect(),
+    };
+    server.telemetry.describe(Facts {
+        profiles: summary.profiles.iter().map(|p| (p.0.clone(), p.1)).collect(),
+        default_profile,
+        page_tokens: PAGE_TOKENS,
+        pages: {
+            let sizes = layouts[default_profile].sizes();
+            config.arena_bytes / if sizes.sealed > 0 { sizes.sealed } else { sizes.exact }
+        },
+        prefix_caching,
+        model_bytes: weight_bytes,
+    });
+    let generation = &opened.checkpoint.generation;
+    let s = &generation.sampling;
+    server.install(Loaded {
+        model: admission::Model {
+            names,
+            root: opened.root.clone(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            context,
+            codec: Arc::new(ModelCodec::new(opened.tokenizer, opened.checkpoint.config.vocab)),
+            profiles: profile_specs
+                .into_iter()
+                .zip(&layouts)
+                .map(|(profile, layout)| admission::ServedProfile { profile, bytes_per_token: layout.bytes_per_token() })
+                .collect(),
+            default_profile: ProfileIndex(default_profile as u8),
+            defaults: admission::Defaults {
+                temperature: f64::from(s.temperature),
+                top_p: f64::from(s.top_p),
+                top_k: s.top_k,
+                min_p: f64::from(s.min_p),
+                repetition_penalty: f64::from(s.repetition_penalty),
+                max_new_tokens: generation.max_new_tokens,
+                eos: generation.eos.clone(),
+            },
+            // A client that waits longer has given up in all but name.
+            queue_timeout: std::time::Duration::from_secs(600),
+        },
+        engine,
+        need: Arc::new(move |profile, positions| fit.lock().expect("arithmetic does not panic").need(profile, positions)),
+    });
+    Ok((summary, thread))
+}
+
+fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
+    use std::fmt::Write as _;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let mut out = String::new();
+    let url = format!("http://{address}");
+    let mut line = |text: String| writeln!(out, "{text}").expect("writing to a string");
+    line(format!("Strait {} serves {} on {url}", env!("CARGO_PKG_VERSION"), s.name));
+    line(format!("  model    {} ({:.1} MiB of weights, context {}), ready in {:.1} s", s.root, mib(s.weight_bytes), s.context, s.load_seconds));
+    line(format!("  backend  {}", s.backend));
+    match &s.bases {
+        Bases::None => {}
+        Bases::Artifact(from) => line(format!("  bases    from the artifact {from}")),
+        Bases::Computed { tokens, seconds } => line(format!("  bases    computed at start from {tokens} tokens of built-in text in {seconds:.1} s")),
+    }
+    line(format!("  cache    {:.1} MiB", mib(s.arena_bytes)));
+    for (name, bytes, tokens, is_default) in &s.profiles {
+        let full = s.profiles[0].1;
+        let mark = if *is_default { " (default)" } else { "" };
+        line(format!("    {name:<10} {bytes:>10.1} bytes per token, {:>5.1}x smaller, one context of up to {tokens} tokens{mark}", full / bytes));
+    }
+    line(format!("  chat     {url}/        dashboard {url}/dashboard        metrics {url}/metrics"));
+    line("Try:".into());
+    let ask = if is_demo { "What is the capital of France?" } else { "Hello!" };
+    line(format!(
+        "  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{\"model\": \"{}\", \"messages\": [{{\"role\": \"user\", \"content\": \"{ask}\"}}]}}'",
+        s.name
+    ));
+    out
+}

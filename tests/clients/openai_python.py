@@ -1,0 +1,97 @@
+"""The openai package as a client: what its users do, on the demo model."""
+
+import sys
+from pathlib import Path
+import json
+
+import openai
+
+url = sys.argv[1]
+client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+passed = 0
+
+
+def check(name, ok, evidence=None):
+    global passed
+    if not ok:
+        print(f"FAILED {name}: {evidence}")
+        print(f"{passed} passed, 1 failed")
+        sys.exit(1)
+    passed += 1
+    print(f"ok {name}")
+
+
+model = client.models.list().data[0].id
+check("models.retrieve", client.models.retrieve(model).id == model)
+
+answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "What is the capital of France?"}])
+check("chat", "Paris" in answer.choices[0].message.content, answer)
+check("finish", answer.choices[0].finish_reason == "stop", answer)
+check("usage", answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 0, answer.usage)
+check("kv_cache in usage", answer.usage.kv_cache["profile"] == "full" and answer.usage.kv_cache["bytes"] > 0, answer.usage)
+
+prompts = [json.loads(line) for line in (Path(__file__).parent.parent / "golden/demo_prompts.jsonl").read_text().splitlines()]
+right = 0
+for prompt in prompts:
+    for profile in ("full", "cskv-50"):
+        answer = client.chat.completions.create(model=model, messages=prompt["messages"], extra_body={"cache_profile": profile})
+        if profile == "full":
+            check(f"prompt tokens of {prompt['id']}", answer.usage.prompt_tokens == prompt["tokens"], (answer.usage, prompt["tokens"]))
+        right += prompt["gold"] in answer.choices[0].message.content
+check("retrieves from long prompts", right >= 2 * len(prompts) - 2, f"{right} of {2 * len(prompts)}")
+
+text, usage, finish = "", None, None
+stream = client.chat.completions.create(
+    model=model, messages=[{"role": "user", "content": "Tell me a short story."}], stream=True, stream_options={"include_usage": True}
+)
+for chunk in stream:
+    if chunk.choices:
+        text += chunk.choices[0].delta.content or ""
+        finish = chunk.choices[0].finish_reason or finish
+    usage = chunk.usage or usage
+check("streaming", len(text) > 10 and finish in ("stop", "length") and usage.completion_tokens > 3, (text, finish, usage))
+whole = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Tell me a short story."}])
+check("stream and whole agree", whole.choices[0].message.content == text, (whole.choices[0].message.content, text))
+
+same = [
+    client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Hello!"}], temperature=1.0, seed=7, n=3, max_tokens=12
+    )
+    for _ in range(2)
+]
+texts = [[c.message.content for c in r.choices] for r in same]
+check("seeds repeat, choices differ in index", texts[0] == texts[1] and len(texts[0]) == 3, texts)
+
+logprobs = client.chat.completions.create(
+    model=model, messages=[{"role": "user", "content": "Hello!"}], logprobs=True, top_logprobs=3, max_tokens=4
+).choices[0].logprobs.content
+check("logprobs", all(len(t.top_logprobs) == 3 and t.logprob <= 0 and t.bytes is not None for t in logprobs), logprobs)
+
+echo = client.completions.create(model=model, prompt="The capital of France is", max_tokens=1, echo=True, logprobs=1)
+lp = echo.choices[0].logprobs
+check("echo with logprobs", lp.token_logprobs[0] is None and len(lp.tokens) == len(lp.token_logprobs) == len(lp.text_offset), lp)
+check("echo text", echo.choices[0].text.startswith("The capital of France is"), echo)
+
+stopped = client.completions.create(model=model, prompt="Count: 1 2 3 4", max_tokens=40, stop=["7"], temperature=0)
+check("stop strings do not leak", "7" not in stopped.choices[0].text, stopped)
+
+for name, call, kind in [
+    ("unknown model", lambda: client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}]), openai.NotFoundError),
+    (
+        "temperature out of range",
+        lambda: client.chat.completions.create(model=model, messages=[{"role": "user", "content": "x"}], temperature=9),
+        openai.BadRequestError,
+    ),
+    (
+        "prompt beyond the context",
+        lambda: client.completions.create(model=model, prompt=[7] * 20000, max_tokens=1),
+        openai.BadRequestError,
+    ),
+]:
+    try:
+        call()
+        check(name, False, "no error")
+    except kind as e:
+        check(name, bool(e.message), e)
+
+print(f"{passed} passed, 0 failed")

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Real clients against the real server: the openai packages of Python and Node, and headless Chromium.
+# Needs a release build. Installs the clients into target/clients and Debian's chromium when it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+work=$root/target/clients
+mkdir -p "$work"
+
+if ! command -v chromium >/dev/null; then
+  apt-get update -qq && apt-get install -y -qq chromium
+fi
+if [ ! -x "$work/venv/bin/python" ]; then
+  python3 -m venv "$work/venv"
+fi
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+(cd tests/clients && npm ci --silent --no-audit --no-fund)
+(cd tests/browser && npm ci --silent --no-audit --no-fund)
+
+log=$work/server.log
+"$root/target/release/strait" --port 0 >"$work/server.out" 2>"$log" &
+server=$!
+trap 'kill $server 2>/dev/null || true' EXIT
+for _ in $(seq 100); do
+  url=$(grep -oE 'http://127\.0\.0\.1:[0-9]+' "$work/server.out" | head -n 1 || true)
+  if [ -n "$url" ] && curl -sf "$url/ready" >/dev/null; then break; fi
+  sleep 0.1
+done
+curl -sf "$url/ready" >/dev/null || { cat "$log"; echo "the server did not become ready"; exit 1; }
+
+echo "==> openai (Python) against $url"
+"$work/venv/bin/python" tests/clients/openai_python.py "$url"
+echo "==> openai (Node) against $url"
+node tests/clients/openai_node.mjs "$url"
+echo "==> pages in Chromium, against the mock and against $url"
+node tests/browser/run.mjs --mock --shots "$work/shots-mock"
+node tests/browser/run.mjs --url "$url" --shots "$work/shots"
+
+echo "==> SIGTERM drains and exits 0"
+kill -TERM $server
+wait $server
+trap - EXIT
