@@ -4,6 +4,8 @@
 //!
 //! Cost on `n` tokens and `c` channels, per layer and for keys and values each: `n c^2` multiply-adds to watch, in
 //! f64; memory `min(4 n c, 8 c^2)` bytes; then the eigenvectors of a `min(n, c)` square matrix.
+//! On two cores at 2.8 GHz, optimised, joint bases: Llama-3.1-8B (c = 1024, 32 layers, 4096 tokens) 40 s; Llama-2-7B
+//! (c = 4096) 4 min from 2048 tokens, 19 min from 6000, and 1 min in groups of 4 heads; the forward passes come on top.
 
 use std::collections::BTreeMap;
 use std::fmt;
