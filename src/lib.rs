@@ -7,5 +7,6 @@ pub mod request;
 pub mod step;
 pub mod kv;
 pub mod ops;
+pub mod quant;
 pub mod model;
 pub mod engine;

@@ -1,1 +1,317 @@
-//! The definition of every operation: loops in f32, no cleverness. Slow on purpose.
+//! The definition of every operation: loops in f32 and f64, no cleverness. Slow on purpose; a fast backend is
+//! right when it agrees with this one. The codec is spelled out here a second time, so that it is checked too.
+
+use half::{bf16, f16};
+
+use crate::compress::Projection;
+use crate::ids::{PAGE_TOKENS, PageAddr};
+use crate::kv::Arena;
+use crate::kv::layout::{ExactType, PageLayout, SealedLayer, VALUE_GROUP};
+use crate::ops::{AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob, exact_head_bytes};
+
+const P: usize = PAGE_TOKENS as usize;
+
+/// The slow, obvious backend.
+pub struct Reference;
+
+impl Matrix<'_> {
+    fn at(&self, row: usize, column: usize) -> f32 {
+        let i = row * self.in_features + column;
+        match self.data {
+            MatrixData::F32(w) => w[i],
+            MatrixData::Bf16(w) => w[i].to_f32(),
+        }
+    }
+}
+
+impl Ops for Reference {
+    fn describe(&self) -> String {
+        "reference, 1 thread".into()
+    }
+
+    fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+        for job in jobs {
+            let (n, k) = (job.w.out_features, job.w.in_features);
+            for r in 0..rows {
+                for o in 0..n {
+                    let mut sum = 0.0f64;
+                    for i in 0..k {
+                        sum += f64::from(x[r * k + i]) * f64::from(job.w.at(o, i));
+                    }
+                    let mut y = sum as f32 + job.bias.map_or(0.0, |b| b[o]);
+                    if job.accumulate {
+                        y += job.y[r * n + o];
+                    }
+                    job.y[r * n + o] = y;
+                }
+            }
+        }
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let n = weight.len();
+        for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            let mean = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / n as f64;
+            let inverse = (mean + f64::from(eps)).sqrt().recip() as f32;
+            for i in 0..n {
+                out[i] = x[i] * inverse * weight[i];
+            }
+        }
+    }
+
+    fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
+        let d = 2 * table.half;
+        for (x, &position) in x.chunks_exact_mut(heads * d).zip(positions) {
+            x.chunks_exact_mut(d).for_each(|head| rotate(head, table, position));
+        }
+    }
+
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        for (g, &u) in gate.iter_mut().zip(up) {
+            *g = *g / (1.0 + (-*g).exp()) * u;
+        }
+    }
+
+    fn attend(&self, arena: &Arena, shape: Heads, table: &RopeTable, rows: &[AttendRow<'_>], q: &[f32], out: &mut [f32]) {
+        let Heads { heads, kv_heads, head_dim: d, scale } = shape;
+        for row in rows {
+            let history = row.position as usize + row.n;
+            for kv_head in 0..kv_heads {
+                let (keys, values) = gather(arena, row, table, kv_head, d, history);
+                for i in 0..row.n {
+                    let visible = row.position as usize + i + 1;
+                    for head in kv_head * (heads / kv_heads)..(kv_head + 1) * (heads / kv_heads) {
+                        let at = ((row.first + i) * heads + head) * d;
+                        let q = &q[at..at + d];
+                        let score = |j: usize| (0..d).map(|c| f64::from(q[c]) * f64::from(keys[j * d + c])).sum::<f64>() * f64::from(scale);
+                        let scores: Vec<f64> = (0..visible).map(score).collect();
+                        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                        let total: f64 = weights.iter().sum();
+                        for c in 0..d {
+                            let sum: f64 = (0..visible).map(|j| weights[j] * f64::from(values[j * d + c])).sum();
+                            out[at + c] = (sum / total) as f32;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn seal(&self, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
+        let layout = view.layout;
+        let compression = view.compression.expect("only compressed profiles seal");
+        let sealed = layout.sealed[view.layer];
+        let (d, width) = (layout.head_dim, layout.kv_heads * layout.head_dim);
+        for job in jobs {
+            let mut keys = vec![0.0; P * width];
+            let mut values = vec![0.0; P * width];
+            for head in 0..layout.kv_heads {
+                for slot in 0..P {
+                    let at = slot * width + head * d;
+                    let key = &mut keys[at..at + d];
+                    read_exact(arena, layout, job.from, job.from_offset, head, slot, key, &mut values[at..at + d]);
+                    rotate_back(key, table, job.position + slot as u32);
+                }
+            }
+            let skip = job.skip as usize;
+            let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(|k| project(&compression.keys, k)).collect();
+            let values: Vec<Vec<f32>> = values.chunks_exact(width).map(|v| project(&compression.values, v)).collect();
+            write_keys(arena, job.to, &sealed, &keys, skip);
+            write_values(arena, job.to, &sealed, &values, skip);
+        }
+    }
+}
+
+/// Rotates one head in place: `(a, b) -> (a cos - b sin, b cos + a sin)` over its two halves.
+fn rotate(head: &mut [f32], table: &RopeTable, position: u32) {
+    let half = table.half;
+    for i in 0..half {
+        let (cos, sin) = (table.cos[position as usize * half + i], table.sin[position as usize * half + i]);
+        let (a, b) = (head[i], head[half + i]);
+        head[i] = a * cos - b * sin;
+        head[half + i] = b * cos + a * sin;
+    }
+}
+
+/// The inverse of [`rotate`], also where the table carries an attention factor.
+fn rotate_back(head: &mut [f32], table: &RopeTable, position: u32) {
+    let half = table.half;
+    for i in 0..half {
+        let (cos, sin) = (table.cos[position as usize * half + i], table.sin[position as usize * half + i]);
+        let norm = cos * cos + sin * sin;
+        let (a, b) = (head[i], head[half + i]);
+        head[i] = (a * cos + b * sin) / norm;
+        head[half + i] = (b * cos - a * sin) / norm;
+    }
+}
+
+fn element(arena: &Arena, exact: ExactType, page: PageAddr, offset: usize, i: usize) -> f32 {
+    match exact {
+        ExactType::F32 => arena.slice::<f32>(page, offset + 4 * i, 1)[0],
+        ExactType::Bf16 => arena.slice::<bf16>(page, offset + 2 * i, 1)[0].to_f32(),
+    }
+}
+
+/// One position's key (after rope) and value of one head out of an exact page.
+#[expect(clippy::too_many_arguments, reason = "coordinates of one vector in the cache, private to the definition")]
+fn read_exact(arena: &Arena, layout: &PageLayout, page: PageAddr, offset: usize, head: usize, slot: usize, key: &mut [f32], value: &mut [f32]) {
+    let d = layout.head_dim;
+    let keys = offset + 2 * head * exact_head_bytes(layout);
+    for c in 0..d {
+        key[c] = element(arena, layout.exact, page, keys, c * P + slot);
+        value[c] = element(arena, layout.exact, page, keys + exact_head_bytes(layout), slot * d + c);
+    }
+}
+
+/// Keys (after rope) and values of one KV head for positions `0..history`, whatever branch holds them.
+fn gather(arena: &Arena, row: &AttendRow<'_>, table: &RopeTable, kv_head: usize, d: usize, history: usize) -> (Vec<f32>, Vec<f32>) {
+    let layout = row.view.layout;
+    let (mut keys, mut values) = (vec![0.0; history * d], vec![0.0; history * d]);
+    let sealed_positions = (row.sealed.len() * P).min(history);
+    for j in 0..history {
+        let (key, value) = (&mut keys[j * d..(j + 1) * d], &mut values[j * d..(j + 1) * d]);
+        if j < sealed_positions && j < layout.sinks as usize && row.sinks.is_some() {
+            let page = row.sinks.expect("checked");
+            let stride = layout.sinks_stride();
+            let head_bytes = d * stride * layout.exact.bytes();
+            let at = row.view.layer * layout.sinks_layer_bytes() + 2 * kv_head * head_bytes;
+            for c in 0..d {
+                key[c] = element(arena, layout.exact, page, at, c * stride + j);
+                value[c] = element(arena, layout.exact, page, at + head_bytes, j * d + c);
+            }
+        } else if j < sealed_positions {
+            let compression = row.view.compression.expect("sealed pages belong to a compressed profile");
+            let sealed = &layout.sealed[row.view.layer];
+            let (k, v) = read_sealed(arena, row.sealed[j / P], sealed, j % P);
+            key.copy_from_slice(&rebuild(&compression.keys, &k)[kv_head * d..][..d]);
+            rotate(key, table, j as u32);
+            value.copy_from_slice(&rebuild(&compression.values, &v)[kv_head * d..][..d]);
+        } else {
+            let page = row.exact[(j - row.sealed.len() * P) / P];
+            read_exact(arena, layout, page, row.exact_offset, kv_head, j % P, key, value);
+        }
+    }
+    (keys, values)
+}
+
+/// `(x - mean) . down`.
+fn project(p: &Projection, x: &[f32]) -> Vec<f32> {
+    let mut latent = vec![0.0; p.rank()];
+    for group in &p.groups {
+        let rank = group.ranks.len();
+        for r in 0..rank {
+            let sum: f64 =
+                group.channels.clone().enumerate().map(|(i, c)| f64::from(x[c] - p.mean[c]) * f64::from(group.down[i * rank + r])).sum();
+            latent[group.ranks.start + r] = sum as f32;
+        }
+    }
+    latent
+}
+
+/// `mean + latent . up`.
+fn rebuild(p: &Projection, latent: &[f32]) -> Vec<f32> {
+    let mut x = p.mean.clone();
+    for group in &p.groups {
+        let width = group.channels.len();
+        for (i, c) in group.channels.clone().enumerate() {
+            let sum: f64 =
+                group.ranks.clone().enumerate().map(|(r, j)| f64::from(latent[j]) * f64::from(group.up[r * width + i])).sum();
+            x[c] += sum as f32;
+        }
+    }
+    x
+}
+
+/// A latent as 16 bits store it: f16, saturating.
+fn to_f16(x: f32) -> f16 {
+    f16::from_f32(x.clamp(-65504.0, 65504.0))
+}
+
+/// `(scale, min)` of a group and the code of each element: unclamped minimum (KIVI's form, not CSKV's
+/// clamped zero point), codes against the stored, rounded scale and minimum.
+fn quantise(x: &[f32], bits: u32) -> (f16, f16, Vec<u32>) {
+    let levels = ((1u32 << bits) - 1) as f32;
+    let (min, max) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+    if x.is_empty() {
+        return (f16::ZERO, f16::ZERO, vec![]);
+    }
+    let (min, scale) = (to_f16(min), to_f16((max - min) / levels));
+    let code = |v: f32| if scale.to_f32() > 0.0 { ((v - min.to_f32()) / scale.to_f32()).round_ties_even().clamp(0.0, levels) as u32 } else { 0 };
+    (scale, min, x.iter().map(|&v| code(v)).collect())
+}
+
+fn put_code(codes: &mut [u8], bits: u32, i: usize, code: u32) {
+    for b in 0..bits as usize {
+        let at = i * bits as usize + b;
+        codes[at / 8] &= !(1 << (at % 8));
+        codes[at / 8] |= (((code >> b) & 1) as u8) << (at % 8);
+    }
+}
+
+fn get_code(codes: &[u8], bits: u32, i: usize) -> u32 {
+    (0..bits as usize).map(|b| (i * bits as usize + b, b)).map(|(at, b)| u32::from(codes[at / 8] >> (at % 8) & 1) << b).sum()
+}
+
+fn write_keys(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
+    for r in 0..sealed.key_rank {
+        let channel: Vec<f32> = latents.iter().map(|l| l[r]).collect();
+        if sealed.bits == 16 {
+            let dst = arena.slice_mut::<f16>(page, sealed.key_codes + r * P * 2, P);
+            for j in 0..P {
+                dst[j] = if j < skip { f16::ZERO } else { to_f16(channel[j]) };
+            }
+            continue;
+        }
+        let (scale, min, codes) = quantise(&channel[skip..], sealed.bits);
+        let stride = SealedLayer::key_stride(sealed.bits);
+        let dst = arena.slice_mut::<u8>(page, sealed.key_codes + r * stride, stride);
+        for j in 0..P {
+            put_code(dst, sealed.bits, j, if j < skip { 0 } else { codes[j - skip] });
+        }
+        arena.slice_mut::<f16>(page, sealed.key_meta + 4 * r, 2).copy_from_slice(&[scale, min]);
+    }
+}
+
+fn write_values(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
+    let rank = sealed.value_rank;
+    for (j, latent) in latents.iter().enumerate() {
+        if sealed.bits == 16 {
+            let dst = arena.slice_mut::<f16>(page, sealed.value_codes + j * rank * 2, rank);
+            for r in 0..rank {
+                dst[r] = if j < skip { f16::ZERO } else { to_f16(latent[r]) };
+            }
+            continue;
+        }
+        let stride = SealedLayer::value_stride(rank, sealed.bits);
+        let groups = rank.div_ceil(VALUE_GROUP);
+        for g in 0..groups {
+            let range = g * VALUE_GROUP..((g + 1) * VALUE_GROUP).min(rank);
+            let (scale, min, codes) = if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], sealed.bits) };
+            let dst = arena.slice_mut::<u8>(page, sealed.value_codes + j * stride, stride);
+            range.zip(codes).for_each(|(r, code)| put_code(dst, sealed.bits, r, code));
+            arena.slice_mut::<f16>(page, sealed.value_meta + 4 * (j * groups + g), 2).copy_from_slice(&[scale, min]);
+        }
+    }
+}
+
+/// Key and value latents of one position of a sealed page.
+fn read_sealed(arena: &Arena, page: PageAddr, sealed: &SealedLayer, slot: usize) -> (Vec<f32>, Vec<f32>) {
+    let (bits, k, v) = (sealed.bits, sealed.key_rank, sealed.value_rank);
+    if bits == 16 {
+        let key = |r: usize| arena.slice::<f16>(page, sealed.key_codes + 2 * (r * P + slot), 1)[0].to_f32();
+        let value = |r: usize| arena.slice::<f16>(page, sealed.value_codes + 2 * (slot * v + r), 1)[0].to_f32();
+        return ((0..k).map(key).collect(), (0..v).map(value).collect());
+    }
+    let decode = |code: u32, meta: &[f16]| meta[1].to_f32() + code as f32 * meta[0].to_f32();
+    let (key_stride, value_stride, groups) = (SealedLayer::key_stride(bits), SealedLayer::value_stride(v, bits), v.div_ceil(VALUE_GROUP));
+    let key = |r: usize| {
+        let codes = arena.slice::<u8>(page, sealed.key_codes + r * key_stride, key_stride);
+        decode(get_code(codes, bits, slot), arena.slice::<f16>(page, sealed.key_meta + 4 * r, 2))
+    };
+    let value = |r: usize| {
+        let codes = arena.slice::<u8>(page, sealed.value_codes + slot * value_stride, value_stride);
+        decode(get_code(codes, bits, r), arena.slice::<f16>(page, sealed.value_meta + 4 * (slot * groups + r / VALUE_GROUP), 2))
+    };
+    ((0..k).map(key).collect(), (0..v).map(value).collect())
+}
