@@ -10,8 +10,8 @@ pub mod model;
 pub mod ops;
 pub mod pages;
 pub mod plan;
+pub mod quant;
 pub mod request;
 pub mod scheduler;
 pub mod step;
 pub mod telemetry;
-

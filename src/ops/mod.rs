@@ -13,6 +13,7 @@ use crate::ids::PageAddr;
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, PageLayout};
 
+pub mod cpu;
 pub mod reference;
 
 /// A row-major matrix `[out][in]`, borrowed from the checkpoint's mapping where its type allows.

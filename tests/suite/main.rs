@@ -2,6 +2,8 @@
 
 mod artifact;
 mod calibrate;
+mod codec;
+mod engine;
 mod model;
 mod pages;
 mod plan;

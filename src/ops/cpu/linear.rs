@@ -1,0 +1,492 @@
+//! Matrix products against weights that stay where the checkpoint's mapping has them.
+//!
+//! Every output is a dot product in one order, whatever kernel computes it: the inputs in blocks of [`BLOCK`];
+//! within a block one vector accumulator, lanes along the inputs, then the tree of [`Lanes::reduce_add`]; blocks
+//! are added to a running total in turn; bias and residual last. So a row gives the same bits alone, in a batch,
+//! and in a prompt, and the kernels differ only in how many outputs they have under way:
+//!
+//! - few rows: a group of weight rows is read once from memory, widened in registers, and meets all rows;
+//! - many rows: a panel of weight rows is widened once into a buffer the second-level cache holds, a tile of
+//!   input rows stays in the first level while the panel streams past it.
+
+use half::bf16;
+
+use super::Cpu;
+use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
+use super::simd::{Element, Isa, Kernel, Lanes, run};
+use super::tile::by_rows;
+use crate::ops::{Linear, MatrixData};
+
+/// Inputs summed in one accumulator before it is added to the total.
+const BLOCK: usize = 1024;
+/// Weight rows of a panel; `PANEL * BLOCK` floats fit the second-level cache beside the input tile.
+const PANEL: usize = 64;
+/// Input rows that meet a panel before it is dropped.
+const ROWS: usize = 192;
+/// Up to so many rows, widening weights in registers beats the detour through a panel.
+const FEW: usize = 12;
+/// Floats of one tile's totals: six rows by four columns as [`Lanes::reduce_add`] lays them out.
+const TOTALS: usize = 32;
+/// Multiplications below which waking other threads costs more than they save.
+const WORTH_SHARING: usize = 96 * 1024;
+/// Bytes of weights a chunk of the few-rows kernel should have at least.
+const CHUNK_BYTES: usize = 32 * 1024;
+
+/// Memory kept from call to call.
+#[derive(Default)]
+pub(super) struct LinearScratch {
+    jobs: Vec<Job>,
+    /// The inputs rounded to bf16.
+    halves: Vec<Aligned>,
+}
+
+/// A [`Linear`] as threads share it. Its pointers are valid for the length of the call.
+#[derive(Clone, Copy)]
+struct Job {
+    w: Weights,
+    out: usize,
+    /// Null for none.
+    bias: *const f32,
+    accumulate: bool,
+    y: Shares<f32>,
+    /// Output columns of a chunk, and the number of chunks along columns.
+    columns: usize,
+    chunks: usize,
+}
+
+/// The rows all jobs share.
+struct Input {
+    /// `[rows][width]`.
+    x: *const f32,
+    /// The same in bf16, where a job needs it; null otherwise.
+    rounded: *const bf16,
+    width: usize,
+}
+
+// SAFETY: the pointers are only read while the call lasts.
+unsafe impl Sync for Input {}
+
+#[derive(Clone, Copy)]
+enum Weights {
+    F32(*const f32),
+    Bf16(*const bf16),
+}
+
+// SAFETY: the pointers are read only, but for `y`, which each chunk writes in columns and rows of its own.
+unsafe impl Send for Job {}
+// SAFETY: as above.
+unsafe impl Sync for Job {}
+
+/// `Ops::linear` on `cpu`.
+pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+    let Some(inputs) = jobs.first().map(|job| job.w.in_features) else { return };
+    assert_eq!(x.len(), rows * inputs, "x is not [rows][in_features]");
+    if rows == 0 {
+        return;
+    }
+    let mut scratch = cpu.linear.lock().unwrap_or_else(|e| e.into_inner());
+    let LinearScratch { jobs: list, halves } = &mut *scratch;
+    list.clear();
+    let mut work = 0;
+    let mut pairs = false;
+    for job in jobs {
+        let out = job.w.out_features;
+        let (w, len, bytes) = match job.w.data {
+            MatrixData::F32(w) => (Weights::F32(w.as_ptr()), w.len(), 4),
+            MatrixData::Bf16(w) => (Weights::Bf16(w.as_ptr()), w.len(), 2),
+        };
+        assert_eq!(job.w.in_features, inputs, "jobs differ in in_features");
+        assert_eq!(len, out * inputs, "weights are not [out][in]");
+        assert_eq!(job.y.len(), rows * out, "y is not [rows][out]");
+        assert!(job.bias.is_none_or(|b| b.len() == out), "bias is not [out]");
+        pairs |= bytes == 2;
+        work += rows * out * inputs;
+        let columns = if rows <= FEW {
+            let least = CHUNK_BYTES / (inputs * bytes).max(1);
+            out.div_ceil(32 * cpu.pool.threads()).max(least).next_multiple_of(8)
+        } else {
+            PANEL
+        };
+        list.push(Job {
+            w,
+            out,
+            bias: job.bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+            accumulate: job.accumulate,
+            y: Shares::new(job.y),
+            columns,
+            chunks: out.div_ceil(columns),
+        });
+    }
+    pairs &= cpu.isa == Isa::Avx512Bf16;
+    let rounded: *const bf16 = if pairs { round_all(cpu, x, halves) } else { std::ptr::null() };
+
+    let row_blocks = if rows <= FEW { 1 } else { rows.div_ceil(ROWS) };
+    let block = rows.div_ceil(row_blocks).next_multiple_of(12);
+    let units: usize = list.iter().map(|job| job.chunks * row_blocks).sum();
+    let list = &list[..];
+    let input = Input { x: x.as_ptr(), rounded, width: inputs };
+    let input = &input;
+    let unit = |i: usize| {
+        let mut i = i;
+        let mut at = 0;
+        while i >= list[at].chunks * row_blocks {
+            i -= list[at].chunks * row_blocks;
+            at += 1;
+        }
+        let job = &list[at];
+        let (chunk, row) = (i / row_blocks, i % row_blocks * block);
+        if row >= rows {
+            return;
+        }
+        let first = chunk * job.columns;
+        let unit = Unit {
+            input,
+            job,
+            rows: (row, rows.min(row + block)),
+            columns: (first, job.out.min(first + job.columns)),
+            few: rows <= FEW,
+        };
+        // SAFETY: `Cpu` holds only instruction sets this machine has. Lengths were checked above, and no two
+        // units share both a row and a column of one `y`.
+        unsafe { run(cpu.isa, unit) }
+    };
+    if work < WORTH_SHARING { (0..units).for_each(unit) } else { cpu.pool.run(units, &unit) }
+}
+
+/// Rounds `x` to bf16 into `halves`.
+fn round_all(cpu: &Cpu, x: &[f32], halves: &mut Vec<Aligned>) -> *const bf16 {
+    const CHUNK: usize = 16 * 1024;
+    grow(halves, x.len().div_ceil(2));
+    let to = Shares::new(halves.as_mut_slice());
+    cpu.pool.run(x.len().div_ceil(CHUNK), &|i| {
+        let x = &x[i * CHUNK..x.len().min((i + 1) * CHUNK)];
+        for (j, &v) in x.iter().enumerate() {
+            // SAFETY: `grow` made room for `x.len()` elements, and each chunk writes its own.
+            unsafe { to.get().cast::<bf16>().add(i * CHUNK + j).write(bf16::from_f32(v)) }
+        }
+    });
+    to.get().cast::<bf16>().cast_const()
+}
+
+/// Output rows and columns one thread computes.
+struct Unit<'a> {
+    input: &'a Input,
+    job: &'a Job,
+    rows: (usize, usize),
+    columns: (usize, usize),
+    /// Which of the two kernels.
+    few: bool,
+}
+
+/// How inputs and weights become products: the element types, and how many inputs a step takes.
+trait Dot<S: Lanes> {
+    type X: Copy;
+    type W: Copy;
+    /// Element of a panel.
+    type Panel: Dot<S, X = Self::X>;
+    type A: Copy;
+    type B: Copy;
+    const STEP: usize;
+    unsafe fn a(p: *const Self::X) -> Self::A;
+    unsafe fn a_part(p: *const Self::X, n: usize) -> Self::A;
+    unsafe fn b(p: *const Self::W) -> Self::B;
+    unsafe fn b_part(p: *const Self::W, n: usize) -> Self::B;
+    unsafe fn add(acc: S::V, a: Self::A, b: Self::B) -> S::V;
+    /// Copies one weight row of `n` elements into a panel.
+    unsafe fn pack(from: *const Self::W, to: *mut <Self::Panel as Dot<S>>::W, n: usize);
+}
+
+/// Products and sums in f32.
+struct Plain<W>(std::marker::PhantomData<W>);
+/// Products of bf16 pairs, summed in f32.
+struct Pairs;
+
+impl<S: Lanes, W: Element> Dot<S> for Plain<W> {
+    type X = f32;
+    type W = W;
+    type Panel = Plain<f32>;
+    type A = S::V;
+    type B = S::V;
+    const STEP: usize = S::N;
+    #[inline(always)]
+    unsafe fn a(p: *const f32) -> S::V {
+        // SAFETY: the caller's promises are those of the function called; so below.
+        unsafe { S::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn a_part(p: *const f32, n: usize) -> S::V {
+        // SAFETY: as above.
+        unsafe { S::load_part(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn b(p: *const W) -> S::V {
+        // SAFETY: as above.
+        unsafe { W::load::<S>(p) }
+    }
+    #[inline(always)]
+    unsafe fn b_part(p: *const W, n: usize) -> S::V {
+        // SAFETY: as above.
+        unsafe { W::load_part::<S>(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn add(acc: S::V, a: S::V, b: S::V) -> S::V {
+        // SAFETY: as above.
+        unsafe { S::fma(a, b, acc) }
+    }
+    #[inline(always)]
+    unsafe fn pack(from: *const W, to: *mut f32, n: usize) {
+        // SAFETY: `n` elements at both ends.
+        unsafe {
+            let mut k = 0;
+            while k + S::N <= n {
+                S::store(to.add(k), W::load::<S>(from.add(k)));
+                k += S::N;
+            }
+            if k < n {
+                S::store_part(to.add(k), W::load_part::<S>(from.add(k), n - k), n - k);
+            }
+        }
+    }
+}
+
+impl<S: Lanes> Dot<S> for Pairs {
+    type X = bf16;
+    type W = bf16;
+    type Panel = Pairs;
+    type A = S::P;
+    type B = S::P;
+    const STEP: usize = 2 * S::N;
+    #[inline(always)]
+    unsafe fn a(p: *const bf16) -> S::P {
+        // SAFETY: the caller's promises are those of the function called; so below.
+        unsafe { S::pairs(p) }
+    }
+    #[inline(always)]
+    unsafe fn a_part(p: *const bf16, n: usize) -> S::P {
+        // SAFETY: as above.
+        unsafe { S::pairs_part(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn b(p: *const bf16) -> S::P {
+        // SAFETY: as above.
+        unsafe { S::pairs(p) }
+    }
+    #[inline(always)]
+    unsafe fn b_part(p: *const bf16, n: usize) -> S::P {
+        // SAFETY: as above.
+        unsafe { S::pairs_part(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn add(acc: S::V, a: S::P, b: S::P) -> S::V {
+        // SAFETY: as above.
+        unsafe { S::pair_dot(acc, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn pack(from: *const bf16, to: *mut bf16, n: usize) {
+        // SAFETY: `n` elements at both ends, which are different buffers.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, n) }
+    }
+}
+
+/// Adds the dot products of `R` inputs with `4 * Q` weight rows over `n <= BLOCK` inputs to `totals`,
+/// of which each group of four weight rows has [`TOTALS`].
+///
+/// # Safety
+/// Rows are valid for `n` elements, `totals` for `Q * TOTALS`.
+#[inline(always)]
+unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(
+    x: [*const D::X; R],
+    w: [[*const D::W; 4]; Q],
+    n: usize,
+    ahead: usize,
+    totals: *mut f32,
+) {
+    // SAFETY: `k + STEP <= n` in the loop, `n - k < STEP` elements after it.
+    unsafe {
+        let mut acc = [[[S::splat(0.0); 4]; R]; Q];
+        let mut k = 0;
+        while k + D::STEP <= n {
+            for q in 0..Q {
+                let mut b = [D::b(w[q][0].add(k)); 4];
+                for c in 1..4 {
+                    b[c] = D::b(w[q][c].add(k));
+                }
+                if ahead > 0 {
+                    for c in 0..4 {
+                        S::prefetch(w[q][c].add(k).cast::<u8>().wrapping_add(ahead));
+                    }
+                }
+                for r in 0..R {
+                    let a = D::a(x[r].add(k));
+                    for c in 0..4 {
+                        acc[q][r][c] = D::add(acc[q][r][c], a, b[c]);
+                    }
+                }
+            }
+            k += D::STEP;
+        }
+        if k < n {
+            for q in 0..Q {
+                for r in 0..R {
+                    let a = D::a_part(x[r].add(k), n - k);
+                    for c in 0..4 {
+                        acc[q][r][c] = D::add(acc[q][r][c], a, D::b_part(w[q][c].add(k), n - k));
+                    }
+                }
+            }
+        }
+        for q in 0..Q {
+            S::reduce_add(&acc[q], totals.add(q * TOTALS));
+        }
+    }
+}
+
+impl Unit<'_> {
+    /// # Safety
+    /// As [`Kernel::run`]; `x` and `w` are those of this unit.
+    #[inline(always)]
+    unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
+        // SAFETY: passed on.
+        unsafe { if self.few { self.few::<S, D>(x, w) } else { self.many::<S, D>(x, w) } }
+    }
+
+    /// Reads groups of weight rows straight from memory.
+    #[inline(always)]
+    unsafe fn few<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
+        // SAFETY: rows and columns are in range, and row `i` of either matrix begins at `i * width`.
+        unsafe {
+            let (mut column, last) = self.columns;
+            let row_bytes = self.input.width * size_of::<D::W>();
+            while column < last {
+                let (mut row, end) = self.rows;
+                // One or two rows leave registers for eight columns at once.
+                let wide = end - row <= 2.min(S::ROWS / 2) && last - column > 4;
+                while row < end {
+                    let rows = (end - row).min(S::ROWS);
+                    let mut totals = [0.0f32; 2 * TOTALS];
+                    let mut k = 0;
+                    while k < self.input.width {
+                        let n = BLOCK.min(self.input.width - k);
+                        // Columns past the end are computed as the last one and dropped.
+                        let at = |c: usize| w.add((column + c).min(last - 1) * self.input.width + k);
+                        let row_at = |r: usize| x.add((row + r) * self.input.width + k);
+                        if wide {
+                            let w = [[at(0), at(1), at(2), at(3)], [at(4), at(5), at(6), at(7)]];
+                            let ahead = 8 * row_bytes;
+                            if rows == 1 {
+                                dots::<S, D, 1, 2>([row_at(0)], w, n, ahead, totals.as_mut_ptr());
+                            } else {
+                                dots::<S, D, 2, 2>([row_at(0), row_at(1)], w, n, ahead, totals.as_mut_ptr());
+                            }
+                        } else {
+                            let w = [[at(0), at(1), at(2), at(3)]];
+                            let ahead = if row == self.rows.0 { 4 * row_bytes } else { 0 };
+                            by_rows!(rows, S, |R| {
+                                let mut x = [row_at(0); R];
+                                for r in 1..R {
+                                    x[r] = row_at(r);
+                                }
+                                dots::<S, D, R, 1>(x, w, n, ahead, totals.as_mut_ptr())
+                            });
+                        }
+                        k += BLOCK;
+                    }
+                    let columns = (last - column).min(if wide { 8 } else { 4 });
+                    self.finish((row, rows), (column, columns), totals.as_ptr());
+                    row += rows;
+                }
+                column += if wide { 8 } else { 4 };
+            }
+        }
+    }
+
+    /// Widens weights into a panel that all rows meet.
+    #[inline(always)]
+    unsafe fn many<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
+        type Packed<S, D> = <<D as Dot<S>>::Panel as Dot<S>>::W;
+        let (row0, end) = self.rows;
+        let columns = self.columns.1 - self.columns.0;
+        let groups = columns.div_ceil(4);
+        let tiles = (end - row0).div_ceil(S::ROWS);
+        let totals_len = tiles * groups * TOTALS;
+        let mut buffer = scratch_take(PANEL * BLOCK + totals_len);
+        let scratch = buffer.as_mut_ptr().cast::<f32>();
+        {
+            // SAFETY: the scratch holds a panel and the totals; rows and columns are in range.
+            unsafe {
+                let panel = scratch.cast::<Packed<S, D>>();
+                let totals = scratch.add(PANEL * BLOCK);
+                totals.write_bytes(0, totals_len);
+                let width = self.input.width;
+                let mut k = 0;
+                while k < width {
+                    let n = BLOCK.min(width - k);
+                    for c in 0..4 * groups {
+                        // Columns past the end are computed as the last one and dropped.
+                        let from = w.add((self.columns.0 + c.min(columns - 1)) * width + k);
+                        D::pack(from, panel.add(c * BLOCK), n);
+                    }
+                    for tile in 0..tiles {
+                        let row = row0 + tile * S::ROWS;
+                        by_rows!((end - row).min(S::ROWS), S, |R| {
+                            let mut rows = [x.add(row * width + k); R];
+                            for r in 1..R {
+                                rows[r] = x.add((row + r) * width + k);
+                            }
+                            for group in 0..groups {
+                                let w = panel.add(group * 4 * BLOCK).cast_const();
+                                let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
+                                dots::<S, D::Panel, R, 1>(rows, w, n, 0, totals.add((tile * groups + group) * TOTALS));
+                            }
+                        });
+                    }
+                    k += BLOCK;
+                }
+                for tile in 0..tiles {
+                    let row = row0 + tile * S::ROWS;
+                    for group in 0..groups {
+                        let totals = totals.add((tile * groups + group) * TOTALS);
+                        let column = (self.columns.0 + 4 * group, (columns - 4 * group).min(4));
+                        self.finish((row, (end - row).min(S::ROWS)), column, totals);
+                    }
+                }
+            }
+        }
+        scratch_back(buffer);
+    }
+
+    /// Adds bias and residual to the totals of `rows: (first, n)` and `columns: (first, n)`, and writes them.
+    #[inline(always)]
+    unsafe fn finish(&self, rows: (usize, usize), columns: (usize, usize), totals: *const f32) {
+        // SAFETY: rows and columns are this unit's, and nobody else writes them.
+        unsafe {
+            for r in 0..rows.1 {
+                let y = self.job.y.get().add((rows.0 + r) * self.job.out + columns.0);
+                for c in 0..columns.1 {
+                    let mut v = *totals.add(TOTALS * (c / 4) + 16 * (r / 4) + 4 * (c % 4) + r % 4);
+                    if !self.job.bias.is_null() {
+                        v += *self.job.bias.add(columns.0 + c);
+                    }
+                    if self.job.accumulate {
+                        v += *y.add(c);
+                    }
+                    *y.add(c) = v;
+                }
+            }
+        }
+    }
+}
+
+impl Kernel for Unit<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        // SAFETY: passed on; bf16 inputs are there whenever the instruction set has pairs and a job needs them.
+        unsafe {
+            match self.job.w {
+                Weights::F32(w) => self.with::<S, Plain<f32>>(self.input.x, w),
+                Weights::Bf16(w) if S::PAIRS => self.with::<S, Pairs>(self.input.rounded, w),
+                Weights::Bf16(w) => self.with::<S, Plain<bf16>>(self.input.x, w),
+            }
+        }
+    }
+}

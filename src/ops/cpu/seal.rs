@@ -1,0 +1,288 @@
+//! Exact pages to sealed pages: keys turned back, projected, quantised.
+//!
+//! Threads compute the bytes of whole pages apart from the arena, which are then copied in: a sealed page is a
+//! small fraction of the work that makes it, and no two threads ever hold the arena to write.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::Cpu;
+use super::attend::turn_tables;
+use super::pool::{Shares, scratch_back, scratch_take};
+use super::simd::{Element, Kernel, Lanes, run};
+use super::tile::{Product, by_rows, widen};
+use crate::compress::{LayerCompression, Projection};
+use crate::ids::PAGE_TOKENS;
+use crate::kv::Arena;
+use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
+use crate::ops::{LayerView, RopeTable, SealJob, exact_head_bytes};
+use crate::quant::{Scale, pack, packed_len, quantise_group, to_f16};
+
+const P: usize = PAGE_TOKENS as usize;
+
+/// `Ops::seal` on `cpu`.
+pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
+    let Some(compression) = view.compression else { panic!("a profile without compression seals nothing") };
+    let layer = view.layout.sealed[view.layer];
+    assert_eq!(2 * table.half, view.layout.head_dim, "rope table of another model");
+    for (p, rank) in [(&compression.keys, layer.key_rank), (&compression.values, layer.value_rank)] {
+        assert_eq!(p.channels(), view.layout.kv_heads * view.layout.head_dim, "basis of another model");
+        assert_eq!(p.rank(), rank, "basis of another width than the page");
+        let (mut channel, mut at) = (0, 0);
+        for g in &p.groups {
+            assert_eq!((g.channels.start, g.ranks.start), (channel, at), "groups do not tile channels and ranks");
+            assert_eq!(g.down.len(), g.channels.len() * g.ranks.len(), "down is not [channels][ranks]");
+            (channel, at) = (g.channels.end, g.ranks.end);
+        }
+        assert_eq!(channel, p.channels(), "groups do not tile the channels");
+    }
+    let bytes = layer.end - layer.key_codes;
+    let mut pages = cpu.seal.lock().unwrap_or_else(|e| e.into_inner());
+    pages.clear();
+    pages.resize(jobs.len() * bytes, 0);
+    let to = Shares::new(&mut pages[..]);
+    {
+        let arena = &*arena;
+        cpu.pool.run(jobs.len(), &|i| {
+            // SAFETY: job `i` alone has this range, of the buffer's `jobs * bytes`.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.get().add(i * bytes), bytes) };
+            assert!(jobs[i].skip <= PAGE_TOKENS, "{} sinks in a page", jobs[i].skip);
+            let page = Page { arena, view, table, compression, layer, job: jobs[i], to };
+            // SAFETY: `Cpu` holds only instruction sets this machine has; shapes were checked above.
+            unsafe { run(cpu.isa, page) }
+        });
+    }
+    for (i, job) in jobs.iter().enumerate() {
+        arena.slice_mut::<u8>(job.to, layer.key_codes, bytes).copy_from_slice(&pages[i * bytes..][..bytes]);
+    }
+}
+
+/// One page of one layer.
+struct Page<'a> {
+    arena: &'a Arena,
+    view: LayerView<'a>,
+    table: &'a RopeTable,
+    compression: &'a LayerCompression,
+    layer: SealedLayer,
+    job: SealJob,
+    /// The layer's bytes in the sealed page, zeroed.
+    to: &'a mut [u8],
+}
+
+impl Kernel for Page<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(mut self) {
+        let (d, heads) = (self.view.layout.head_dim, self.view.layout.kv_heads);
+        let channels = heads * d;
+        let (key_rank, value_rank) = (self.layer.key_rank, self.layer.value_rank);
+        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P];
+        let mut buffer = scratch_take(sizes.iter().sum());
+        let mut at = buffer.as_mut_ptr().cast::<f32>();
+        let [x, latents, cos, sin] = sizes.map(|n| {
+            let here = at;
+            at = at.wrapping_add(n);
+            here
+        });
+        // SAFETY: the parts of the scratch have the sizes their use names; projections were checked to tile
+        // channels and ranks.
+        unsafe {
+            turn_tables(self.table, self.job.position as usize, cos, sin);
+            for head in 0..heads {
+                self.load::<S>(head, 0, x.add(head * d * P));
+                self.unturn::<S>(x.add(head * d * P), (cos, sin), &self.compression.keys.mean[head * d..][..d]);
+            }
+            project_keys::<S>(&self.compression.keys, x, latents);
+            self.write_keys(std::slice::from_raw_parts(latents, key_rank * P));
+
+            for head in 0..heads {
+                // Values lie `[64][head_dim]`: kept so, one block of channels per head.
+                let (at, mean) = (x.add(head * d * P), &self.compression.values.mean[head * d..][..d]);
+                self.load::<S>(head, 1, at);
+                for p in 0..P {
+                    for (c, mean) in mean.iter().enumerate() {
+                        *at.add(p * d + c) -= mean;
+                    }
+                }
+            }
+            project_values::<S>(&self.compression.values, x, (d, value_rank), latents);
+            self.write_values(std::slice::from_raw_parts(latents, value_rank * P));
+        }
+        scratch_back(buffer);
+    }
+}
+
+impl Page<'_> {
+    /// Widens the keys (`half` 0) or values (1) of a head.
+    ///
+    /// # Safety
+    /// `to` is valid for `head_dim * 64`.
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(&self, head: usize, half: usize, to: *mut f32) {
+        let n = self.view.layout.head_dim * P;
+        let at = self.job.from_offset + (2 * head + half) * exact_head_bytes(self.view.layout);
+        #[inline(always)]
+        unsafe fn from<S: Lanes, B: Element + bytemuck::Pod>(page: &Page<'_>, at: usize, n: usize, to: *mut f32) {
+            // SAFETY: the slice has `n` elements, as has `to`.
+            unsafe { widen::<S, B>(page.arena.slice::<B>(page.job.from, at, n).as_ptr(), to, n) }
+        }
+        // SAFETY: passed on.
+        unsafe {
+            match self.view.layout.exact {
+                ExactType::F32 => from::<S, f32>(self, at, n, to),
+                ExactType::Bf16 => from::<S, bf16>(self, at, n, to),
+            }
+        }
+    }
+
+    /// Turns the keys of a head back, and takes the mean away.
+    ///
+    /// # Safety
+    /// `x` is valid for `[head_dim][64]`, the tables for `[head_dim / 2][64]`.
+    #[inline(always)]
+    unsafe fn unturn<S: Lanes>(&self, x: *mut f32, (cos, sin): (*mut f32, *mut f32), mean: &[f32]) {
+        let half = mean.len() / 2;
+        for i in 0..half {
+            let mut j = i * P;
+            while j < (i + 1) * P {
+                // SAFETY: `j` runs over the row of channel `i`, the other half's lies `half` rows on.
+                unsafe {
+                    let (a, b) = (x.add(j), x.add(half * P + j));
+                    let (u, v, c, s) = (S::load(a), S::load(b), S::load(cos.add(j)), S::load(sin.add(j)));
+                    // Scaled tables (YaRN) stretch the key too.
+                    let norm = S::fma(c, c, S::mul(s, s));
+                    let x = S::div(S::fma(v, s, S::mul(u, c)), norm);
+                    let y = S::div(S::sub(S::mul(v, c), S::mul(u, s)), norm);
+                    S::store(a, S::sub(x, S::splat(mean[i])));
+                    S::store(b, S::sub(y, S::splat(mean[half + i])));
+                    j += S::N;
+                }
+            }
+        }
+    }
+
+    /// Bytes `[from, from + n)` of the page, which lie in this layer.
+    fn bytes(&mut self, from: usize, n: usize) -> &mut [u8] {
+        &mut self.to[from - self.layer.key_codes..][..n]
+    }
+
+    /// `latents: [key_rank][64]`.
+    fn write_keys(&mut self, latents: &[f32]) {
+        let (layer, skip) = (self.layer, self.job.skip as usize);
+        let stride = SealedLayer::key_stride(layer.bits);
+        let mut codes = [0u8; P];
+        for (r, row) in latents.chunks_exact(P).enumerate() {
+            if layer.bits == 16 {
+                write_halves(self.bytes(layer.key_codes + (r * P + skip) * 2, (P - skip) * 2), &row[skip..]);
+            } else {
+                let scale = quantise_group(&row[skip..], layer.bits, &mut codes[skip..]);
+                pack(&codes, layer.bits, self.bytes(layer.key_codes + r * stride, stride));
+                write_scale(self.bytes(layer.key_meta + r * 4, 4), scale);
+            }
+        }
+    }
+
+    /// `latents: [64][value_rank]`.
+    fn write_values(&mut self, latents: &[f32]) {
+        let layer = self.layer;
+        let (rank, groups) = (layer.value_rank, layer.value_rank.div_ceil(VALUE_GROUP));
+        let stride = SealedLayer::value_stride(rank, layer.bits);
+        let mut codes = [0u8; VALUE_GROUP];
+        for (p, row) in latents.chunks_exact(rank).enumerate().skip(self.job.skip as usize) {
+            if layer.bits == 16 {
+                write_halves(self.bytes(layer.value_codes + p * rank * 2, rank * 2), row);
+                continue;
+            }
+            // A whole group of 32 codes is a whole number of bytes at any width, so groups are packed apart.
+            for (g, x) in row.chunks(VALUE_GROUP).enumerate() {
+                let codes = &mut codes[..x.len()];
+                let scale = quantise_group(x, layer.bits, codes);
+                let at = layer.value_codes + p * stride + packed_len(g * VALUE_GROUP, layer.bits);
+                pack(codes, layer.bits, self.bytes(at, packed_len(x.len(), layer.bits)));
+                write_scale(self.bytes(layer.value_meta + (p * groups + g) * 4, 4), scale);
+            }
+        }
+    }
+}
+
+fn write_halves(to: &mut [u8], from: &[f32]) {
+    for (to, &x) in to.chunks_exact_mut(2).zip(from) {
+        to.copy_from_slice(&to_f16(x).to_ne_bytes());
+    }
+}
+
+fn write_scale(to: &mut [u8], scale: Scale) {
+    let [a, b]: [f16; 2] = [scale.scale, scale.min];
+    to[..2].copy_from_slice(&a.to_ne_bytes());
+    to[2..].copy_from_slice(&b.to_ne_bytes());
+}
+
+/// `latents[r][p] = sum over c of x[c][p] * down[c][r]`, lanes along positions.
+///
+/// # Safety
+/// `x` is valid for `[channels][64]`, `latents` for `[rank][64]`, and the projection's groups are whole.
+#[inline(always)]
+unsafe fn project_keys<S: Lanes>(projection: &Projection, x: *const f32, latents: *mut f32) {
+    for g in &projection.groups {
+        let rank = g.ranks.len();
+        let mut at = 0;
+        while at < rank {
+            let rows = (rank - at).min(S::ROWS);
+            // SAFETY: rows `at..at + R` are within the group's ranks.
+            unsafe {
+                by_rows!(rows, S, |R| {
+                    let (mut a, mut out) = ([g.down.as_ptr().add(at); R], [latents.add((g.ranks.start + at) * P); R]);
+                    for r in 0..R {
+                        (a[r], out[r]) = (a[r].add(r), out[r].add(r * P));
+                    }
+                    let b = x.add(g.channels.start * P);
+                    Product { a, a_step: rank, b, b_step: P, n: g.channels.len(), ahead: 0 }.onto::<S>(out, P, None);
+                });
+            }
+            at += rows;
+        }
+    }
+}
+
+/// `latents[p][r] = sum over c of x[p][c] * down[c][r]`, lanes along ranks, where `x` lies in one block `[64][d]`
+/// per head.
+///
+/// # Safety
+/// `x` is valid for `[heads][64][d]`, `latents` for `[64][rank]`, and the projection's groups are whole.
+#[inline(always)]
+unsafe fn project_values<S: Lanes>(projection: &Projection, x: *const f32, (d, rank): (usize, usize), latents: *mut f32) {
+    for g in &projection.groups {
+        let width = g.ranks.len();
+        let mut p = 0;
+        while p < P {
+            let rows = (P - p).min(S::ROWS);
+            // SAFETY: positions `p..p + R` are within the page; heads' channels are within the group.
+            unsafe {
+                by_rows!(rows, S, |R| {
+                    let mut out = [latents.add(p * rank + g.ranks.start); R];
+                    for r in 0..R {
+                        out[r] = out[r].add(r * rank);
+                    }
+                    let mut first = true;
+                    for Range { start, end } in heads(&g.channels, d) {
+                        let mut a = [x.add(start / d * d * P + p * d + start % d); R];
+                        for r in 0..R {
+                            a[r] = a[r].add(r * d);
+                        }
+                        let b = g.down.as_ptr().add((start - g.channels.start) * width);
+                        let scale = if first { None } else { Some([1.0; R]) };
+                        Product { a, a_step: 1, b, b_step: width, n: end - start, ahead: 0 }.onto::<S>(out, width, scale);
+                        first = false;
+                    }
+                });
+            }
+            p += rows;
+        }
+    }
+}
+
+/// The channels of a group, head by head.
+fn heads(channels: &Range<usize>, d: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *channels;
+    (start / d..end.div_ceil(d)).map(move |h| start.max(h * d)..end.min((h + 1) * d))
+}

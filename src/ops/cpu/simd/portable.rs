@@ -1,0 +1,156 @@
+//! Eight lanes as an array: the shape every other instruction set is a faster version of.
+
+use half::{bf16, f16};
+
+use super::Lanes;
+
+const N: usize = 8;
+
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+#[inline(always)]
+fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
+    let mut out = [0.0; N];
+    for i in 0..N {
+        out[i] = f(a[i], b[i]);
+    }
+    out
+}
+
+/// The first `n` elements of `p` through `f`, zeros after.
+///
+/// # Safety
+/// `p` is valid for `n` elements.
+#[inline(always)]
+unsafe fn gather<T: Copy>(p: *const T, n: usize, f: impl Fn(T) -> f32) -> [f32; N] {
+    let mut out = [0.0; N];
+    for (i, x) in out.iter_mut().enumerate().take(n) {
+        // SAFETY: `i < n`.
+        *x = f(unsafe { p.add(i).read() });
+    }
+    out
+}
+
+fn bf16_to_f32(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+macro_rules! read {
+    ($name:ident, $part:ident, $t:ty, $f:expr) => {
+        #[inline(always)]
+        unsafe fn $name(p: *const $t) -> Self::V {
+            // SAFETY: the caller gives `N` elements.
+            unsafe { gather(p, N, $f) }
+        }
+        #[inline(always)]
+        unsafe fn $part(p: *const $t, n: usize) -> Self::V {
+            // SAFETY: the caller gives `n` elements.
+            unsafe { gather(p, n, $f) }
+        }
+    };
+}
+
+impl Lanes for Portable {
+    const N: usize = N;
+    const ROWS: usize = 2;
+    type V = [f32; N];
+    type P = ();
+
+    read!(load, load_part, f32, |x| x);
+    read!(load_bf16, load_bf16_part, bf16, bf16_to_f32);
+    read!(load_f16, load_f16_part, f16, f16::to_f32);
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        // SAFETY: the caller gives `N` elements.
+        unsafe { p.cast::<[f32; N]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn store_part(p: *mut f32, v: Self::V, n: usize) {
+        for (i, &x) in v.iter().enumerate().take(n) {
+            // SAFETY: `i < n`.
+            unsafe { p.add(i).write(x) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Two roundings: a fused one is a library call where the hardware lacks it.
+        zip(zip(a, b, |a, b| a * b), c, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(a: Self::V) -> Self::V {
+        // Adding 1.5 * 2^23 leaves no bits for a fraction; callers stay within 2^22.
+        const MAGIC: f32 = 12_582_912.0;
+        a.map(|x| (x + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    unsafe fn scale2(a: Self::V, n: Self::V) -> Self::V {
+        zip(a, n, |a, n| a * f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn keep(a: Self::V, from: usize, to: usize) -> Self::V {
+        let mut out = [f32::NEG_INFINITY; N];
+        for i in from..to.min(N) {
+            out[i] = a[i];
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let s = [v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]];
+        (s[0] + s[2]) + (s[1] + s[3])
+    }
+    #[inline(always)]
+    unsafe fn greatest(a: Self::V) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, |m, x| if x > m { x } else { m })
+    }
+    #[inline(always)]
+    unsafe fn reduce_add<const R: usize>(acc: &[[Self::V; 4]; R], out: *mut f32) {
+        for (r, row) in acc.iter().enumerate() {
+            for (c, &v) in row.iter().enumerate() {
+                // SAFETY: the caller gives sixteen floats for every four rows.
+                unsafe { *out.add(16 * (r / 4) + 4 * c + r % 4) += Self::sum(v) }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn pairs(_: *const bf16) -> Self::P {}
+    #[inline(always)]
+    unsafe fn pairs_part(_: *const bf16, _: usize) -> Self::P {}
+    #[inline(always)]
+    unsafe fn pair_dot(acc: Self::V, (): Self::P, (): Self::P) -> Self::V {
+        debug_assert!(Self::PAIRS, "pair_dot without the instruction");
+        acc
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+}
