@@ -30,7 +30,7 @@ pub fn to_f16(x: f32) -> f16 {
 
 /// Quantises `x` to codes of `bits` (1 to 8), one per element. An empty group gives zeros.
 ///
-/// The code is `round((x - min) / scale)`, halves away from zero, clamped to `0..2^bits`; all zero when the scale is.
+/// The code is `round((x - min) / scale)`, halves to even, clamped to `0..2^bits`; all zero when the scale is.
 ///
 /// # Panics
 /// When `codes` has another length than `x`.
@@ -48,7 +48,7 @@ pub fn quantise_group(x: &[f32], bits: u32, codes: &mut [u8]) -> Scale {
         codes.fill(0);
     } else {
         for (code, &v) in codes.iter_mut().zip(x) {
-            *code = ((v - min) / scale).round().clamp(0.0, top) as u8;
+            *code = ((v - min) / scale).round_ties_even().clamp(0.0, top) as u8;
         }
     }
     shared

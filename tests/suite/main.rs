@@ -5,6 +5,7 @@ mod calibrate;
 mod codec;
 mod engine;
 mod model;
+mod ops;
 mod pages;
 mod plan;
 mod scheduler;

@@ -16,8 +16,8 @@ use half::{bf16, f16};
 use super::Cpu;
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::rows::turned;
-use super::simd::{Element, Kernel, Lanes, run};
-use super::tile::{Product, by_rows, widen};
+use super::simd::{Element, Kernel, Lanes, dispatch};
+use super::tile::{Product, Widen, by_rows};
 use crate::compress::{Group, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
@@ -127,7 +127,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         let unit = Unit { call, row, kv_head, first, n, phase, span, partial, each, out: out.get() };
         // SAFETY: `Cpu` holds only instruction sets this machine has; rows were checked, no two of them overlap, and
         // units write lines, or partials, of their own.
-        unsafe { run(cpu.isa, unit) }
+        unsafe { dispatch(cpu.isa, unit) }
     };
     let all = |n: usize, phase: Phase| {
         let task = |i: usize| unit(i, phase);
@@ -200,7 +200,6 @@ impl State {
 
     /// # Safety
     /// As promised by [`State::at`].
-    #[inline(always)]
     unsafe fn clear(&self) {
         // SAFETY: the ranges of `at`.
         unsafe {
@@ -216,29 +215,133 @@ impl State {
     ///
     /// # Safety
     /// Both as promised by [`State::at`], and apart.
+    unsafe fn merge<S: Lanes>(self, next: State) {
+        // SAFETY: passed on.
+        unsafe { S::enter(Merge { to: self, next }) }
+    }
+}
+
+/// [`State::merge`].
+struct Merge {
+    to: State,
+    next: State,
+}
+
+impl Kernel for Merge {
     #[inline(always)]
-    unsafe fn merge<S: Lanes>(&self, next: &State) {
+    unsafe fn run<S: Lanes>(self) {
+        let Merge { to: State { m, l, o, stride, lines }, next } = self;
         // SAFETY: lines and strides are the same; strides are whole vectors.
         unsafe {
-            for i in 0..self.lines {
-                let (m, n) = (*self.m.add(i), *next.m.add(i));
-                if n == f32::NEG_INFINITY && *next.l.add(i) == 0.0 {
+            for i in 0..lines {
+                let (a, b) = (*m.add(i), *next.m.add(i));
+                if b == f32::NEG_INFINITY && *next.l.add(i) == 0.0 {
                     // The line saw nothing in that span.
                     continue;
                 }
-                let top = if m > n { m } else { n };
+                let top = if a > b { a } else { b };
                 let mut scale = [0.0f32; 16];
-                (scale[0], scale[1]) = (m - top, n - top);
+                (scale[0], scale[1]) = (a - top, b - top);
                 S::store(scale.as_mut_ptr(), S::exp(S::load(scale.as_ptr())));
-                *self.m.add(i) = top;
-                *self.l.add(i) = *self.l.add(i) * scale[0] + *next.l.add(i) * scale[1];
+                *m.add(i) = top;
+                *l.add(i) = *l.add(i) * scale[0] + *next.l.add(i) * scale[1];
                 let (a, b) = (S::splat(scale[0]), S::splat(scale[1]));
                 let mut j = 0;
-                while j < self.stride {
-                    let (to, from) = (self.o.add(i * self.stride + j), next.o.add(i * self.stride + j));
+                while j < stride {
+                    let (to, from) = (o.add(i * stride + j), next.o.add(i * stride + j));
                     S::store(to, S::fma(S::load(from), b, S::mul(S::load(to), a)));
                     j += S::N;
                 }
+            }
+        }
+    }
+}
+
+/// `to[j] = from[j] * by` for `n` elements; `from` may be `to`.
+struct Scaled {
+    from: *const f32,
+    to: *mut f32,
+    n: usize,
+    by: f32,
+}
+
+impl Kernel for Scaled {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Scaled { from, to, n, by } = self;
+        // SAFETY: `j + N <= n` in the loop, the rest after it.
+        unsafe {
+            let by = S::splat(by);
+            let mut j = 0;
+            while j + S::N <= n {
+                S::store(to.add(j), S::mul(S::load(from.add(j)), by));
+                j += S::N;
+            }
+            if j < n {
+                S::store_part(to.add(j), S::mul(S::load_part(from.add(j), n - j), by), n - j);
+            }
+        }
+    }
+}
+
+/// A tile's scores of some lines, and where their softmax stands.
+struct Softmax<'a> {
+    /// `[lines][64]`: scores of `width` positions become weights.
+    scores: *mut f32,
+    width: usize,
+    lines: usize,
+    /// Line `r` sees positions `[from, to[r])`.
+    from: usize,
+    to: [usize; 6],
+    gain: f32,
+    /// Maxima and sums of the lines, to be moved on.
+    m: *mut f32,
+    l: *mut f32,
+    /// What outputs so far are to be scaled by, and sums of the weights.
+    scale: &'a mut [f32; 16],
+    sums: &'a mut [f32; 16],
+}
+
+impl Kernel for Softmax<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        // SAFETY: `width` is a whole number of vectors, no more than 64.
+        unsafe {
+            let gain = S::splat(self.gain);
+            let mut tops = [0.0f32; 6];
+            self.scale.fill(0.0);
+            for r in 0..self.lines {
+                let scores = self.scores.add(r * P);
+                let to = self.to[r];
+                let mut top = S::splat(f32::NEG_INFINITY);
+                let mut j = 0;
+                while j < self.width {
+                    let v = S::mul(S::load(scores.add(j)), gain);
+                    let v = S::keep(v, self.from.saturating_sub(j).min(S::N), to.saturating_sub(j).min(S::N));
+                    S::store(scores.add(j), v);
+                    top = S::max(top, v);
+                    j += S::N;
+                }
+                let (before, here) = (*self.m.add(r), S::greatest(top));
+                tops[r] = if here > before { here } else { before };
+                self.scale[r] = before - tops[r];
+                *self.m.add(r) = tops[r];
+            }
+            let scale = self.scale.as_mut_ptr();
+            S::store(scale, S::exp(S::load(scale)));
+            for r in 0..self.lines {
+                let scores = self.scores.add(r * P);
+                let top = S::splat(tops[r]);
+                let mut sum = S::splat(0.0);
+                let mut j = 0;
+                while j < self.width {
+                    let v = S::exp(S::sub(S::load(scores.add(j)), top));
+                    S::store(scores.add(j), v);
+                    sum = S::add(sum, v);
+                    j += S::N;
+                }
+                self.sums[r] = S::sum(sum);
+                *self.l.add(r) = *self.l.add(r) * self.scale[r] + self.sums[r];
             }
         }
     }
@@ -328,7 +431,6 @@ impl<'a> Basis<'a> {
 }
 
 impl Kernel for Unit<'_> {
-    #[inline(always)]
     unsafe fn run<S: Lanes>(self) {
         let d = self.call.shape.head_dim;
         let lines = self.n * self.group();
@@ -385,14 +487,14 @@ impl Kernel for Unit<'_> {
                     room.total.clear();
                     for span in 0..spans {
                         self.span::<S>(&room, basis.as_ref(), span);
-                        room.total.merge::<S>(&room.span);
+                        room.total.merge::<S>(room.span);
                     }
                     self.finish::<S>(&room.total);
                 }
                 Phase::Merge => {
                     room.total.clear();
                     for span in 0..spans {
-                        room.total.merge::<S>(&State::at(self.partial.add(span * self.each), lines, d));
+                        room.total.merge::<S>(State::at(self.partial.add(span * self.each), lines, d));
                     }
                     self.finish::<S>(&room.total);
                 }
@@ -419,28 +521,18 @@ impl Unit<'_> {
         (row * shape.heads + self.kv_head * group + line % group) * shape.head_dim
     }
 
-    #[inline(always)]
     unsafe fn finish<S: Lanes>(&self, total: &State) {
         let d = self.call.shape.head_dim;
         // SAFETY: the output row is this line's own.
         unsafe {
             for line in 0..total.lines {
-                let gain = S::splat(1.0 / *total.l.add(line));
                 let (from, to) = (total.o.add(line * total.stride), self.out.add(self.offset(line)));
-                let mut j = 0;
-                while j + S::N <= d {
-                    S::store(to.add(j), S::mul(S::load(from.add(j)), gain));
-                    j += S::N;
-                }
-                if j < d {
-                    S::store_part(to.add(j), S::mul(S::load(from.add(j)), gain), d - j);
-                }
+                S::enter(Scaled { from, to, n: d, by: 1.0 / *total.l.add(line) });
             }
         }
     }
 
     /// One span of all lines, into `room.span`.
-    #[inline(always)]
     unsafe fn span<S: Lanes>(&self, room: &Room, basis: Option<&Basis<'_>>, span: usize) {
         let row = self.row;
         let (layout, d) = (row.view.layout, self.call.shape.head_dim);
@@ -490,13 +582,11 @@ impl Unit<'_> {
     }
 
     /// Lanes of a tile that a line sees.
-    #[inline(always)]
     fn visible(&self, place: Place, line: usize) -> usize {
         place.to.min(self.position(line / self.group()) + 1 - place.base)
     }
 
     /// A tile of exact positions: page, byte offset of the head in it, distance to the next tile; `stride` positions.
-    #[inline(always)]
     unsafe fn exact<S: Lanes>(&self, room: &Room, (page, at, ahead): (PageAddr, usize, isize), stride: usize, place: Place) {
         let d = self.call.shape.head_dim;
         let line = self.first_line(place);
@@ -517,9 +607,9 @@ impl Unit<'_> {
                     if room.span.lines - line < WIDEN {
                         self.tile::<S, bf16>(room, Tile { keys, key_step: stride, values, value_step: d, width: d, ahead }, place, line);
                     } else {
-                        widen::<S, bf16>(keys, room.keys, n);
+                        S::enter(Widen { from: keys, to: room.keys, n });
                         // Values past the last visible position may be anything; they are not read below either.
-                        widen::<S, bf16>(values, room.values, d * self.visible(place, room.span.lines - 1));
+                        S::enter(Widen { from: values, to: room.values, n: d * self.visible(place, room.span.lines - 1) });
                         let tile = Tile { keys: room.keys.cast_const(), key_step: stride, values: room.values.cast_const(), value_step: d, width: d, ahead: 0 };
                         self.tile::<S, f32>(room, tile, place, line);
                     }
@@ -529,7 +619,6 @@ impl Unit<'_> {
     }
 
     /// All lines from `line` meet a tile of exact values.
-    #[inline(always)]
     unsafe fn tile<S: Lanes, B: Element>(&self, room: &Room, tile: Tile<B>, place: Place, line: usize) {
         let mut line = line;
         // SAFETY: passed on.
@@ -547,7 +636,6 @@ impl Unit<'_> {
 
     /// Scores of `R` lines into weights in `room.scores`; maxima and sums move on. Returns what outputs so far
     /// are to be scaled by, and the sums of the weights.
-    #[inline(always)]
     unsafe fn softmax<S: Lanes, B: Element, const R: usize>(
         &self,
         room: &Room,
@@ -568,47 +656,27 @@ impl Unit<'_> {
                 Product { a: q, a_step: 1, b: tile.keys, b_step: tile.key_step, n: self.call.shape.head_dim, ahead: tile.ahead };
             product.onto::<S>(scores, width, None);
 
-            let gain = S::splat(self.call.shape.scale);
-            let mut scale = [0.0f32; 16];
-            let mut tops = [0.0f32; R];
+            let (mut scale, mut sums, mut to) = ([0.0; 16], [0.0; 16], [0; 6]);
             for r in 0..R {
-                let to = self.visible(place, line + r);
-                let mut top = S::splat(f32::NEG_INFINITY);
-                let mut j = 0;
-                while j < width {
-                    let v = S::mul(S::load(scores[r].add(j)), gain);
-                    let v = S::keep(v, place.from.saturating_sub(j).min(S::N), to.saturating_sub(j).min(S::N));
-                    S::store(scores[r].add(j), v);
-                    top = S::max(top, v);
-                    j += S::N;
-                }
-                let (before, here) = (*room.span.m.add(line + r), S::greatest(top));
-                tops[r] = if here > before { here } else { before };
-                scale[r] = before - tops[r];
-                *room.span.m.add(line + r) = tops[r];
+                to[r] = self.visible(place, line + r);
             }
-            S::store(scale.as_mut_ptr(), S::exp(S::load(scale.as_ptr())));
-            let (mut out, mut sums) = ([0.0; R], [0.0; R]);
-            for r in 0..R {
-                let top = S::splat(tops[r]);
-                let mut sum = S::splat(0.0);
-                let mut j = 0;
-                while j < width {
-                    let v = S::exp(S::sub(S::load(scores[r].add(j)), top));
-                    S::store(scores[r].add(j), v);
-                    sum = S::add(sum, v);
-                    j += S::N;
-                }
-                let (l, sum) = (room.span.l.add(line + r), S::sum(sum));
-                *l = *l * scale[r] + sum;
-                (out[r], sums[r]) = (scale[r], sum);
-            }
-            (out, sums)
+            S::enter(Softmax {
+                scores: room.scores,
+                width,
+                lines: R,
+                from: place.from,
+                to,
+                gain: self.call.shape.scale,
+                m: room.span.m.add(line),
+                l: room.span.l.add(line),
+                scale: &mut scale,
+                sums: &mut sums,
+            });
+            (std::array::from_fn(|r| scale[r]), std::array::from_fn(|r| sums[r]))
         }
     }
 
     /// Adds the weighted values of `R` lines to their outputs.
-    #[inline(always)]
     unsafe fn gather<S: Lanes, B: Element, const R: usize>(&self, room: &Room, tile: &Tile<B>, place: Place, line: usize, scale: [f32; R]) {
         // SAFETY: outputs have `head_dim` floats a line.
         unsafe {
@@ -621,7 +689,6 @@ impl Unit<'_> {
     }
 
     /// `out[r] = out[r] * scale[r] + weights[r] . values`, over the positions line `r` sees and no others.
-    #[inline(always)]
     unsafe fn values<S: Lanes, B: Element, const R: usize>(
         &self,
         room: &Room,
@@ -660,7 +727,6 @@ impl Unit<'_> {
     }
 
     /// A sealed tile: keys rebuilt, values as latents.
-    #[inline(always)]
     unsafe fn sealed<S: Lanes>(&self, room: &Room, basis: &Basis<'_>, page: PageAddr, place: Place) {
         let rank = basis.values.ranks.len();
         let (keys, values) = (room.keys.cast_const(), room.values.cast_const());
@@ -679,12 +745,8 @@ impl Unit<'_> {
                         out[r] = out[r].add((line + r) * room.latent_stride);
                         let weight = room.weights.add(line + r);
                         *weight = *weight * scale[r] + sums[r];
-                        let (o, by) = (room.span.o.add((line + r) * room.span.stride), S::splat(scale[r]));
-                        let mut j = 0;
-                        while j < room.span.stride {
-                            S::store(o.add(j), S::mul(S::load(o.add(j)), by));
-                            j += S::N;
-                        }
+                        let o = room.span.o.add((line + r) * room.span.stride);
+                        S::enter(Scaled { from: o, to: o, n: room.span.stride, by: scale[r] });
                     }
                     self.values::<S, f32, R>(room, &tile, place, line, (out, scale));
                 });
@@ -694,7 +756,6 @@ impl Unit<'_> {
     }
 
     /// Keys of a sealed page into `room.keys`, turned to their positions.
-    #[inline(always)]
     unsafe fn rebuild<S: Lanes>(&self, room: &Room, basis: &Basis<'_>, page: PageAddr, place: Place) {
         let (arena, layer, group) = (self.call.arena, basis.layer, basis.keys);
         let d = self.call.shape.head_dim;
@@ -704,7 +765,7 @@ impl Unit<'_> {
         unsafe {
             if layer.bits == 16 {
                 let codes = arena.slice::<f16>(page, layer.key_codes + group.ranks.start * 2 * P, rank * P);
-                widen::<S, f16>(codes.as_ptr(), room.key_latents, rank * P);
+                S::enter(Widen { from: codes.as_ptr(), to: room.key_latents, n: rank * P });
             } else {
                 let stride = SealedLayer::key_stride(layer.bits);
                 let codes = arena.slice::<u8>(page, layer.key_codes + group.ranks.start * stride, rank * stride);
@@ -724,12 +785,7 @@ impl Unit<'_> {
                     let (mut a, mut out) = ([up.add(c); R], [room.keys.add(c * P); R]);
                     for r in 0..R {
                         (a[r], out[r]) = (a[r].add(r), out[r].add(r * P));
-                        let mean = S::splat(basis.key_mean[c + r]);
-                        let mut j = 0;
-                        while j < P {
-                            S::store(out[r].add(j), mean);
-                            j += S::N;
-                        }
+                        std::slice::from_raw_parts_mut(out[r], P).fill(basis.key_mean[c + r]);
                     }
                     let b = room.key_latents.cast_const();
                     let product = Product { a, a_step: group.channels.len(), b, b_step: P, n: rank, ahead: 0 };
@@ -738,20 +794,11 @@ impl Unit<'_> {
                 c += rows;
             }
             turn_tables(self.call.table, place.base, room.cos, room.sin);
-            let half = d / 2;
-            let mut j = 0;
-            while j < half * P {
-                let (a, b) = (room.keys.add(j), room.keys.add(half * P + j));
-                let (x, y) = turned::<S>(S::load(a), S::load(b), S::load(room.cos.add(j)), S::load(room.sin.add(j)));
-                S::store(a, x);
-                S::store(b, y);
-                j += S::N;
-            }
+            S::enter(TurnTile { keys: room.keys, n: d / 2 * P, cos: room.cos, sin: room.sin });
         }
     }
 
     /// Value latents of a sealed page into `room.values: [64][latent_stride]`, from `place.from` on.
-    #[inline(always)]
     unsafe fn value_latents<S: Lanes>(&self, room: &Room, basis: &Basis<'_>, page: PageAddr, place: Place) {
         let (arena, layer, ranks) = (self.call.arena, basis.layer, &basis.values.ranks);
         for p in place.from..P {
@@ -760,7 +807,7 @@ impl Unit<'_> {
             if layer.bits == 16 {
                 let codes = arena.slice::<f16>(page, layer.value_codes + (p * layer.value_rank + ranks.start) * 2, ranks.len());
                 // SAFETY: as above.
-                unsafe { widen::<S, f16>(codes.as_ptr(), to, ranks.len()) }
+                unsafe { S::enter(Widen { from: codes.as_ptr(), to, n: ranks.len() }) }
                 continue;
             }
             let (stride, groups) = (SealedLayer::value_stride(layer.value_rank, layer.bits), layer.value_rank.div_ceil(VALUE_GROUP));
@@ -783,7 +830,6 @@ impl Unit<'_> {
     }
 
     /// Adds what the latents of the span stand for to its outputs.
-    #[inline(always)]
     unsafe fn expand<S: Lanes>(&self, room: &Room, basis: &Basis<'_>) {
         let (d, group) = (self.call.shape.head_dim, basis.values);
         // SAFETY: the basis was checked to have `[rank][channels]` and the head's channels.
@@ -811,11 +857,35 @@ impl Unit<'_> {
     }
 }
 
+/// Turns keys, `n` elements in either half, by tables that lie alike.
+struct TurnTile {
+    keys: *mut f32,
+    n: usize,
+    cos: *const f32,
+    sin: *const f32,
+}
+
+impl Kernel for TurnTile {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let mut j = 0;
+        while j < self.n {
+            // SAFETY: `n` is a whole number of vectors.
+            unsafe {
+                let (a, b) = (self.keys.add(j), self.keys.add(self.n + j));
+                let (x, y) = turned::<S>(S::load(a), S::load(b), S::load(self.cos.add(j)), S::load(self.sin.add(j)));
+                S::store(a, x);
+                S::store(b, y);
+            }
+            j += S::N;
+        }
+    }
+}
+
 /// Cosines and sines of the positions from `base` on, `[half][64]`, so that lanes are positions.
 ///
 /// # Safety
 /// Both outputs are valid for `half * 64`.
-#[inline(always)]
 pub(super) unsafe fn turn_tables(table: &RopeTable, base: usize, cos: *mut f32, sin: *mut f32) {
     let half = table.half;
     for p in 0..P {

@@ -13,8 +13,8 @@ use half::bf16;
 
 use super::Cpu;
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
-use super::simd::{Element, Isa, Kernel, Lanes, run};
-use super::tile::by_rows;
+use super::simd::{Element, Isa, Kernel, Lanes, dispatch};
+use super::tile::{by_rows, widen};
 use crate::ops::{Linear, MatrixData};
 
 /// Inputs summed in one accumulator before it is added to the total.
@@ -148,7 +148,7 @@ pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>])
         };
         // SAFETY: `Cpu` holds only instruction sets this machine has. Lengths were checked above, and no two
         // units share both a row and a column of one `y`.
-        unsafe { run(cpu.isa, unit) }
+        unsafe { dispatch(cpu.isa, unit) }
     };
     if work < WORTH_SHARING { (0..units).for_each(unit) } else { cpu.pool.run(units, &unit) }
 }
@@ -236,16 +236,7 @@ impl<S: Lanes, W: Element> Dot<S> for Plain<W> {
     #[inline(always)]
     unsafe fn pack(from: *const W, to: *mut f32, n: usize) {
         // SAFETY: `n` elements at both ends.
-        unsafe {
-            let mut k = 0;
-            while k + S::N <= n {
-                S::store(to.add(k), W::load::<S>(from.add(k)));
-                k += S::N;
-            }
-            if k < n {
-                S::store_part(to.add(k), W::load_part::<S>(from.add(k), n - k), n - k);
-            }
-        }
+        unsafe { widen::<S, W>(from, to, n) }
     }
 }
 
@@ -288,19 +279,29 @@ impl<S: Lanes> Dot<S> for Pairs {
     }
 }
 
-/// Adds the dot products of `R` inputs with `4 * Q` weight rows over `n <= BLOCK` inputs to `totals`,
-/// of which each group of four weight rows has [`TOTALS`].
-///
-/// # Safety
-/// Rows are valid for `n` elements, `totals` for `Q * TOTALS`.
-#[inline(always)]
-unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(
+/// The dot products of `R` inputs with `4 * Q` weight rows over `n <= BLOCK` inputs, added to `totals`, of which
+/// each group of four weight rows has [`TOTALS`]. The rows are valid for `n` elements, `totals` for `Q * TOTALS`.
+struct Dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize> {
     x: [*const D::X; R],
     w: [[*const D::W; 4]; Q],
     n: usize,
+    /// Distance in bytes to the weights that will be read next, to be fetched meanwhile; zero for nothing.
     ahead: usize,
     totals: *mut f32,
-) {
+}
+
+impl<T: Lanes, D: Dot<T>, const R: usize, const Q: usize> Kernel for Dots<T, D, R, Q> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        // SAFETY: passed on; `S` is `T`, as only `T::enter` runs this.
+        unsafe { dots(self) }
+    }
+}
+
+/// # Safety
+/// As [`Kernel::run`] of [`Dots`].
+#[inline(always)]
+unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(Dots { x, w, n, ahead, totals }: Dots<S, D, R, Q>) {
     // SAFETY: `k + STEP <= n` in the loop, `n - k < STEP` elements after it.
     unsafe {
         let mut acc = [[[S::splat(0.0); 4]; R]; Q];
@@ -341,17 +342,30 @@ unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(
     }
 }
 
+/// Copies `n` elements of a weight row into a panel.
+struct Pack<S: Lanes, D: Dot<S>> {
+    from: *const D::W,
+    to: *mut <D::Panel as Dot<S>>::W,
+    n: usize,
+}
+
+impl<T: Lanes, D: Dot<T>> Kernel for Pack<T, D> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        // SAFETY: passed on; `S` is `T`, as only `T::enter` runs this.
+        unsafe { D::pack(self.from, self.to, self.n) }
+    }
+}
+
 impl Unit<'_> {
     /// # Safety
     /// As [`Kernel::run`]; `x` and `w` are those of this unit.
-    #[inline(always)]
     unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
         // SAFETY: passed on.
         unsafe { if self.few { self.few::<S, D>(x, w) } else { self.many::<S, D>(x, w) } }
     }
 
     /// Reads groups of weight rows straight from memory.
-    #[inline(always)]
     unsafe fn few<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
         // SAFETY: rows and columns are in range, and row `i` of either matrix begins at `i * width`.
         unsafe {
@@ -374,9 +388,9 @@ impl Unit<'_> {
                             let w = [[at(0), at(1), at(2), at(3)], [at(4), at(5), at(6), at(7)]];
                             let ahead = 8 * row_bytes;
                             if rows == 1 {
-                                dots::<S, D, 1, 2>([row_at(0)], w, n, ahead, totals.as_mut_ptr());
+                                S::enter(Dots::<S, D, 1, 2> { x: [row_at(0)], w, n, ahead, totals: totals.as_mut_ptr() });
                             } else {
-                                dots::<S, D, 2, 2>([row_at(0), row_at(1)], w, n, ahead, totals.as_mut_ptr());
+                                S::enter(Dots::<S, D, 2, 2> { x: [row_at(0), row_at(1)], w, n, ahead, totals: totals.as_mut_ptr() });
                             }
                         } else {
                             let w = [[at(0), at(1), at(2), at(3)]];
@@ -386,7 +400,7 @@ impl Unit<'_> {
                                 for r in 1..R {
                                     x[r] = row_at(r);
                                 }
-                                dots::<S, D, R, 1>(x, w, n, ahead, totals.as_mut_ptr())
+                                S::enter(Dots::<S, D, R, 1> { x, w, n, ahead, totals: totals.as_mut_ptr() })
                             });
                         }
                         k += BLOCK;
@@ -401,7 +415,6 @@ impl Unit<'_> {
     }
 
     /// Widens weights into a panel that all rows meet.
-    #[inline(always)]
     unsafe fn many<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
         type Packed<S, D> = <<D as Dot<S>>::Panel as Dot<S>>::W;
         let (row0, end) = self.rows;
@@ -424,7 +437,7 @@ impl Unit<'_> {
                     for c in 0..4 * groups {
                         // Columns past the end are computed as the last one and dropped.
                         let from = w.add((self.columns.0 + c.min(columns - 1)) * width + k);
-                        D::pack(from, panel.add(c * BLOCK), n);
+                        S::enter(Pack::<S, D> { from, to: panel.add(c * BLOCK), n });
                     }
                     for tile in 0..tiles {
                         let row = row0 + tile * S::ROWS;
@@ -436,7 +449,7 @@ impl Unit<'_> {
                             for group in 0..groups {
                                 let w = panel.add(group * 4 * BLOCK).cast_const();
                                 let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
-                                dots::<S, D::Panel, R, 1>(rows, w, n, 0, totals.add((tile * groups + group) * TOTALS));
+                                S::enter(Dots::<S, D::Panel, R, 1> { x: rows, w, n, ahead: 0, totals: totals.add((tile * groups + group) * TOTALS) });
                             }
                         });
                     }
@@ -456,7 +469,6 @@ impl Unit<'_> {
     }
 
     /// Adds bias and residual to the totals of `rows: (first, n)` and `columns: (first, n)`, and writes them.
-    #[inline(always)]
     unsafe fn finish(&self, rows: (usize, usize), columns: (usize, usize), totals: *const f32) {
         // SAFETY: rows and columns are this unit's, and nobody else writes them.
         unsafe {
@@ -478,7 +490,6 @@ impl Unit<'_> {
 }
 
 impl Kernel for Unit<'_> {
-    #[inline(always)]
     unsafe fn run<S: Lanes>(self) {
         // SAFETY: passed on; bf16 inputs are there whenever the instruction set has pairs and a job needs them.
         unsafe {

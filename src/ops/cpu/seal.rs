@@ -10,8 +10,8 @@ use half::{bf16, f16};
 use super::Cpu;
 use super::attend::turn_tables;
 use super::pool::{Shares, scratch_back, scratch_take};
-use super::simd::{Element, Kernel, Lanes, run};
-use super::tile::{Product, by_rows, widen};
+use super::simd::{Element, Kernel, Lanes, dispatch};
+use super::tile::{Product, Widen, by_rows};
 use crate::compress::{LayerCompression, Projection};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::Arena;
@@ -50,7 +50,7 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
             assert!(jobs[i].skip <= PAGE_TOKENS, "{} sinks in a page", jobs[i].skip);
             let page = Page { arena, view, table, compression, layer, job: jobs[i], to };
             // SAFETY: `Cpu` holds only instruction sets this machine has; shapes were checked above.
-            unsafe { run(cpu.isa, page) }
+            unsafe { dispatch(cpu.isa, page) }
         });
     }
     for (i, job) in jobs.iter().enumerate() {
@@ -71,7 +71,6 @@ struct Page<'a> {
 }
 
 impl Kernel for Page<'_> {
-    #[inline(always)]
     unsafe fn run<S: Lanes>(mut self) {
         let (d, heads) = (self.view.layout.head_dim, self.view.layout.kv_heads);
         let channels = heads * d;
@@ -90,7 +89,8 @@ impl Kernel for Page<'_> {
             turn_tables(self.table, self.job.position as usize, cos, sin);
             for head in 0..heads {
                 self.load::<S>(head, 0, x.add(head * d * P));
-                self.unturn::<S>(x.add(head * d * P), (cos, sin), &self.compression.keys.mean[head * d..][..d]);
+                let mean = &self.compression.keys.mean[head * d..][..d];
+                S::enter(Unturn { x: x.add(head * d * P), cos, sin, mean });
             }
             project_keys::<S>(&self.compression.keys, x, latents);
             self.write_keys(std::slice::from_raw_parts(latents, key_rank * P));
@@ -117,46 +117,18 @@ impl Page<'_> {
     ///
     /// # Safety
     /// `to` is valid for `head_dim * 64`.
-    #[inline(always)]
     unsafe fn load<S: Lanes>(&self, head: usize, half: usize, to: *mut f32) {
         let n = self.view.layout.head_dim * P;
         let at = self.job.from_offset + (2 * head + half) * exact_head_bytes(self.view.layout);
-        #[inline(always)]
-        unsafe fn from<S: Lanes, B: Element + bytemuck::Pod>(page: &Page<'_>, at: usize, n: usize, to: *mut f32) {
+            unsafe fn from<S: Lanes, B: Element + bytemuck::Pod>(page: &Page<'_>, at: usize, n: usize, to: *mut f32) {
             // SAFETY: the slice has `n` elements, as has `to`.
-            unsafe { widen::<S, B>(page.arena.slice::<B>(page.job.from, at, n).as_ptr(), to, n) }
+            unsafe { S::enter(Widen { from: page.arena.slice::<B>(page.job.from, at, n).as_ptr(), to, n }) }
         }
         // SAFETY: passed on.
         unsafe {
             match self.view.layout.exact {
                 ExactType::F32 => from::<S, f32>(self, at, n, to),
                 ExactType::Bf16 => from::<S, bf16>(self, at, n, to),
-            }
-        }
-    }
-
-    /// Turns the keys of a head back, and takes the mean away.
-    ///
-    /// # Safety
-    /// `x` is valid for `[head_dim][64]`, the tables for `[head_dim / 2][64]`.
-    #[inline(always)]
-    unsafe fn unturn<S: Lanes>(&self, x: *mut f32, (cos, sin): (*mut f32, *mut f32), mean: &[f32]) {
-        let half = mean.len() / 2;
-        for i in 0..half {
-            let mut j = i * P;
-            while j < (i + 1) * P {
-                // SAFETY: `j` runs over the row of channel `i`, the other half's lies `half` rows on.
-                unsafe {
-                    let (a, b) = (x.add(j), x.add(half * P + j));
-                    let (u, v, c, s) = (S::load(a), S::load(b), S::load(cos.add(j)), S::load(sin.add(j)));
-                    // Scaled tables (YaRN) stretch the key too.
-                    let norm = S::fma(c, c, S::mul(s, s));
-                    let x = S::div(S::fma(v, s, S::mul(u, c)), norm);
-                    let y = S::div(S::sub(S::mul(v, c), S::mul(u, s)), norm);
-                    S::store(a, S::sub(x, S::splat(mean[i])));
-                    S::store(b, S::sub(y, S::splat(mean[half + i])));
-                    j += S::N;
-                }
             }
         }
     }
@@ -205,6 +177,39 @@ impl Page<'_> {
     }
 }
 
+/// Turns the keys of a head, `[head_dim][64]`, back by tables `[head_dim / 2][64]`, and takes the mean away.
+struct Unturn<'a> {
+    x: *mut f32,
+    cos: *const f32,
+    sin: *const f32,
+    mean: &'a [f32],
+}
+
+impl Kernel for Unturn<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Unturn { x, cos, sin, mean } = self;
+        let half = mean.len() / 2;
+        for i in 0..half {
+            let mut j = i * P;
+            while j < (i + 1) * P {
+                // SAFETY: `j` runs over the row of channel `i`, the other half's lies `half` rows on.
+                unsafe {
+                    let (a, b) = (x.add(j), x.add(half * P + j));
+                    let (u, v, c, s) = (S::load(a), S::load(b), S::load(cos.add(j)), S::load(sin.add(j)));
+                    // Scaled tables (YaRN) stretch the key too.
+                    let norm = S::fma(c, c, S::mul(s, s));
+                    let x = S::div(S::fma(v, s, S::mul(u, c)), norm);
+                    let y = S::div(S::sub(S::mul(v, c), S::mul(u, s)), norm);
+                    S::store(a, S::sub(x, S::splat(mean[i])));
+                    S::store(b, S::sub(y, S::splat(mean[half + i])));
+                    j += S::N;
+                }
+            }
+        }
+    }
+}
+
 fn write_halves(to: &mut [u8], from: &[f32]) {
     for (to, &x) in to.chunks_exact_mut(2).zip(from) {
         to.copy_from_slice(&to_f16(x).to_ne_bytes());
@@ -221,7 +226,6 @@ fn write_scale(to: &mut [u8], scale: Scale) {
 ///
 /// # Safety
 /// `x` is valid for `[channels][64]`, `latents` for `[rank][64]`, and the projection's groups are whole.
-#[inline(always)]
 unsafe fn project_keys<S: Lanes>(projection: &Projection, x: *const f32, latents: *mut f32) {
     for g in &projection.groups {
         let rank = g.ranks.len();
@@ -249,7 +253,6 @@ unsafe fn project_keys<S: Lanes>(projection: &Projection, x: *const f32, latents
 ///
 /// # Safety
 /// `x` is valid for `[heads][64][d]`, `latents` for `[64][rank]`, and the projection's groups are whole.
-#[inline(always)]
 unsafe fn project_values<S: Lanes>(projection: &Projection, x: *const f32, (d, rank): (usize, usize), latents: *mut f32) {
     for g in &projection.groups {
         let width = g.ranks.len();

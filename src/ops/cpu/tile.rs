@@ -2,7 +2,7 @@
 //! of a shared right row. Lanes run along the output, so there is no sum across lanes, and every output adds its
 //! products in the order of `k` alone.
 
-use super::simd::{Element, Lanes};
+use super::simd::{Element, Kernel, Lanes};
 
 /// Evaluates an expression with `$r` the constant equal to `$rows`, which is one to [`Lanes::ROWS`].
 macro_rules! by_rows {
@@ -55,25 +55,43 @@ impl<B: Element, const R: usize> Product<B, R> {
     ///
     /// # Safety
     /// As for [`Lanes`]: `out` rows are valid for `width`, `a` and `b` for what the formula names.
-    #[inline(always)]
     pub(super) unsafe fn onto<S: Lanes>(self, out: [*mut f32; R], width: usize, scale: Option<[f32; R]>) {
+        // SAFETY: passed on.
+        unsafe { S::enter(Onto { product: self, out, width, scale }) }
+    }
+}
+
+/// The arguments of [`Product::onto`].
+struct Onto<B, const R: usize> {
+    product: Product<B, R>,
+    out: [*mut f32; R],
+    width: usize,
+    scale: Option<[f32; R]>,
+}
+
+impl<B: Element, const R: usize> Kernel for Onto<B, R> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Onto { product, out, width, scale } = self;
         // SAFETY: each block of columns ends within `width`.
         unsafe {
             let mut j = 0;
             while j + 4 * S::N <= width {
-                self.block::<S, 4>(out, j, scale);
+                product.block::<S, 4>(out, j, scale);
                 j += 4 * S::N;
             }
             while j + S::N <= width {
-                self.block::<S, 1>(out, j, scale);
+                product.block::<S, 1>(out, j, scale);
                 j += S::N;
             }
             if j < width {
-                self.part::<S>(out, j, width - j, scale);
+                product.part::<S>(out, j, width - j, scale);
             }
         }
     }
+}
 
+impl<B: Element, const R: usize> Product<B, R> {
     /// `C` vectors of columns from `j`.
     #[inline(always)]
     unsafe fn block<S: Lanes, const C: usize>(&self, out: [*mut f32; R], j: usize, scale: Option<[f32; R]>) {
@@ -160,5 +178,20 @@ pub(super) unsafe fn widen<S: Lanes, B: Element>(from: *const B, to: *mut f32, n
         if i < n {
             S::store_part(to.add(i), B::load_part::<S>(from.add(i), n - i), n - i);
         }
+    }
+}
+
+/// [`widen`] as a kernel: `n` elements.
+pub(super) struct Widen<B> {
+    pub(super) from: *const B,
+    pub(super) to: *mut f32,
+    pub(super) n: usize,
+}
+
+impl<B: Element> Kernel for Widen<B> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        // SAFETY: passed on.
+        unsafe { widen::<S, B>(self.from, self.to, self.n) }
     }
 }

@@ -14,6 +14,7 @@ pub(super) struct Avx2;
 /// # Safety
 /// The machine has AVX2, FMA and F16C, and the kernel's own promises hold.
 #[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
     unsafe { kernel.run::<Avx2>() }
@@ -66,6 +67,10 @@ impl Lanes for Avx2 {
     type V = __m256;
     type P = ();
 
+    unsafe fn enter<K: Kernel>(kernel: K) {
+        // SAFETY: passed on.
+        unsafe { run(kernel) }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         hw!(_mm256_set1_ps(x))

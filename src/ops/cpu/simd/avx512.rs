@@ -16,7 +16,9 @@ pub(super) struct Avx512Bf16;
 /// # Safety
 /// The machine has AVX-512 F, BW, VL and DQ, and the kernel's own promises hold.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn run<K: Kernel>(kernel: K) {
+#[inline(never)]
+#[inline(never)]
+unsafe fn run<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
     unsafe { kernel.run::<Avx512>() }
 }
@@ -26,7 +28,9 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
 /// # Safety
 /// As for [`run`], and the machine has AVX512_BF16.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) {
+#[inline(never)]
+#[inline(never)]
+unsafe fn run_bf16<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
     unsafe { kernel.run::<Avx512Bf16>() }
 }
@@ -194,6 +198,10 @@ macro_rules! lanes {
 }
 
 lanes!(Avx512 {
+    unsafe fn enter<K: Kernel>(kernel: K) {
+        // SAFETY: passed on.
+        unsafe { run(kernel) }
+    }
     type P = ();
     #[inline(always)]
     unsafe fn pairs(_: *const bf16) -> Self::P {}
@@ -208,6 +216,10 @@ lanes!(Avx512 {
 
 lanes!(Avx512Bf16 {
     const PAIRS: bool = true;
+    unsafe fn enter<K: Kernel>(kernel: K) {
+        // SAFETY: passed on.
+        unsafe { run_bf16(kernel) }
+    }
     type P = __m512bh;
     #[inline(always)]
     unsafe fn pairs(p: *const bf16) -> Self::P {

@@ -1,8 +1,10 @@
 //! Vectors of f32 as every kernel sees them, and the door into code compiled for one instruction set.
 //!
-//! A kernel is written once, generic over [`Lanes`], and entered through [`run`], which compiles it once per
-//! instruction set inside a function that enables the features. Everything on the way must therefore be
-//! `#[inline(always)]`: a call that is not inlined would fall back to the features of the whole program.
+//! A [`Kernel`] is written once, generic over [`Lanes`], and entered through [`Lanes::enter`], which compiles it
+//! once per instruction set in a function of its own that enables the features. Everything inside a kernel must
+//! therefore be `#[inline(always)]`: a call that is not inlined would fall back to the features of the whole
+//! program. Code around kernels is generic too, picked by [`dispatch`], but compiled plainly: it may not touch
+//! vectors, only enter kernels. This keeps kernels small, and the compiler quick.
 
 use std::fmt;
 
@@ -71,32 +73,49 @@ impl fmt::Display for Isa {
     }
 }
 
-/// Work to be compiled for every instruction set.
+/// A piece of work over vectors, to be compiled for every instruction set; or, for [`dispatch`], a piece of work
+/// that enters such.
 pub(super) trait Kernel {
-    /// Does it. Implementations are `#[inline(always)]`.
+    /// Does it. `#[inline(always)]` when it touches vectors.
     ///
     /// # Safety
     /// The machine has the instructions of `S`, and what the kernel's own fields promise holds.
     unsafe fn run<S: Lanes>(self);
 }
 
-/// Runs `kernel` with the instructions of `isa`.
+/// Runs `work` for `isa`, compiled plainly.
 ///
 /// # Safety
-/// The machine has `isa`, and what the kernel's own fields promise holds.
-pub(super) unsafe fn run<K: Kernel>(isa: Isa, kernel: K) {
-    // SAFETY: the caller vouches for the instruction set and for the kernel.
+/// The machine has `isa`, and what the work's own fields promise holds.
+pub(super) unsafe fn dispatch<K: Kernel>(isa: Isa, work: K) {
+    // SAFETY: passed on.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => avx512::run_bf16(kernel),
+            Isa::Avx512Bf16 => work.run::<avx512::Avx512Bf16>(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::run(kernel),
+            Isa::Avx512 => work.run::<avx512::Avx512>(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::run(kernel),
-            _ => kernel.run::<portable::Portable>(),
+            Isa::Avx2 => work.run::<avx2::Avx2>(),
+            _ => work.run::<portable::Portable>(),
         }
     }
+}
+
+/// Enters `kernel` with the instructions of `isa`.
+///
+/// # Safety
+/// As [`dispatch`].
+pub(super) unsafe fn run<K: Kernel>(isa: Isa, kernel: K) {
+    struct Entered<K>(K);
+    impl<K: Kernel> Kernel for Entered<K> {
+        unsafe fn run<S: Lanes>(self) {
+            // SAFETY: passed on.
+            unsafe { S::enter(self.0) }
+        }
+    }
+    // SAFETY: passed on.
+    unsafe { dispatch(isa, Entered(kernel)) }
 }
 
 /// A vector of `N` floats and what can be done with it.
@@ -114,6 +133,13 @@ pub(super) trait Lanes: Copy + 'static {
     type V: Copy;
     /// `2 * N` bf16.
     type P: Copy;
+
+    /// Runs `kernel` with these instructions, as a function of its own: one that swallowed every register tile of its
+    /// callers would take the compiler minutes.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    unsafe fn enter<K: Kernel>(kernel: K);
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;

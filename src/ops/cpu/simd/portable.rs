@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::Lanes;
+use super::{Kernel, Lanes};
 
 const N: usize = 8;
 
@@ -56,6 +56,12 @@ impl Lanes for Portable {
     const ROWS: usize = 2;
     type V = [f32; N];
     type P = ();
+
+    #[inline(never)]
+    unsafe fn enter<K: Kernel>(kernel: K) {
+        // SAFETY: passed on.
+        unsafe { kernel.run::<Self>() }
+    }
 
     read!(load, load_part, f32, |x| x);
     read!(load_bf16, load_bf16_part, bf16, bf16_to_f32);
