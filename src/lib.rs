@@ -9,3 +9,5 @@ pub mod kv;
 pub mod ops;
 pub mod model;
 pub mod engine;
+pub mod admission;
+pub mod server;
