@@ -155,7 +155,8 @@ fn place(param: &str) -> &str {
 /// Clients look for the first sentence, as vLLM writes it.
 fn context_sentence(context: u32, prompt: u64, at_least: bool, max_new: Option<u32>) -> String {
     let least = if at_least { "at least " } else { "" };
-    let head = format!("This model's maximum context length is {context} tokens. However, your prompt contains {least}{prompt} input tokens");
+    let head =
+        format!("This model's maximum context length is {context} tokens. However, your prompt contains {least}{prompt} input tokens");
     match max_new {
         Some(n) => format!(
             "{head} and you requested {n} output tokens, {} in total. Please reduce the length of the prompt or max_tokens.",
@@ -265,10 +266,7 @@ impl Model {
                 lists.into_iter().map(|ids| Prompt { tokens: ids.into(), text: None }).collect()
             }
         };
-        self.build(
-            &request.options,
-            Ask { target, prompts, logprobs: request.logprobs, echo: request.echo, entropy, param: "prompt" },
-        )
+        self.build(&request.options, Ask { target, prompts, logprobs: request.logprobs, echo: request.echo, entropy, param: "prompt" })
     }
 
     /// `/tokenize`: the tokens, and whether their texts are wanted.
@@ -373,7 +371,8 @@ impl Model {
         if len == 0 {
             return Err(Refusal::Value { param: param.to_owned(), rule: "is empty".to_owned() });
         }
-        let too_long = |param, max_new| Refusal::ContextLength { param, context: self.context, prompt: len as u64, at_least: false, max_new };
+        let too_long =
+            |param, max_new| Refusal::ContextLength { param, context: self.context, prompt: len as u64, at_least: false, max_new };
         let left = u32::try_from(len).ok().and_then(|len| self.context.checked_sub(len)).ok_or(too_long(param, None))?;
         match options.max_new_tokens() {
             Some((n, _)) if n <= left => Ok(n),

@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
-use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type};
 
 use super::Refusal;
 use super::json::{Fields, Json};
@@ -566,7 +566,9 @@ fn join_parts(parts: Vec<Json>, path: &str) -> Result<String, Refusal> {
         let kind = part.text("type")?;
         match kind.as_deref() {
             Some("text") => {}
-            Some(_) => return Err(Refusal::Unsupported { param: part.param("type"), what: "is not supported: this server takes text parts only" }),
+            Some(_) => {
+                return Err(Refusal::Unsupported { param: part.param("type"), what: "is not supported: this server takes text parts only" });
+            }
             None => return value(part.param("type"), "is missing"),
         }
         match part.text("text")? {

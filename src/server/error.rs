@@ -84,7 +84,12 @@ impl ApiError {
 
     /// The route exists, the method does not; the router adds `Allow`.
     pub fn method_not_allowed() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", "this path does not take this method; see the Allow header")
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            INVALID,
+            "method_not_allowed",
+            "this path does not take this method; see the Allow header",
+        )
     }
 
     /// A path of the API that this version does not serve.
@@ -112,8 +117,13 @@ impl ApiError {
 
     /// `Host` is missing, repeated, malformed, or contradicts the request target.
     pub fn bad_host() -> Self {
-        Self::new(StatusCode::BAD_REQUEST, INVALID, "bad_host", "exactly one valid Host header is needed, equal to the request target's authority")
-            .closing()
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            INVALID,
+            "bad_host",
+            "exactly one valid Host header is needed, equal to the request target's authority",
+        )
+        .closing()
     }
 
     /// A body of another type than JSON, or a compressed one.
@@ -234,7 +244,9 @@ impl From<&Failure> for ApiError {
                 let message = "the model produced numbers that are not finite";
                 ApiError { hopeless: true, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numerical_error", message) }
             }
-            Failure::OutOfPages => unavailable("out_of_pages", "the request outgrew the cache; shorten it or choose a smaller cache_profile"),
+            Failure::OutOfPages => {
+                unavailable("out_of_pages", "the request outgrew the cache; shorten it or choose a smaller cache_profile")
+            }
             Failure::QueueTimeout => unavailable("deadline_exceeded", "the request waited too long in the queue"),
             // What failed is for the log; the client can do nothing with it.
             Failure::Internal(_) => Self::internal(),
@@ -256,7 +268,10 @@ impl IntoResponse for ApiError {
             let seconds = wait.as_millis().div_ceil(1000).max(1);
             let ms = wait.as_millis().max(1);
             headers.insert(RETRY_AFTER, HeaderValue::from_str(&seconds.to_string()).expect("digits are a header value"));
-            headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from_str(&ms.to_string()).expect("digits are a header value"));
+            headers.insert(
+                HeaderName::from_static("retry-after-ms"),
+                HeaderValue::from_str(&ms.to_string()).expect("digits are a header value"),
+            );
         }
         if self.hopeless {
             headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
@@ -284,7 +299,9 @@ mod tests {
 
     #[test]
     fn a_wait_is_told_in_whole_seconds_and_in_milliseconds() {
-        for (ms, seconds, millis) in [(0, "1", "1"), (1, "1", "1"), (999, "1", "999"), (1000, "1", "1000"), (1001, "2", "1001"), (90_500, "91", "90500")] {
+        for (ms, seconds, millis) in
+            [(0, "1", "1"), (1, "1", "1"), (999, "1", "999"), (1000, "1", "1000"), (1001, "2", "1001"), (90_500, "91", "90500")]
+        {
             let response = ApiError::overloaded(Duration::from_millis(ms)).into_response();
             assert_eq!(response.headers()["retry-after"], seconds);
             assert_eq!(response.headers()["retry-after-ms"], millis);

@@ -1,7 +1,7 @@
 //! Reply types, as the API spells them. Requests are in [`crate::admission::wire`].
 
-use serde::ser::{SerializeMap, Serializer};
 use serde::Serialize;
+use serde::ser::{SerializeMap, Serializer};
 use utoipa::ToSchema;
 
 /// The bill of a request.
