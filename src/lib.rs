@@ -1,8 +1,10 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+pub mod admission;
 pub mod calibrate;
 pub mod compress;
 pub mod config;
+pub mod demo;
 pub mod engine;
 pub mod ids;
 pub mod kv;
@@ -13,5 +15,8 @@ pub mod plan;
 pub mod quant;
 pub mod request;
 pub mod scheduler;
+pub mod serve;
+pub mod server;
 pub mod step;
 pub mod telemetry;
+pub mod text;

@@ -8,40 +8,79 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 
 use prometheus::core::Collector;
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A request was refused before the engine; `code` is the stable error code.
-    Refused { code: &'static str },
+    Refused {
+        code: &'static str,
+    },
     /// A sequence was accepted by the engine.
-    Accepted { prompt_tokens: u32, max_new_tokens: u32 },
+    Accepted {
+        prompt_tokens: u32,
+        max_new_tokens: u32,
+    },
     /// A sequence's first plan row was made after so long in the queue.
-    Started { queue_s: f64, cached_tokens: u32, prompt_tokens: u32 },
+    Started {
+        queue_s: f64,
+        cached_tokens: u32,
+        prompt_tokens: u32,
+    },
     /// Its first token, since arrival.
-    FirstToken { ttft_s: f64 },
+    FirstToken {
+        ttft_s: f64,
+    },
     /// Each later token, since the one before.
-    NextToken { gap_s: f64 },
+    NextToken {
+        gap_s: f64,
+    },
     /// A sequence ended. `reason`: `stop`, `length`, `abort` or `error`.
-    Finished { reason: &'static str, e2e_s: f64, prefill_s: f64, decode_s: f64, prompt_tokens: u32, completion_tokens: u32, preemptions: u32 },
+    Finished {
+        reason: &'static str,
+        e2e_s: f64,
+        prefill_s: f64,
+        decode_s: f64,
+        prompt_tokens: u32,
+        completion_tokens: u32,
+        preemptions: u32,
+    },
     Preempted,
     /// One forward pass.
-    Step { seconds: f64, tokens: u32 },
+    Step {
+        seconds: f64,
+        tokens: u32,
+    },
     /// Prefix cache look-up, in tokens.
-    PrefixLookup { queried: u32, hit: u32 },
+    PrefixLookup {
+        queried: u32,
+        hit: u32,
+    },
     /// An HTTP reply was begun. `path` is a route of the router or `unmatched`, `method` a known method or `other`.
-    Http { path: &'static str, method: &'static str, status: u16 },
+    Http {
+        path: &'static str,
+        method: &'static str,
+        status: u16,
+    },
     /// A panic was caught at the HTTP edge; only that request ended.
     Panicked,
     /// `accept` failed (file descriptors, memory); accepting pauses briefly.
     AcceptFailed,
     /// A connection was accepted, or it closed.
-    Connections { open: usize },
+    Connections {
+        open: usize,
+    },
     /// The server became ready, or stopped being so.
-    Ready { ready: bool },
+    Ready {
+        ready: bool,
+    },
     /// The drain deadline passed with so many connections still open.
-    DrainForced { connections: usize },
+    DrainForced {
+        connections: usize,
+    },
 }
 
 /// State of the engine after a step: what gauges show and `/v1/capacity` answers.
@@ -83,7 +122,8 @@ impl Branch {
 }
 
 /// Every branch, in the order of the labels' documentation.
-const BRANCHES: [Branch; 6] = [Branch::Window, Branch::Sinks, Branch::SealedKeys, Branch::SealedValues, Branch::Metadata, Branch::Workspace];
+const BRANCHES: [Branch; 6] =
+    [Branch::Window, Branch::Sinks, Branch::SealedKeys, Branch::SealedValues, Branch::Metadata, Branch::Workspace];
 
 /// The sort of a metric, as Prometheus names it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -140,7 +180,8 @@ impl Buckets {
                 vec![0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0]
             }
             Buckets::Request => vec![
-                0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+                0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
+                7680.0,
             ],
             // 1-2-5 up to a million positions: the longest contexts anybody serves.
             Buckets::Tokens => (0..=6).flat_map(|e| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(e))).take_while(|&b| b <= 1e6).collect(),
@@ -548,11 +589,8 @@ mod tests {
         every_event().into_iter().for_each(|event| telemetry.emit(event));
         telemetry.set_snapshot(&Snapshot::default());
         let text = telemetry.render();
-        let exported: BTreeSet<_> = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("# TYPE "))
-            .map(|line| line.split_once(' ').expect("name and type"))
-            .collect();
+        let exported: BTreeSet<_> =
+            text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(|line| line.split_once(' ').expect("name and type")).collect();
         let catalogue: BTreeSet<_> = METRICS.iter().map(|m| (m.name, m.kind.word())).collect();
         assert_eq!(exported, catalogue);
     }

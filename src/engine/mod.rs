@@ -22,6 +22,9 @@ pub struct EngineHandle {
 pub trait Engine: Send + Sync {
     /// Queues a request, or says why not.
     fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError>;
+    /// Ends a sequence as if it had met a stop token: its stream gets `Done` with `FinishReason::Stop` and the usage so
+    /// far, perhaps after tokens that were already under way. A sequence that has ended or is unknown is left alone.
+    fn finish(&self, seq: SeqId);
     /// The engine's state after its last step.
     fn snapshot(&self) -> Arc<Snapshot>;
     /// Age of the engine's last sign of life; an idle engine is alive.
