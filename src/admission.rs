@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::ids::{AdapterGeneration, ProfileIndex, TokenId};
 use crate::kv::layout::Profile;
 use crate::request::{GenerateRequest, Sampling};
+use crate::text::Start;
 
 pub mod json;
 pub mod wire;
@@ -23,7 +24,10 @@ use wire::{ChatRequest, CompletionRequest, DetokenizeRequest, Options, Prompts, 
 /// Text to tokens and back, and messages to a prompt, for one model. Called from threads that may block.
 pub trait Codec: Send + Sync {
     /// Token ids of `text`. With `parse_special`, the text of a special token becomes that token.
-    fn encode(&self, text: &str, add_special_tokens: bool, parse_special: bool) -> Vec<TokenId>;
+    ///
+    /// # Errors
+    /// Where the vocabulary has no way to spell the text.
+    fn encode(&self, text: &str, add_special_tokens: bool, parse_special: bool) -> Result<Vec<TokenId>, EncodeError>;
     /// Text of `ids`, with U+FFFD for what is no UTF-8.
     fn decode(&self, ids: &[TokenId], skip_special: bool) -> String;
     /// The exact bytes of one token.
@@ -38,7 +42,14 @@ pub trait Codec: Send + Sync {
     /// The chat template's own complaint.
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, TemplateError>;
     /// Turns the tokens of one choice into text, cut at the first of `stop`.
-    fn stream<'a>(&'a self, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a>;
+    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a>;
+}
+
+/// Text that the model's vocabulary cannot spell.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct EncodeError {
+    pub message: String,
 }
 
 /// A chat to render.
@@ -256,10 +267,10 @@ impl Model {
                 // All of them first: the bound costs nothing, the tokenizer does.
                 texts.iter().try_for_each(|text| self.bound(text.len(), "prompt"))?;
                 let encode = |text: String| {
-                    let tokens = self.codec.encode(&text, request.add_special_tokens, true);
-                    Prompt { tokens: tokens.into(), text: Some(text) }
+                    let tokens = self.encode(&text, request.add_special_tokens)?;
+                    Ok(Prompt { tokens: tokens.into(), text: Some(text) })
                 };
-                texts.into_iter().map(encode).collect()
+                texts.into_iter().map(encode).collect::<Result<_, Refusal>>()?
             }
             Prompts::Tokens(lists) => {
                 lists.iter().try_for_each(|ids| self.check_ids(ids, "prompt"))?;
@@ -274,7 +285,7 @@ impl Model {
         let request = TokenizeRequest::read(Fields::body(json::parse(body)?))?;
         self.resolve(request.model.as_deref())?;
         let tokens = match request.source {
-            Source::Text { prompt, add_special_tokens } => self.codec.encode(&prompt, add_special_tokens, true),
+            Source::Text { prompt, add_special_tokens } => self.encode(&prompt, add_special_tokens)?,
             Source::Chat { messages, add_generation_prompt, continue_final_message, chat_template_kwargs } => {
                 let (messages, kwargs) = (&messages, &chat_template_kwargs);
                 self.render(&Chat { messages, tools: None, add_generation_prompt, continue_final_message, kwargs })?
@@ -289,6 +300,11 @@ impl Model {
         self.resolve(request.model.as_deref())?;
         self.check_ids(&request.tokens, "tokens")?;
         Ok(self.codec.decode(&request.tokens, false))
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, Refusal> {
+        let cannot = |_: EncodeError| Refusal::Value { param: "prompt".to_owned(), rule: "has text that this model's vocabulary cannot spell".to_owned() };
+        self.codec.encode(text, add_special_tokens, true).map_err(cannot)
     }
 
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, Refusal> {

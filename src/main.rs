@@ -1,1 +1,30 @@
-fn main() {}
+//! Parses the command line, calls one function, turns its error into an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use strait::config::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        None => strait::serve::serve(None, &cli.serve),
+        Some(Command::Serve(serve)) => strait::serve::serve(serve.model.as_ref(), &serve.flags),
+        Some(Command::Plan(plan)) => strait::serve::offline::plan(&plan),
+        Some(Command::Compress(compress)) => strait::serve::offline::compress(&compress),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence: causes are joined, and nothing else is printed.
+            eprintln!("strait: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether the reader of our output went away, as `| head` does.
+fn closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+}

@@ -55,26 +55,12 @@ pub struct TokenStream {
     pub seq: SeqId,
     pub events: mpsc::Receiver<Event>,
     cancel: Option<Box<dyn FnOnce() + Send>>,
-    finish: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl TokenStream {
-    /// A stream whose drop calls `cancel`, and whose [`TokenStream::finish`] calls `finish`.
-    pub fn new(
-        seq: SeqId,
-        events: mpsc::Receiver<Event>,
-        cancel: impl FnOnce() + Send + 'static,
-        finish: impl FnOnce() + Send + 'static,
-    ) -> Self {
-        TokenStream { seq, events, cancel: Some(Box::new(cancel)), finish: Some(Box::new(finish)) }
-    }
-
-    /// Asks the engine to end the sequence as finished, since its text reached a stop string: after at most the tokens
-    /// already under way comes `Done` with reason `Stop`, and with it the bill.
-    pub fn finish(&mut self) {
-        if let Some(finish) = self.finish.take() {
-            finish();
-        }
+    /// A stream whose drop calls `cancel`.
+    pub fn new(seq: SeqId, events: mpsc::Receiver<Event>, cancel: impl FnOnce() + Send + 'static) -> Self {
+        TokenStream { seq, events, cancel: Some(Box::new(cancel)) }
     }
 
     /// The next event; `None` only if the engine died.
@@ -93,8 +79,8 @@ impl Drop for TokenStream {
 
 impl EngineHandle {
     /// A handle to `engine`.
-    pub fn new(engine: impl Engine + 'static) -> Self {
-        EngineHandle { inner: Arc::new(engine) }
+    pub fn new(engine: Arc<dyn Engine>) -> Self {
+        EngineHandle { inner: engine }
     }
 }
 
@@ -104,4 +90,3 @@ impl std::ops::Deref for EngineHandle {
         &*self.inner
     }
 }
-

@@ -81,7 +81,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
         stalled: true,
     };
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || room.run(&messages))?;
-    Ok((EngineHandle::new(door), thread))
+    Ok((EngineHandle::new(Arc::new(door)), thread))
 }
 
 enum Message {
@@ -161,14 +161,14 @@ impl Engine for Arc<Door> {
             self.leave_queue(prompt);
             return Err(SubmitError::Stopped);
         }
-        let (cancel, finish) = (self.clone(), self.clone());
-        let cancel = move || {
-            cancel.send(Message::Cancel(seq));
-        };
-        let finish = move || {
-            finish.send(Message::Finish(seq));
-        };
-        Ok(TokenStream::new(seq, receiver, cancel, finish))
+        let door = self.clone();
+        Ok(TokenStream::new(seq, receiver, move || {
+            door.send(Message::Cancel(seq));
+        }))
+    }
+
+    fn finish(&self, seq: SeqId) {
+        self.send(Message::Finish(seq));
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {

@@ -83,7 +83,7 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     // Loading blocks for long; meanwhile the edge answers 503 and a signal ends the process.
     let loading = {
         let (server, telemetry) = (server.clone(), telemetry.clone());
-        tokio::task::spawn_blocking(move || load(source, &settings, &telemetry).map(|ready| install(&server, ready)))
+        tokio::task::spawn_blocking(move || load(source, &settings, &telemetry).and_then(|ready| install(&server, ready)))
     };
     let (summary, engine) = tokio::select! {
         loaded = loading => loaded.context("loading the model failed")??,

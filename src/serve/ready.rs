@@ -1,6 +1,7 @@
 //! A model made ready: opened, typed, its cache profiles laid out and their bases read or computed.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -14,7 +15,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::model::weights::{Data, LoadDtype, ModelWeights};
 use crate::ops::Ops;
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::Tokenizer;
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -26,8 +27,8 @@ pub enum Source {
 /// A model's files, opened and checked. Leaked on purpose: a process serves one model for its life.
 pub struct Opened {
     pub checkpoint: &'static Checkpoint,
-    pub tokenizer: Tokenizer,
-    pub template: Option<ChatTemplate>,
+    /// With its chat template, if there is one.
+    pub tokenizer: Arc<Tokenizer>,
     /// Its name in the API unless the operator gives one.
     pub name: String,
     /// Its path, or the demo model's name.
@@ -46,25 +47,22 @@ impl Source {
     /// # Errors
     /// One sentence for the first thing that is missing, broken, or not supported.
     pub fn open(self) -> anyhow::Result<Opened> {
-        let (checkpoint, tokenizer, template, name, root) = match &self {
-            Source::Demo => {
-                let checkpoint = demo::checkpoint()?;
-                let (tokenizer, template) = demo::text()?;
-                (checkpoint, tokenizer, Some(template), demo::NAME.to_owned(), demo::NAME.to_owned())
-            }
-            Source::Folder(dir) => {
-                let checkpoint = Checkpoint::open(dir)?;
-                let tokenizer = Tokenizer::open(dir, checkpoint.config.vocab)?;
-                let template = ChatTemplate::open(dir, &tokenizer)?;
-                let name = std::fs::canonicalize(dir).ok().and_then(|d| Some(d.file_name()?.to_string_lossy().into_owned()));
-                (checkpoint, tokenizer, template, name.unwrap_or_else(|| "model".into()), dir.display().to_string())
-            }
+        let (checkpoint, tokenizer, name, root) = match &self {
+            Source::Demo => (demo::checkpoint()?, demo::tokenizer()?, demo::NAME.to_owned(), demo::NAME.to_owned()),
+            Source::Folder(dir) => (Checkpoint::open(dir)?, Tokenizer::open(dir)?, folder_name(dir), dir.display().to_string()),
         };
-        for warning in &checkpoint.warnings {
+        tokenizer.check_vocab(checkpoint.config.vocab)?;
+        for warning in checkpoint.warnings.iter().chain(&tokenizer.warnings) {
             tracing::warn!("{warning}");
         }
-        Ok(Opened { checkpoint: Box::leak(Box::new(checkpoint)), tokenizer, template, name, root, source: self })
+        Ok(Opened { checkpoint: Box::leak(Box::new(checkpoint)), tokenizer: Arc::new(tokenizer), name, root, source: self })
     }
+}
+
+/// The last part of a folder's real path: what its model is called unless the operator says otherwise.
+pub fn folder_name(dir: &Path) -> String {
+    let real = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+    real.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 /// In which type exact keys and values are kept: that of the weights.
@@ -159,7 +157,7 @@ pub fn compute(
         .context("no cache profile compresses, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
     let want = limit.map_or((4 * need).max(1024), |(n, _)| n);
-    let texts = calibration_tokens(opened, text, want, decoder.positions());
+    let texts = calibration_tokens(opened, text, want, decoder.positions())?;
     let mut moments = Moments::new(model, sinks);
     let total: usize = texts.iter().map(Vec::len).sum();
     calibrate::collect(decoder, ops, &texts, &mut moments, |seen| {
@@ -172,17 +170,18 @@ pub fn compute(
 }
 
 /// Sequences of at most `longest` tokens, at most `want` tokens together.
-fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest: usize) -> Vec<Vec<TokenId>> {
+fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest: usize) -> anyhow::Result<Vec<Vec<TokenId>>> {
     let mut texts: Vec<Vec<TokenId>> = match (text, &opened.source) {
         (None, Source::Demo) => {
             // Prompts of about 900 tokens, the kind the model was made for; 2.6 characters to a token.
-            demo_prompts(want.div_ceil(900), 900 * 26 / 10).iter().map(|p| opened.tokenizer.encode(p, false, true)).collect()
+            let prompts = demo_prompts(want.div_ceil(900), 900 * 26 / 10);
+            prompts.iter().map(|p| opened.tokenizer.encode(p, false, true)).collect::<Result<_, _>>()?
         }
         (text, _) => {
             let text = text.unwrap_or_else(|| calibration_text(want));
-            let tokens = opened.tokenizer.encode(text, false, false);
+            let tokens = opened.tokenizer.encode(text, false, false)?;
             // Pieces of some length, each begun as the model expects a text to begin.
-            let begin = opened.tokenizer.encode("", true, false);
+            let begin = opened.tokenizer.encode("", true, false)?;
             let piece = 1024.min(longest).saturating_sub(begin.len()).max(1);
             tokens.chunks(piece).map(|c| begin.iter().chain(c).copied().collect()).collect()
         }
@@ -193,7 +192,7 @@ fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest:
         left -= text.len();
     }
     texts.retain(|t| !t.is_empty());
-    texts
+    Ok(texts)
 }
 
 /// The weights of an opened model in the type asked for.

@@ -35,6 +35,7 @@ use crate::engine::{EngineHandle, TokenStream};
 use crate::ids::TokenId;
 use crate::request::{self, Event, Failure, FinishReason, TokenLogprob};
 use crate::telemetry;
+use crate::text::Start;
 
 /// What JSON can carry in place of minus infinity, as OpenAI and vLLM write it.
 const LOGPROB_MIN: f32 = -9999.0;
@@ -305,9 +306,13 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(loaded: &'a Loaded, answer: &Answer, streams: Submitted) -> Self {
         let (stop, include_stop) = (&answer.reply.stop, answer.reply.include_stop);
+        let start = match answer.kind {
+            Kind::Chat => Start::Alone,
+            _ => Start::Continues,
+        };
         let choice = |(stream, stop_tokens)| Choice {
             stream,
-            text: loaded.model.codec.stream(stop, include_stop),
+            text: loaded.model.codec.stream(start, stop, include_stop),
             stop_tokens,
             include_stop,
             held: None,

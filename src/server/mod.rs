@@ -53,6 +53,8 @@ pub struct Config {
     /// Requests whose text is worked on at once, and how many more may wait for that.
     pub text_threads: usize,
     pub text_queue: usize,
+    /// Seeds of requests that give none repeat from start to start, in the same order, when this is set.
+    pub seed: Option<u64>,
     pub pages: Pages,
 }
 
@@ -113,6 +115,7 @@ impl Config {
             heartbeat_limit: Duration::from_secs(60),
             text_threads: std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)),
             text_queue: 64,
+            seed: None,
             pages,
         }
     }
@@ -179,9 +182,12 @@ pub struct Server {
     text_slots: Arc<Semaphore>,
     text_queue: Arc<Semaphore>,
     bodies: Arc<AtomicUsize>,
-    /// Random per process; request ids and absent seeds come from it and the counter.
+    /// Random per process, unless seeded; absent seeds come from it and their count.
     secret: [u8; 32],
-    counter: AtomicU64,
+    seeds: AtomicU64,
+    /// Random per process; request ids come from it and their count.
+    id_secret: [u8; 32],
+    ids: AtomicU64,
 }
 
 /// The id of a request: the client's own if it is harmless, else one of ours.
@@ -198,8 +204,10 @@ impl Server {
             text_slots: Arc::new(Semaphore::new(config.text_threads.max(1))),
             text_queue: Arc::new(Semaphore::new(config.text_threads.max(1) + config.text_queue)),
             bodies: Arc::new(AtomicUsize::new(0)),
-            secret: process_secret(),
-            counter: AtomicU64::new(0),
+            secret: config.seed.map_or_else(process_secret, |seed| *blake3::hash(&seed.to_le_bytes()).as_bytes()),
+            seeds: AtomicU64::new(0),
+            id_secret: process_secret(),
+            ids: AtomicU64::new(0),
             config,
             telemetry,
         })
@@ -279,12 +287,14 @@ impl Server {
         self.loaded()
     }
 
-    /// 64 bits nobody else gets.
+    /// 64 bits to derive the seeds of a request from that gives none.
     pub(crate) fn entropy(&self) -> u64 {
-        let n = self.counter.fetch_add(1, Ordering::Relaxed);
-        let hash = blake3::keyed_hash(&self.secret, &n.to_le_bytes());
-        let (head, _) = hash.as_bytes().split_first_chunk::<8>().expect("a hash has 32 bytes");
-        u64::from_le_bytes(*head)
+        keyed_count(&self.secret, &self.seeds)
+    }
+
+    /// 64 bits that name a request; outsiders cannot guess another's.
+    fn unique(&self) -> u64 {
+        keyed_count(&self.id_secret, &self.ids)
     }
 
     /// Works on text with `job` on a thread that may block.
@@ -569,11 +579,19 @@ fn request_id(server: &Server, headers: &HeaderMap) -> Arc<str> {
     let harmless = |v: &[u8]| (1..=64).contains(&v.len()) && v.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
     match headers.get("x-request-id") {
         Some(value) if harmless(value.as_bytes()) => value.to_str().unwrap_or_default().into(),
-        _ => format!("{:016x}", server.entropy()).into(),
+        _ => format!("{:016x}", server.unique()).into(),
     }
 }
 
 /// The standard library seeds each `RandomState` from the operating system's generator.
+/// The next count, through a keyed hash.
+fn keyed_count(secret: &[u8; 32], counter: &AtomicU64) -> u64 {
+    let n = counter.fetch_add(1, Ordering::Relaxed);
+    let hash = blake3::keyed_hash(secret, &n.to_le_bytes());
+    let (head, _) = hash.as_bytes().split_first_chunk::<8>().expect("a hash has 32 bytes");
+    u64::from_le_bytes(*head)
+}
+
 fn process_secret() -> [u8; 32] {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = blake3::Hasher::new();

@@ -283,7 +283,7 @@ fn a_stream_that_is_finished_early_gets_its_bill() {
     for _ in 0..3 {
         assert!(matches!(stream.events.blocking_recv(), Some(Event::Token { .. })));
     }
-    stream.finish();
+    world.engine.finish(stream.seq);
     let said = hear(stream);
     let (reason, usage) = said.end.unwrap();
     assert_eq!((reason, usage.prompt_tokens), (FinishReason::Stop, 100));

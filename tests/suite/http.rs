@@ -33,10 +33,10 @@ const VOCAB: usize = 260;
 struct Bytes;
 
 impl Codec for Bytes {
-    fn encode(&self, text: &str, add_special_tokens: bool, _: bool) -> Vec<TokenId> {
+    fn encode(&self, text: &str, add_special_tokens: bool, _: bool) -> Result<Vec<TokenId>, EncodeError> {
         assert!(text != "panic", "a tokenizer that panics");
         let bos = add_special_tokens.then_some(BOS);
-        bos.into_iter().chain(text.bytes().map(TokenId::from)).collect()
+        Ok(bos.into_iter().chain(text.bytes().map(TokenId::from)).collect())
     }
     fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
         let bytes: Vec<u8> = ids.iter().filter(|&&id| !skip_special || id < 256).flat_map(|&id| self.token_bytes(id)).collect();
@@ -75,7 +75,7 @@ impl Codec for Bytes {
         }
         Ok(self.encode(&text, false, true))
     }
-    fn stream<'a>(&'a self, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+    fn stream<'a>(&'a self, _: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
         Box::new(ByteStream { codec: self, stop: stop.to_vec(), include_stop, held: Vec::new() })
     }
 }
