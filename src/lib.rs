@@ -8,4 +8,6 @@ pub mod step;
 pub mod kv;
 pub mod ops;
 pub mod model;
+pub mod text;
+pub mod demo;
 pub mod engine;

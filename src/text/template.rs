@@ -1,0 +1,903 @@
+//! Chat templates: messages to the prompt the model was trained on, as Hugging Face renders it.
+//!
+//! A template is a program of the operator's choosing, run on a client's data. It reads no files, reaches nothing
+//! outside, and is bounded in work, memory, output and time ([`ChatTemplate`]). A client's text never becomes a
+//! control token: special-token strings in it are marked before rendering, found again after, and tokenised as
+//! the plain text they are.
+
+use std::io::Write;
+use std::ops::Range;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, Serde, ValueKind, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as Jinja};
+use serde_json::{Map, Value};
+
+use crate::ids::TokenId;
+use crate::model::json::{shown, shown_value};
+use crate::text::specials::Specials;
+use crate::text::{Named, TextError, Tokenizer};
+
+/// Work per render, in units of about one instruction or 64 bytes made: at most a quarter of a second and 256 MB.
+const FUEL: u64 = 4_000_000;
+const TIME: Duration = Duration::from_secs(2);
+const SOURCE_BYTES_MAX: usize = 1 << 20;
+/// Output beyond this many times the input, and [`OUTPUT_BYTES`], is no prompt.
+const OUTPUT_FACTOR: usize = 4;
+const OUTPUT_BYTES: usize = 1 << 20;
+
+/// Why there is no prompt. Messages are at most about 200 characters, without control characters.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum TemplateError {
+    /// The model's folder has a template that does not compile.
+    #[error("the chat template does not compile: {reason}")]
+    Syntax { reason: String },
+    #[error("this model has no chat template; send a prompt to /v1/completions instead")]
+    Missing,
+    /// The template itself refused the messages (`raise_exception`).
+    #[error("the chat template refuses these messages: {message}")]
+    Raised { message: String },
+    #[error("the chat template failed on these messages: {reason}")]
+    Failed { reason: String },
+    /// The template is to blame, unless the messages are enormous.
+    #[error("the chat template took too much {what} on these messages")]
+    TooMuch { what: &'static str },
+    #[error("messages must be a list of objects")]
+    Messages,
+    #[error("messages[{message}].content[{part}] is of type {kind}; this server reads text only")]
+    Part { message: usize, part: usize, kind: String },
+    #[error("messages[{message}].content[{part}] has no text")]
+    PartText { message: usize, part: usize },
+    #[error("messages[{message}].content is {got}; a string or a list of text parts is needed")]
+    Content { message: usize, got: String },
+    #[error("chat_template_kwargs cannot set `{key}`, which the server sets itself")]
+    Reserved { key: String },
+    #[error("chat_template_kwargs has `{key}`, which this model's template does not read")]
+    UnknownKwarg { key: String },
+    #[error("chat_template_kwargs has `{key}` = {value}; a string, number or boolean is needed")]
+    NestedKwarg { key: String, value: String },
+    #[error("continue_final_message and add_generation_prompt exclude each other")]
+    ContinueAndGenerate,
+    #[error("continue_final_message needs a last message with text, and the template must show it")]
+    NothingToContinue,
+}
+
+impl TemplateError {
+    /// Whether the messages or arguments are at fault, not the model's template: a 400 rather than a 500.
+    pub fn is_callers(&self) -> bool {
+        !matches!(self, TemplateError::Syntax { .. } | TemplateError::TooMuch { .. })
+    }
+}
+
+/// A conversation to render.
+#[derive(Clone, Copy, Debug)]
+pub struct Chat<'a> {
+    /// A list of objects with `role` and `content`.
+    pub messages: &'a Value,
+    pub tools: Option<&'a Value>,
+    /// Ends the prompt where the assistant's answer begins.
+    pub add_generation_prompt: bool,
+    /// Leaves the last message open, to be continued.
+    pub continue_final_message: bool,
+    pub kwargs: &'a Map<String, Value>,
+}
+
+/// A compiled template, or several under names: `tool_use` is taken when there are tools, else `default`.
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    named: Named,
+    has_tool_use: bool,
+    /// Variables that some template reads and does not set.
+    reads: Vec<String>,
+    /// The template walks over lists of content parts itself.
+    reads_parts: bool,
+}
+
+/// Names that `chat_template_kwargs` cannot take: what the server passes, and what would look like its parameters.
+const RESERVED: &[&str] = &[
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "raise_exception",
+    "strftime_now",
+    "tokenize",
+    "chat_template",
+    "conversation",
+    "return_tensors",
+    "return_dict",
+    "padding",
+    "truncation",
+    "max_length",
+];
+
+impl ChatTemplate {
+    /// From a source, or a list of `{name, template}`.
+    pub(crate) fn new(value: &Value, named: &Named) -> Result<ChatTemplate, TemplateError> {
+        ChatTemplate::with_clock(value, named, || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64))
+    }
+
+    /// The same with `strftime_now` reading seconds since 1970 from `clock`; times are in UTC.
+    pub fn with_clock(
+        value: &Value,
+        named: &std::collections::BTreeMap<String, String>,
+        clock: impl Fn() -> i64 + Send + Sync + 'static,
+    ) -> Result<ChatTemplate, TemplateError> {
+        let syntax = |reason: String| TemplateError::Syntax { reason: shown(&reason, 160) };
+        let list: Vec<(String, &str)> = match value {
+            Value::String(source) => vec![("default".to_owned(), source)],
+            Value::Array(items) => items
+                .iter()
+                .map(|item| {
+                    let text = |key: &str| item.get(key).and_then(Value::as_str);
+                    text("name").zip(text("template")).map(|(n, t)| (n.to_owned(), t))
+                })
+                .collect::<Option<Vec<_>>>()
+                .ok_or_else(|| syntax("it is a list of something else than {name, template}".to_owned()))?,
+            _ => return Err(syntax("it is neither text nor a list".to_owned())),
+        };
+        let mut env = environment(clock);
+        let mut reads = Vec::new();
+        for (name, source) in &list {
+            if source.len() > SOURCE_BYTES_MAX {
+                return Err(syntax(format!("it is {} bytes long, more than the {SOURCE_BYTES_MAX} allowed", source.len())));
+            }
+            let source = without_generation_tags(source);
+            env.add_template_owned(name.clone(), source).map_err(|e| syntax(e.to_string()))?;
+            let template = env.get_template(name).map_err(|e| syntax(e.to_string()))?;
+            reads.extend(template.undeclared_variables(false));
+        }
+        if env.get_template("default").is_err() {
+            return Err(syntax("none of its templates is named default".to_owned()));
+        }
+        reads.sort_unstable();
+        reads.dedup();
+        let has_tool_use = env.get_template("tool_use").is_ok();
+        let mut it = ChatTemplate { env, named: named.clone(), has_tool_use, reads, reads_parts: false };
+        it.reads_parts = it.probe_parts();
+        Ok(it)
+    }
+
+    /// Whether the template reads a variable of this name, so that setting it means something.
+    pub fn reads(&self, variable: &str) -> bool {
+        self.reads.binary_search_by(|v| v.as_str().cmp(variable)).is_ok()
+    }
+
+    /// The prompt as text, special tokens spelled out. Input is not made safe against special tokens in it:
+    /// see [`Tokenizer::render`].
+    pub fn render_text(&self, chat: &Chat<'_>) -> Result<String, TemplateError> {
+        self.render_marked(chat, None).map(|p| p.text)
+    }
+
+    /// Renders; with `specials`, also tells where in the result their texts come from the input.
+    fn render_marked(&self, chat: &Chat<'_>, specials: Option<&Specials>) -> Result<Rendered, TemplateError> {
+        if chat.continue_final_message && chat.add_generation_prompt {
+            return Err(TemplateError::ContinueAndGenerate);
+        }
+        for key in chat.kwargs.keys() {
+            if RESERVED.contains(&key.as_str()) || self.named.contains_key(key) {
+                return Err(TemplateError::Reserved { key: shown(key, 60) });
+            }
+        }
+        let mut messages = self.messages(chat.messages)?;
+        let mut tools = chat.tools.cloned().unwrap_or(Value::Null);
+        let mut kwargs = chat.kwargs.clone();
+        let marks = Marks::choose(&[chat.messages, &tools]);
+        if let Some(specials) = specials {
+            marks.guard(&mut messages, specials);
+            marks.guard(&mut tools, specials);
+            kwargs.values_mut().for_each(|v| marks.guard(v, specials));
+        }
+        if chat.continue_final_message {
+            let text = messages.as_array_mut().and_then(|m| m.last_mut()).and_then(last_text);
+            text.ok_or(TemplateError::NothingToContinue)?.extend([marks.end, ' ']);
+        }
+        let mut context = kwargs;
+        for (key, value) in &self.named {
+            context.insert(key.clone(), Value::from(value.as_str()));
+        }
+        let tools_given = !tools.is_null();
+        let size = json_size(&messages) + json_size(&tools);
+        context.insert("messages".to_owned(), messages);
+        context.insert("tools".to_owned(), tools);
+        context.entry("documents".to_owned()).or_insert(Value::Null);
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(chat.add_generation_prompt));
+        let name = if tools_given && self.has_tool_use { "tool_use" } else { "default" };
+        let template = self.env.get_template(name).map_err(|e| failure(&e))?;
+        let mut sink = Sink {
+            out: Vec::new(),
+            limit: OUTPUT_FACTOR * size + OUTPUT_BYTES,
+            deadline: Instant::now() + TIME,
+            full: None,
+        };
+        let result = template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).map(|_| ());
+        if let Some(what) = sink.full {
+            return Err(TemplateError::TooMuch { what });
+        }
+        result.map_err(|e| failure(&e))?;
+        let mut text = String::from_utf8(sink.out).map_err(|_| TemplateError::Failed { reason: "not text".to_owned() })?;
+        if chat.continue_final_message {
+            let at = text.rfind(marks.end).ok_or(TemplateError::NothingToContinue)?;
+            // The space that went with the mark tells a template that trims.
+            let kept = text[at..].strip_prefix(marks.end).is_some_and(|rest| rest.starts_with(' '));
+            text.truncate(at);
+            if !kept {
+                text.truncate(text.trim_end().len());
+            }
+        }
+        Ok(marks.unmark(text, specials))
+    }
+
+    /// A copy of the messages in the form the template reads: content parts joined into a string (by newlines, as
+    /// vLLM does) unless it walks over parts itself; arguments of tool calls as objects; reasoning also as
+    /// `reasoning_content` and `thinking`. Content that is null stays null.
+    fn messages(&self, messages: &Value) -> Result<Value, TemplateError> {
+        let mut messages = messages.clone();
+        let list = messages.as_array_mut().ok_or(TemplateError::Messages)?;
+        for (message, value) in list.iter_mut().enumerate() {
+            let object = value.as_object_mut().ok_or(TemplateError::Messages)?;
+            if let Some(content) = object.get_mut("content") {
+                match content {
+                    Value::Null | Value::String(_) => {}
+                    Value::Array(parts) => {
+                        let texts = parts.iter().enumerate().map(|(part, v)| part_text(message, part, v)).collect::<Result<Vec<_>, _>>()?;
+                        *content = if self.reads_parts {
+                            texts.into_iter().map(|t| serde_json::json!({ "type": "text", "text": t })).collect()
+                        } else {
+                            Value::String(texts.join("\n"))
+                        };
+                    }
+                    other => return Err(TemplateError::Content { message, got: shown_value(other) }),
+                }
+            }
+            for call in object.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+                if let Some(arguments) = call.pointer_mut("/function/arguments")
+                    && let Some(text) = arguments.as_str()
+                {
+                    // OpenAI's clients send them as text, templates were written for objects. What is no object stays text.
+                    let parsed = if text.trim().is_empty() { Some(Value::Object(Map::new())) } else { serde_json::from_str(text).ok() };
+                    if let Some(object @ Value::Object(_)) = parsed {
+                        *arguments = object;
+                    }
+                }
+            }
+            let reasoning = ["reasoning_content", "thinking", "reasoning"];
+            if let Some(text) = reasoning.iter().find_map(|k| object.get(*k).filter(|v| !v.is_null()).cloned()) {
+                object.entry("thinking").or_insert_with(|| text.clone());
+                object.insert("reasoning_content".to_owned(), text);
+            }
+        }
+        Ok(messages)
+    }
+
+    /// Renders a message whose content is a list of one part: a template that walks over it shows the text alone,
+    /// one that does not fails or shows the list as Python would print it.
+    fn probe_parts(&self) -> bool {
+        const NEEDLE: &str = "Zq7probe";
+        let probe = |content: Value| {
+            let mut context = Map::new();
+            context.insert("messages".to_owned(), serde_json::json!([{ "role": "user", "content": content }]));
+            context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
+            context.insert("tools".to_owned(), Value::Null);
+            for (key, value) in &self.named {
+                context.insert(key.clone(), Value::from(value.as_str()));
+            }
+            let template = self.env.get_template("default").ok()?;
+            let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
+            template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).ok()?;
+            String::from_utf8(sink.out).ok()
+        };
+        let parts = probe(serde_json::json!([{ "type": "text", "text": NEEDLE }]));
+        parts.is_some_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")))
+    }
+}
+
+impl Tokenizer {
+    /// The prompt of a conversation.
+    ///
+    /// `kwargs` are `chat_template_kwargs`: plain values for variables that the template reads. Special-token
+    /// strings in messages, tools and kwargs become plain text tokens; the template's own become control tokens.
+    pub fn render(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: &Map<String, Value>,
+    ) -> Result<Vec<TokenId>, TextError> {
+        let template = self.template().ok_or(TemplateError::Missing)?;
+        for (key, value) in kwargs {
+            if RESERVED.contains(&key.as_str()) {
+                return Err(TemplateError::Reserved { key: shown(key, 60) }.into());
+            }
+            if !template.reads(key) {
+                return Err(TemplateError::UnknownKwarg { key: shown(key, 60) }.into());
+            }
+            if value.is_array() || value.is_object() {
+                return Err(TemplateError::NestedKwarg { key: shown(key, 60), value: shown_value(value) }.into());
+            }
+        }
+        let chat = Chat { messages, tools, add_generation_prompt, continue_final_message, kwargs };
+        let prompt = template.render_marked(&chat, Some(self.specials()))?;
+        self.encode_guarded(&prompt.text, &prompt.guarded)
+    }
+}
+
+/// A rendered prompt, and where in it special-token strings came from the input.
+struct Rendered {
+    text: String,
+    guarded: Vec<Range<usize>>,
+}
+
+/// Private-use characters that occur nowhere in the input: one before and one after each special-token string of
+/// it, and one where the last message is to be continued.
+struct Marks {
+    open: char,
+    close: char,
+    end: char,
+}
+
+impl Marks {
+    fn choose(inputs: &[&Value]) -> Marks {
+        let texts: Vec<String> = inputs.iter().map(|v| v.to_string()).collect();
+        // Plane 15 has 65,534 private characters; an input that uses all of them is several hundred kB of nothing
+        // else, and gets marks that are merely unlikely.
+        let mut used: Vec<char> = texts.iter().flat_map(|t| t.chars()).filter(|c| ('\u{F0000}'..='\u{FFFFD}').contains(c)).collect();
+        used.sort_unstable();
+        used.dedup();
+        let mut free = ('\u{F5A10}'..='\u{FFFFD}').chain('\u{F0000}'..'\u{F5A10}').filter(|c| used.binary_search(c).is_err());
+        let mut next = |fallback| free.next().unwrap_or(fallback);
+        Marks { open: next('\u{F5A10}'), close: next('\u{F5A11}'), end: next('\u{F5A12}') }
+    }
+
+    /// Puts marks round every special-token string in the strings and keys of `value`.
+    fn guard(&self, value: &mut Value, specials: &Specials) {
+        match value {
+            Value::String(text) => {
+                if let Some(marked) = self.guarded(text, specials) {
+                    *text = marked;
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(|v| self.guard(v, specials)),
+            Value::Object(map) => {
+                if map.keys().any(|k| self.guarded(k, specials).is_some()) {
+                    let old = std::mem::take(map);
+                    map.extend(old.into_iter().map(|(k, v)| (self.guarded(&k, specials).unwrap_or(k), v)));
+                }
+                map.values_mut().for_each(|v| self.guard(v, specials));
+            }
+            _ => {}
+        }
+    }
+
+    fn guarded(&self, text: &str, specials: &Specials) -> Option<String> {
+        let mut out = String::new();
+        let mut done = 0;
+        for range in specials.matches(text) {
+            out.push_str(&text[done..range.start]);
+            out.push(self.open);
+            out.push_str(&text[range.clone()]);
+            out.push(self.close);
+            done = range.end;
+        }
+        (done > 0).then(|| out + &text[done..])
+    }
+
+    /// Takes the marks out, and finds the special-token strings that touched one: a template that cut the string at
+    /// one side has left the mark of the other.
+    fn unmark(&self, text: String, specials: Option<&Specials>) -> Rendered {
+        let Some(specials) = specials.filter(|_| text.contains([self.open, self.close])) else {
+            return Rendered { text, guarded: Vec::new() };
+        };
+        let mut out = String::with_capacity(text.len());
+        // Positions in `out`; both ascend.
+        let (mut opens, mut closes) = (Vec::new(), Vec::new());
+        for c in text.chars() {
+            match c {
+                c if c == self.open => opens.push(out.len()),
+                c if c == self.close => closes.push(out.len()),
+                c => out.push(c),
+            }
+        }
+        let any_in = |marks: &[usize], from: usize, to: usize| marks.get(marks.partition_point(|&m| m < from)).is_some_and(|&m| m < to);
+        let guarded = specials.matches(&out).filter(|m| any_in(&opens, m.start, m.end) || any_in(&closes, m.start + 1, m.end + 1)).collect();
+        Rendered { text: out, guarded }
+    }
+}
+
+/// The last text of a message that can be continued.
+fn last_text(message: &mut Value) -> Option<&mut String> {
+    let text = match message.get_mut("content")? {
+        Value::Array(parts) => parts.iter_mut().rev().find_map(|p| p.get_mut("text"))?,
+        content => content,
+    };
+    match text {
+        Value::String(s) => Some(s),
+        _ => None,
+    }
+}
+
+/// Text of one content part.
+fn part_text(message: usize, part: usize, value: &Value) -> Result<&str, TemplateError> {
+    if let Some(text) = value.as_str() {
+        return Ok(text);
+    }
+    let kind = value.get("type").and_then(Value::as_str).unwrap_or("text");
+    if !matches!(kind, "text" | "input_text" | "output_text") {
+        return Err(TemplateError::Part { message, part, kind: shown(kind, 40) });
+    }
+    value.get("text").and_then(Value::as_str).ok_or(TemplateError::PartText { message, part })
+}
+
+/// Bytes of text in a value, roughly.
+fn json_size(value: &Value) -> usize {
+    match value {
+        Value::String(s) => s.len() + 2,
+        Value::Array(a) => a.iter().map(json_size).sum::<usize>() + 2,
+        Value::Object(o) => o.iter().map(|(k, v)| k.len() + 4 + json_size(v)).sum::<usize>() + 2,
+        _ => 8,
+    }
+}
+
+/// Collects output up to a size and a time.
+struct Sink {
+    out: Vec<u8>,
+    limit: usize,
+    deadline: Instant,
+    full: Option<&'static str>,
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.out.len() + bytes.len() > self.limit {
+            self.full = Some("output");
+        } else if Instant::now() > self.deadline {
+            self.full = Some("time");
+        }
+        if self.full.is_some() {
+            return Err(std::io::Error::other("too much"));
+        }
+        self.out.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What `raise_exception` carries, to tell it from a mistake of the template.
+#[derive(Debug)]
+struct Exception(String);
+
+impl std::fmt::Display for Exception {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Exception {}
+
+fn failure(error: &Error) -> TemplateError {
+    // The exception may lie under the frames of macros and includes.
+    let mut next: Option<&dyn std::error::Error> = Some(error);
+    while let Some(e) = next {
+        if let Some(Exception(message)) = e.downcast_ref::<Exception>() {
+            return TemplateError::Raised { message: shown(message, 140) };
+        }
+        if e.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::OutOfFuel) {
+            return TemplateError::TooMuch { what: "work" };
+        }
+        next = e.source();
+    }
+    TemplateError::Failed { reason: shown(&error.to_string(), 140) }
+}
+
+/// Jinja as Hugging Face sets it up.
+fn environment(clock: impl Fn() -> i64 + Send + Sync + 'static) -> Environment<'static> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.expect("the delimiters are Jinja's own"));
+    env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(128);
+    env.set_unknown_method_callback(methods);
+    env.add_function("raise_exception", |message: Rest<Jinja>| -> Result<Jinja, Error> {
+        let message = message.first().map(ToString::to_string).unwrap_or_default();
+        Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Exception(message)))
+    });
+    env.add_function("strftime_now", move |format: &str| -> Result<String, Error> {
+        strftime(format, clock()).map_err(|c| {
+            Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know %{}", shown(&c.to_string(), 8)))
+        })
+    });
+    env.add_filter("tojson", tojson);
+    // Python calls strings and mappings sequences too: they have a length and can be indexed.
+    env.add_test("sequence", |v: &Jinja| matches!(v.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map));
+    env.add_test("iterable", |v: &Jinja| {
+        matches!(v.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Undefined)
+    });
+    env
+}
+
+/// Python's methods: those of the contributed crate, and the few it lacks that templates use.
+fn methods(state: &mut State<'_, '_>, value: &Jinja, method: &str, args: &[Jinja]) -> Result<Jinja, Error> {
+    if let Some(s) = value.as_str() {
+        match method {
+            "removeprefix" => {
+                let (prefix,): (&str,) = from_args(args)?;
+                return Ok(Jinja::from(s.strip_prefix(prefix).unwrap_or(s)));
+            }
+            "removesuffix" => {
+                let (suffix,): (&str,) = from_args(args)?;
+                // Python leaves the string alone for an empty suffix, and so does this.
+                return Ok(Jinja::from(s.strip_suffix(suffix).unwrap_or(s)));
+            }
+            "partition" | "rpartition" => {
+                let (sep,): (&str,) = from_args(args)?;
+                if sep.is_empty() {
+                    return Err(Error::new(ErrorKind::InvalidOperation, "empty separator"));
+                }
+                let parts = if method == "partition" {
+                    s.split_once(sep).map_or([s, "", ""], |(a, b)| [a, sep, b])
+                } else {
+                    s.rsplit_once(sep).map_or(["", "", s], |(a, b)| [a, sep, b])
+                };
+                return Ok(parts.into_iter().map(Jinja::from).collect());
+            }
+            "rsplit" => {
+                let (sep, max): (Option<&str>, Option<i64>) = from_args(args)?;
+                let n = max.and_then(|m| usize::try_from(m).ok()).map_or(usize::MAX, |m| m.saturating_add(1));
+                let mut parts: Vec<&str> = match sep {
+                    Some("") => return Err(Error::new(ErrorKind::InvalidOperation, "empty separator")),
+                    Some(sep) => s.rsplitn(n, sep).collect(),
+                    None => rsplit_white(s, n),
+                };
+                parts.reverse();
+                return Ok(parts.into_iter().map(Jinja::from).collect());
+            }
+            "index" => {
+                let (what,): (&str,) = from_args(args)?;
+                return match s.find(what) {
+                    Some(at) => Ok(Jinja::from(s[..at].chars().count())),
+                    None => Err(Error::new(ErrorKind::InvalidOperation, "substring not found")),
+                };
+            }
+            _ => {}
+        }
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// Splits at runs of white space from the right into at most `n` parts, last first.
+fn rsplit_white(s: &str, n: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = s.trim();
+    while !rest.is_empty() {
+        if parts.len() + 1 == n {
+            parts.push(rest);
+            break;
+        }
+        match rest.rfind(char::is_whitespace) {
+            Some(at) => {
+                let word = at + rest[at..].chars().next().map_or(0, char::len_utf8);
+                parts.push(&rest[word..]);
+                rest = rest[..at].trim_end();
+            }
+            None => {
+                parts.push(rest);
+                break;
+            }
+        }
+    }
+    parts
+}
+
+/// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`: Python's `json.dumps`.
+fn tojson(state: &State<'_, '_>, value: &Jinja, args: Rest<Jinja>, kwargs: Kwargs) -> Result<Jinja, Error> {
+    let argument = |i: usize, name: &str| -> Result<Option<Jinja>, Error> {
+        let named: Option<Jinja> = kwargs.get(name)?;
+        Ok(named.or_else(|| args.get(i).cloned()).filter(|v| !v.is_none() && !v.is_undefined()))
+    };
+    let bad = |what: &str| Error::new(ErrorKind::InvalidOperation, format!("tojson: {what}"));
+    let indent = match argument(1, "indent")? {
+        None => None,
+        Some(v) => match (v.as_str(), v.as_i64()) {
+            (Some(s), _) if s.len() <= 32 => Some(s.to_owned()),
+            (_, Some(n)) if n <= 32 => Some(" ".repeat(n.max(0) as usize)),
+            _ => return Err(bad("indent is too large")),
+        },
+    };
+    let (item, key) = match argument(2, "separators")? {
+        None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
+        None => (", ".to_owned(), ": ".to_owned()),
+        Some(v) => match (v.get_item(&Jinja::from(0))?.as_str(), v.get_item(&Jinja::from(1))?.as_str()) {
+            (Some(a), Some(b)) if a.len() <= 32 && b.len() <= 32 => (a.to_owned(), b.to_owned()),
+            _ => return Err(bad("separators are not two short strings")),
+        },
+    };
+    let ascii = argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
+    let sort = argument(3, "sort_keys")?.is_some_and(|v| v.is_true());
+    kwargs.assert_all_used()?;
+    let mut json = Json { out: String::new(), indent, item, key, ascii, sort, charged: 0 };
+    json.write(state, value, 0)?;
+    Ok(Jinja::from(json.out))
+}
+
+/// A writer of JSON in Python's spelling.
+struct Json {
+    out: String,
+    indent: Option<String>,
+    item: String,
+    key: String,
+    ascii: bool,
+    sort: bool,
+    /// Bytes of `out` that fuel was paid for.
+    charged: usize,
+}
+
+impl Json {
+    fn write(&mut self, state: &State<'_, '_>, value: &Jinja, depth: usize) -> Result<(), Error> {
+        if depth > 128 {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+        }
+        state.consume_fuel(1 + ((self.out.len() - self.charged) / 64) as u64)?;
+        self.charged = self.out.len();
+        match value.kind() {
+            ValueKind::None => self.out.push_str("null"),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => match f64::try_from(value.clone()) {
+                Ok(float) if !value.is_integer() => self.out.push_str(&python_float(float)),
+                _ => self.out.push_str(&value.to_string()),
+            },
+            ValueKind::String => self.string(value.as_str().unwrap_or_default()),
+            ValueKind::Map => {
+                let mut entries = Vec::new();
+                for key in value.try_iter()? {
+                    let item = value.get_item(&key)?;
+                    let key = match key.kind() {
+                        ValueKind::Bool => (if key.is_true() { "true" } else { "false" }).to_owned(),
+                        ValueKind::None => "null".to_owned(),
+                        _ => key.to_string(),
+                    };
+                    entries.push((key, item));
+                }
+                if self.sort {
+                    entries.sort_by(|a, b| a.0.cmp(&b.0));
+                }
+                self.out.push('{');
+                let empty = entries.is_empty();
+                for (i, (key, item)) in entries.into_iter().enumerate() {
+                    self.between(i, depth + 1);
+                    self.string(&key);
+                    self.out.push_str(&self.key);
+                    self.write(state, &item, depth + 1)?;
+                }
+                self.close('}', empty, depth);
+            }
+            ValueKind::Seq | ValueKind::Iterable => {
+                self.out.push('[');
+                let mut empty = true;
+                for (i, item) in value.try_iter()?.enumerate() {
+                    empty = false;
+                    self.between(i, depth + 1);
+                    self.write(state, &item, depth + 1)?;
+                }
+                self.close(']', empty, depth);
+            }
+            other => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: a value of type {other} is not JSON"))),
+        }
+        Ok(())
+    }
+
+    fn between(&mut self, i: usize, depth: usize) {
+        if i > 0 {
+            self.out.push_str(&self.item);
+        }
+        self.line(depth);
+    }
+
+    fn close(&mut self, bracket: char, empty: bool, depth: usize) {
+        if !empty {
+            self.line(depth);
+        }
+        self.out.push(bracket);
+    }
+
+    fn line(&mut self, depth: usize) {
+        if let Some(indent) = &self.indent {
+            self.out.push('\n');
+            (0..depth).for_each(|_| self.out.push_str(indent));
+        }
+    }
+
+    fn string(&mut self, text: &str) {
+        self.out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => self.out.push_str("\\\""),
+                '\\' => self.out.push_str("\\\\"),
+                '\n' => self.out.push_str("\\n"),
+                '\r' => self.out.push_str("\\r"),
+                '\t' => self.out.push_str("\\t"),
+                '\u{8}' => self.out.push_str("\\b"),
+                '\u{c}' => self.out.push_str("\\f"),
+                c if c < ' ' || self.ascii && !c.is_ascii() => {
+                    let mut units = [0; 2];
+                    for unit in c.encode_utf16(&mut units) {
+                        self.out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => self.out.push(c),
+            }
+        }
+        self.out.push('"');
+    }
+}
+
+/// `repr` of a Python float: the shortest digits that read back, with an exponent outside 1e-4 .. 1e16.
+fn python_float(x: f64) -> String {
+    if x.is_nan() {
+        return "NaN".to_owned();
+    }
+    if x.is_infinite() {
+        return if x > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
+    }
+    let scientific = format!("{x:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if x != 0.0 && !(-4..16).contains(&exponent) {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        return format!("{digits}e{sign}{:02}", exponent.abs());
+    }
+    let plain = x.to_string();
+    if plain.contains('.') { plain } else { plain + ".0" }
+}
+
+/// `{% generation %}` marks training data and nothing in a prompt: it becomes a block that is always shown.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let Some(end) = tag.find("%}") else { break };
+        let inner = &tag[2..end];
+        let bare = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        match bare {
+            "generation" => out.push_str(&format!("{{%{}%}}", inner.replace("generation", "if true"))),
+            "endgeneration" => out.push_str(&format!("{{%{}%}}", inner.replace("endgeneration", "endif"))),
+            _ => {
+                out.push_str("{%");
+                rest = &tag[2..];
+                continue;
+            }
+        }
+        rest = &tag[end + 2..];
+    }
+    out + rest
+}
+
+/// `time.strftime` of the C locale at `seconds` since 1970 in UTC, or the letter it does not know.
+fn strftime(format: &str, seconds: i64) -> Result<String, char> {
+    const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
+    const MONTHS: [&str; 12] = [
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    ];
+    let days = seconds.div_euclid(86_400);
+    let second = seconds.rem_euclid(86_400);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    // Days since 1 March of year 0, in eras of 400 years (Hinnant, "chrono-compatible low-level date algorithms").
+    let z = days + 719_468;
+    let (era, day_of_era) = (z.div_euclid(146_097), z.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_march_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_march_year + 2) / 153;
+    let day = day_of_march_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let weekday = (days + 4).rem_euclid(7) as usize;
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let before: [i64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
+    let day_of_year = before[month as usize - 1] + day + i64::from(leap && month > 2);
+    let hour12 = (hour + 11) % 12 + 1;
+
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        let mut letter = chars.next().unwrap_or('%');
+        // GNU's flag for "no padding".
+        let bare = letter == '-';
+        if bare {
+            letter = chars.next().unwrap_or('%');
+        }
+        let two = |n: i64| if bare { n.to_string() } else { format!("{n:02}") };
+        let text = match letter {
+            'd' => two(day),
+            'e' => if bare { day.to_string() } else { format!("{day:2}") },
+            'm' => two(month),
+            'y' => two(year.rem_euclid(100)),
+            'Y' => year.to_string(),
+            'H' => two(hour),
+            'I' => two(hour12),
+            'M' => two(minute),
+            'S' => two(second),
+            'j' => if bare { day_of_year.to_string() } else { format!("{day_of_year:03}") },
+            'p' => (if hour < 12 { "AM" } else { "PM" }).to_owned(),
+            'A' => DAYS[weekday].to_owned(),
+            'a' => DAYS[weekday][..3].to_owned(),
+            'B' => MONTHS[month as usize - 1].to_owned(),
+            'b' | 'h' => MONTHS[month as usize - 1][..3].to_owned(),
+            'w' => weekday.to_string(),
+            'u' => (if weekday == 0 { 7 } else { weekday }).to_string(),
+            'F' => format!("{year}-{month:02}-{day:02}"),
+            'T' => format!("{hour:02}:{minute:02}:{second:02}"),
+            'R' => format!("{hour:02}:{minute:02}"),
+            'D' => format!("{month:02}/{day:02}/{:02}", year.rem_euclid(100)),
+            'c' => format!("{} {} {day:2} {hour:02}:{minute:02}:{second:02} {year}", &DAYS[weekday][..3], &MONTHS[month as usize - 1][..3]),
+            'x' => format!("{month:02}/{day:02}/{:02}", year.rem_euclid(100)),
+            'X' => format!("{hour:02}:{minute:02}:{second:02}"),
+            's' => seconds.to_string(),
+            'f' => "000000".to_owned(),
+            'z' => "+0000".to_owned(),
+            'Z' => "UTC".to_owned(),
+            'n' => "\n".to_owned(),
+            't' => "\t".to_owned(),
+            '%' => "%".to_owned(),
+            other => return Err(other),
+        };
+        out.push_str(&text);
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_pythons() {
+        // Checked against Python's datetime in UTC.
+        let cases = [
+            (0, "%A %d %B %Y %H:%M:%S %j %p %I", "Thursday 01 January 1970 00:00:00 001 AM 12"),
+            (951_782_400, "%a %d %b %Y %j %y %-d/%-m", "Tue 29 Feb 2000 060 00 29/2"),
+            (1_735_689_599, "%c|%F|%T|%D|%e|%%", "Tue Dec 31 23:59:59 2024|2024-12-31|23:59:59|12/31/24|31|%"),
+            (-1, "%F %T %w %u", "1969-12-31 23:59:59 3 3"),
+            (4_102_444_800, "%F %j", "2100-01-01 001"),
+        ];
+        for (seconds, format, want) in cases {
+            assert_eq!(strftime(format, seconds).as_deref(), Ok(want));
+        }
+        assert_eq!(strftime("%Q", 0), Err('Q'));
+    }
+
+    #[test]
+    fn floats_are_pythons() {
+        let cases: [(f64, &str); 10] = [
+            (1.0, "1.0"),
+            (-0.0, "-0.0"),
+            (0.1, "0.1"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.5e300, "1.5e+300"),
+            (1e-4, "0.0001"),
+            (1e-5, "1e-05"),
+            (123456.789, "123456.789"),
+            (f64::NAN, "NaN"),
+        ];
+        for (x, want) in cases {
+            assert_eq!(python_float(x), want);
+        }
+    }
+
+    #[test]
+    fn generation_tags_keep_their_white_space_control() {
+        let source = "a{%- generation -%} b {% endgeneration %}{% if x %}c{% endif %}{% generation";
+        assert_eq!(without_generation_tags(source), "a{%- if true -%} b {% endif %}{% if x %}c{% endif %}{% generation");
+    }
+}
