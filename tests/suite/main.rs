@@ -1,1 +1,4 @@
+//! Integration tests, one module per room.
 
+mod checkpoint;
+mod text;
