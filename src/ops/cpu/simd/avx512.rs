@@ -17,7 +17,6 @@ pub(super) struct Avx512Bf16;
 /// The machine has AVX-512 F, BW, VL and DQ, and the kernel's own promises hold.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 #[inline(never)]
-#[inline(never)]
 unsafe fn run<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
     unsafe { kernel.run::<Avx512>() }
@@ -28,7 +27,6 @@ unsafe fn run<K: Kernel>(kernel: K) {
 /// # Safety
 /// As for [`run`], and the machine has AVX512_BF16.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-#[inline(never)]
 #[inline(never)]
 unsafe fn run_bf16<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
@@ -41,7 +39,9 @@ macro_rules! hw {
         // SAFETY: `Lanes` is used only on machines that have the instructions, and its pointers are valid
         // for the elements the intrinsic touches.
         #[allow(unused_unsafe)]
-        unsafe { $e }
+        unsafe {
+            $e
+        }
     }};
 }
 
