@@ -610,7 +610,14 @@ impl Unit<'_> {
                         S::enter(Widen { from: keys, to: room.keys, n });
                         // Values past the last visible position may be anything; they are not read below either.
                         S::enter(Widen { from: values, to: room.values, n: d * self.visible(place, room.span.lines - 1) });
-                        let tile = Tile { keys: room.keys.cast_const(), key_step: stride, values: room.values.cast_const(), value_step: d, width: d, ahead: 0 };
+                        let tile = Tile {
+                            keys: room.keys.cast_const(),
+                            key_step: stride,
+                            values: room.values.cast_const(),
+                            value_step: d,
+                            width: d,
+                            ahead: 0,
+                        };
                         self.tile::<S, f32>(room, tile, place, line);
                     }
                 }
@@ -652,8 +659,7 @@ impl Unit<'_> {
                 scores[r] = scores[r].add(r * P);
             }
             let width = self.visible(place, line + R - 1).next_multiple_of(16);
-            let product =
-                Product { a: q, a_step: 1, b: tile.keys, b_step: tile.key_step, n: self.call.shape.head_dim, ahead: tile.ahead };
+            let product = Product { a: q, a_step: 1, b: tile.keys, b_step: tile.key_step, n: self.call.shape.head_dim, ahead: tile.ahead };
             product.onto::<S>(scores, width, None);
 
             let (mut scale, mut sums, mut to) = ([0.0; 16], [0.0; 16], [0; 6]);

@@ -139,13 +139,8 @@ pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>])
             return;
         }
         let first = chunk * job.columns;
-        let unit = Unit {
-            input,
-            job,
-            rows: (row, rows.min(row + block)),
-            columns: (first, job.out.min(first + job.columns)),
-            few: rows <= FEW,
-        };
+        let unit =
+            Unit { input, job, rows: (row, rows.min(row + block)), columns: (first, job.out.min(first + job.columns)), few: rows <= FEW };
         // SAFETY: `Cpu` holds only instruction sets this machine has. Lengths were checked above, and no two
         // units share both a row and a column of one `y`.
         unsafe { dispatch(cpu.isa, unit) }
@@ -449,7 +444,13 @@ impl Unit<'_> {
                             for group in 0..groups {
                                 let w = panel.add(group * 4 * BLOCK).cast_const();
                                 let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
-                                S::enter(Dots::<S, D::Panel, R, 1> { x: rows, w, n, ahead: 0, totals: totals.add((tile * groups + group) * TOTALS) });
+                                S::enter(Dots::<S, D::Panel, R, 1> {
+                                    x: rows,
+                                    w,
+                                    n,
+                                    ahead: 0,
+                                    totals: totals.add((tile * groups + group) * TOTALS),
+                                });
                             }
                         });
                     }

@@ -8,6 +8,7 @@
 //! attend   attention over exact and sealed pages, in spans of tiles
 //! seal     exact pages to sealed pages
 //! rows     norm, rope, activation
+//! probe    what the machine can do at best
 //! ```
 //!
 //! Invariant: nothing here depends on the number of rows or threads but the order in which independent results
@@ -21,6 +22,7 @@ use crate::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
 mod attend;
 mod linear;
 mod pool;
+mod probe;
 mod rows;
 mod seal;
 mod simd;
@@ -60,13 +62,7 @@ impl Cpu {
     }
 
     fn build(isa: Isa, threads: usize) -> Cpu {
-        Cpu {
-            isa,
-            pool: pool::Pool::new(threads),
-            linear: Mutex::default(),
-            attend: Mutex::default(),
-            seal: Mutex::default(),
-        }
+        Cpu { isa, pool: pool::Pool::new(threads), linear: Mutex::default(), attend: Mutex::default(), seal: Mutex::default() }
     }
 
     /// The instruction set in use.

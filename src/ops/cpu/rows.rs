@@ -79,8 +79,7 @@ pub(super) fn rope(cpu: &Cpu, x: &mut [f32], heads: usize, table: &RopeTable, po
     shared(cpu, positions.len(), width, &|from, to| {
         for (row, &position) in positions.iter().enumerate().take(to).skip(from) {
             let at = position as usize * half;
-            let turn =
-                Turn { x: y.get().wrapping_add(row * width), heads, cos: &table.cos[at..][..half], sin: &table.sin[at..][..half] };
+            let turn = Turn { x: y.get().wrapping_add(row * width), heads, cos: &table.cos[at..][..half], sin: &table.sin[at..][..half] };
             // SAFETY: `Cpu` holds only instruction sets this machine has; each row is written by one thread.
             unsafe { run(cpu.isa, turn) }
         }

@@ -120,7 +120,7 @@ impl Page<'_> {
     unsafe fn load<S: Lanes>(&self, head: usize, half: usize, to: *mut f32) {
         let n = self.view.layout.head_dim * P;
         let at = self.job.from_offset + (2 * head + half) * exact_head_bytes(self.view.layout);
-            unsafe fn from<S: Lanes, B: Element + bytemuck::Pod>(page: &Page<'_>, at: usize, n: usize, to: *mut f32) {
+        unsafe fn from<S: Lanes, B: Element + bytemuck::Pod>(page: &Page<'_>, at: usize, n: usize, to: *mut f32) {
             // SAFETY: the slice has `n` elements, as has `to`.
             unsafe { S::enter(Widen { from: page.arena.slice::<B>(page.job.from, at, n).as_ptr(), to, n }) }
         }

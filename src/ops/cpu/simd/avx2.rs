@@ -26,7 +26,9 @@ macro_rules! hw {
         // SAFETY: `Lanes` is used only on machines that have the instructions, and its pointers are valid
         // for the elements the intrinsic touches.
         #[allow(unused_unsafe)]
-        unsafe { $e }
+        unsafe {
+            $e
+        }
     }};
 }
 
