@@ -25,8 +25,11 @@
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
 //! cached. It computes prompt and generated tokens again later; nothing is emitted twice. What was preempted
 //! [`SHIELD`] times goes last among victims. The first in rank of those can always take what others hold, so there is
-//! progress. A sequence that cannot grow though it is alone starts once more on packed pages, and then ends with
-//! [`Failure::OutOfPages`]: `enqueue` promised that it fits, so this takes a resumed prompt whose workspace does not fit.
+//! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again on packed ones.
+//! `enqueue` promised that it fits, so [`Failure::OutOfPages`] takes a preempted compressed sequence whose prompt and generated
+//! tokens would need more workspace together than there is; one that can be resumed is preempted rather.
+//!
+//! Priority orders who is admitted and who is preempted for want of pages; nobody is preempted just to let another start.
 
 mod check;
 mod fit;
@@ -569,7 +572,8 @@ impl Scheduler {
             }
             let victim = self.victim();
             let alone = self.running.len() == 1;
-            if (alone && self.running[victim].compact) || !self.can_resume(victim) {
+            let hopeless = alone && self.running[victim].preemptions >= 2 * SHIELD;
+            if hopeless || !self.can_resume(victim) {
                 let seq = self.running[victim].id;
                 let ended = self.remove(victim, false);
                 out.push(Outcome::Failed { seq, failure: Failure::OutOfPages, ended });

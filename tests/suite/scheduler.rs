@@ -122,6 +122,17 @@ impl Script {
         self
     }
 
+    /// Steps until something was said.
+    fn steps_until(&mut self, at_most: usize, what: &str) {
+        for _ in 0..at_most {
+            if self.text.contains(what) {
+                return;
+            }
+            self.steps(1);
+        }
+        panic!("{at_most} steps without {what:?}:\n{}", self.text);
+    }
+
     /// Steps that are not worth a line.
     fn skip(&mut self, n: usize) -> &mut Self {
         let before = self.text.len();
@@ -512,25 +523,25 @@ fn the_youngest_is_preempted_and_goes_on_where_it_was() {
 #[test]
 fn what_was_preempted_three_times_is_shielded() {
     let mut s = Script::new(config(4));
-    let low = |priority, document| GenerateRequest { priority, ..request(0, document, 60, 150) };
-    s.enqueue(low(9, 0));
+    let asks = |priority, document, prompt| GenerateRequest { priority, ..request(0, document, prompt, 100) };
+    s.enqueue(asks(9, 0, 60));
     let mut told = String::new();
     let mut until_preempted = |s: &mut Script| {
-        while !s.text.contains("preempted") {
-            s.steps(1);
-        }
+        s.steps_until(500, "preempted");
         told.extend(s.text.lines().filter(|line| line.contains("preempted") || line.contains("Length")).map(|line| format!("{line}\n")));
         s.text.clear();
     };
     // Three times somebody more urgent takes the pages of s0, and goes.
     for document in 1..4 {
-        let urgent = s.enqueue(low(0, document));
+        let urgent = s.enqueue(asks(0, document, 120));
         until_preempted(&mut s);
         s.scheduler.cancel(urgent);
     }
     // Then s5, though it is the more urgent one, makes room.
-    s.enqueue(low(0, 4));
-    s.enqueue(low(5, 5));
+    s.steps(2);
+    assert!(s.text.contains("s0 p0"), "s0 runs again: {}", s.text);
+    s.enqueue(asks(0, 4, 60));
+    s.enqueue(asks(5, 5, 60));
     until_preempted(&mut s);
     expect![[r#"
         = s0 preempted

@@ -260,6 +260,8 @@ struct World {
     calm: u64,
     cancels: bool,
     faults: bool,
+    /// Steps between failed ones, about, where faults exist.
+    fault_every: u64,
     timeouts: bool,
     prompt_max: u64,
     new_max: u64,
@@ -305,6 +307,7 @@ fn world(rng: &mut Rng) -> World {
         calm: if crowded { 1 } else { rng.pick(&[1, 3, 20, 60]) },
         cancels: rng.one_in(2),
         faults: rng.one_in(2),
+        fault_every: rng.pick(&[300, 20]),
         timeouts: rng.one_in(3),
         prompt_max: if crowded { 70 } else { rng.pick(&[70, 200, 400]) },
         new_max: if crowded { rng.pick(&[200, 300, 500]) } else { rng.pick(&[3, 80, 200, 300]) },
@@ -477,7 +480,7 @@ impl Sim {
         }
         // The runner holds references to what it runs, whoever is cancelled meanwhile.
         let poisoned = plan.rows.iter().any(|row| self.live[&row.seq].poison);
-        let fails = poisoned || (self.world.faults && self.rng.one_in(300));
+        let fails = poisoned || (self.world.faults && self.rng.one_in(self.world.fault_every));
         let limit = if fails { self.rng.below(plan.rows.len() as u64 * 2) } else { u64::MAX };
         let results = self.memory.run(plan, &self.live, &self.world.config.profiles, limit).map_err(|e| format!("{e}\n{plan}"));
         let mut results = results?;
@@ -501,7 +504,7 @@ impl Sim {
                 false => self.scheduler.commit(plan, &[], self.now, &mut out),
             }
         } else {
-            if self.world.faults && self.rng.one_in(150) {
+            if self.world.faults && self.rng.one_in(self.world.fault_every / 2) {
                 let i = self.rng.below(results.len() as u64) as usize;
                 results[i] = RowResult::Failed(Failure::Numerical);
                 if let Some(live) = self.live.get_mut(&plan.rows[i].seq) {
