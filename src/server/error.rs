@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -82,7 +82,7 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "not_found", "there is no such path; /docs lists the paths")
     }
 
-    /// The route exists, the method does not; the router adds `Allow`.
+    /// The route exists, the method does not; `Allow` is added by the router, which knows the others.
     pub fn method_not_allowed() -> Self {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -283,13 +283,6 @@ impl IntoResponse for ApiError {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
-    }
-}
-
-/// `Allow` belongs to every 405; routes of ours carry it, and this guards the ones the router answers itself.
-pub fn ensure_allow(response: &mut Response) {
-    if response.status() == StatusCode::METHOD_NOT_ALLOWED && !response.headers().contains_key(ALLOW) {
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST"));
     }
 }
 

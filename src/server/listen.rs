@@ -139,6 +139,8 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, limits:
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_deadline)
         .max_buf_size(limits.header_bytes)
+        // The buffer alone lets a header through that arrives in one piece.
+        .max_header_size(limits.header_bytes)
         .max_headers(limits.headers)
         .half_close(false)
         .serve_connection(TokioIo::new(stream), service);

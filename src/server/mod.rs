@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, ORIGIN};
+use axum::http::header::{ALLOW, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -478,6 +478,10 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
 
     let mut response = match admit(&server, path, &request) {
         Err(error) => error.into_response(),
+        // No route of ours is an authority, so the router has no `Allow` for it.
+        Ok(()) if *request.method() == Method::CONNECT => {
+            ([(ALLOW, "GET, HEAD, POST")], ApiError { close: true, ..ApiError::method_not_allowed() }).into_response()
+        }
         Ok(()) => match std::panic::AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(response) => response,
             Err(_) => {
@@ -487,7 +491,6 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
             }
         },
     };
-    error::ensure_allow(&mut response);
     if let Some(error::Refused(code)) = response.extensions().get() {
         tracing::debug!(request_id = %id.0, path, status = response.status().as_u16(), code, "refused");
         server.telemetry.emit(Event::Refused { code });
@@ -508,9 +511,6 @@ fn admit(server: &Server, path: &'static str, request: &Request) -> Result<(), A
         if path.starts_with("/admin/") || request.uri().path().starts_with("/admin/") {
             authorise_admin(role, request)?;
         }
-    }
-    if request.method() == Method::CONNECT {
-        return Err(ApiError { close: true, ..ApiError::method_not_allowed() });
     }
     Ok(())
 }

@@ -245,11 +245,13 @@ impl Engine for Fake {
         let (tx, rx) = mpsc::channel(64);
         let (finish, mut stopped) = (self.finish.subscribe(), self.stopped.subscribe());
         let task = tokio::spawn(async move {
-            tokio::select! {
-                () = play(steps, request, seq, tx.clone(), finish) => {}
-                _ = stopped.wait_for(|s| *s) => {
-                    let _ = tx.send(Event::Failed { failure: Failure::Draining }).await;
-                }
+            let stopped = async { stopped.wait_for(|s| *s).await.is_ok() };
+            let forced = tokio::select! {
+                () = play(steps, request, seq, tx.clone(), finish) => false,
+                forced = stopped => forced,
+            };
+            if forced {
+                let _ = tx.send(Event::Failed { failure: Failure::Draining }).await;
             }
         });
         let log = self.seen.clone();
@@ -411,7 +413,39 @@ fn with(mut base: Value, extra: &Value) -> Value {
 async fn a_chat_in_one_piece() {
     let app = app(vec![Ok(vec![Say("Hello"), Tell(Event::Token { id: EOS, logprob: None }), Done(FinishReason::Stop)])]);
     let answer = app.post(CHAT, &hello()).await;
-    check_pretty(&answer, &expect![[]]);
+    check_pretty(&answer, &expect![[r#"
+        {
+          "id": "chatcmpl-r1",
+          "object": "chat.completion",
+          "created":0,
+          "model": "demo",
+          "choices": [
+            {
+              "index": 0,
+              "message": {
+                "role": "assistant",
+                "content": "Hello",
+                "refusal": null
+              },
+              "logprobs": null,
+              "finish_reason": "stop"
+            }
+          ],
+          "usage": {
+            "prompt_tokens": 18,
+            "completion_tokens": 6,
+            "total_tokens": 24,
+            "prompt_tokens_details": {
+              "cached_tokens": 2
+            },
+            "kv_cache": {
+              "profile": "cskv-80",
+              "bytes": 4096,
+              "sealed_tokens": 64,
+              "window_tokens": 10
+            }
+          }
+        }"#]]);
     assert_eq!(answer.headers["x-request-id"], "r1");
     assert_eq!(app.fake.seen().requests[0].prompt.len(), "user:hi\nassistant:".len());
 }
@@ -422,21 +456,58 @@ async fn a_chat_as_a_stream() {
     let answer = app.post(CHAT, &with(hello(), &json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
     assert_eq!(answer.headers["content-type"], "text/event-stream; charset=utf-8");
     assert_eq!(answer.headers["cache-control"], "no-store");
-    check(&answer, &expect![[]]);
+    check(&answer, &expect![[r#"
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"H"},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[],"usage":{"prompt_tokens":18,"completion_tokens":3,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":2},"kv_cache":{"profile":"cskv-80","bytes":4096,"sealed_tokens":64,"window_tokens":10}}}
+
+        data: [DONE]
+
+    "#]]);
 }
 
 #[tokio::test]
 async fn a_stream_with_running_counts_token_ids_and_logprobs() {
     let app = app(vec![Ok(ends("ab"))]);
     let extra = json!({"stream": true, "stream_options": {"continuous_usage_stats": true}, "return_token_ids": true, "logprobs": true, "top_logprobs": 1});
-    check(&app.post(CHAT, &with(hello(), &extra)).await, &expect![[]]);
+    check(&app.post(CHAT, &with(hello(), &extra)).await, &expect![[r#"
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19},"prompt_token_ids":[117,115,101,114,58,104,105,10,97,115,115,105,115,116,97,110,116,58]}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-0.5,"bytes":[97]}]}],"refusal":null},"finish_reason":null,"token_ids":[97]}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19}}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"b"},"logprobs":{"content":[{"token":"b","logprob":-0.5,"bytes":[98],"top_logprobs":[{"token":"b","logprob":-0.5,"bytes":[98]}]}],"refusal":null},"finish_reason":null,"token_ids":[98]}],"usage":{"prompt_tokens":18,"completion_tokens":2,"total_tokens":20}}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":18,"completion_tokens":2,"total_tokens":20}}
+
+        data: [DONE]
+
+    "#]]);
 }
 
 #[tokio::test]
 async fn two_choices_are_two_sequences_with_their_own_seeds() {
     let app = app(vec![Ok(vec![Say("a"), Wait(40), Say("A"), Done(FinishReason::Stop)]), Ok(vec![Wait(20), Say("b"), Done(FinishReason::Length)])]);
     let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "seed": 7, "stream": true})).await;
-    check(&answer, &expect![[]]);
+    check(&answer, &expect![[r#"
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":1,"text":"b","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":1,"text":"","logprobs":null,"finish_reason":"length"}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"A","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop"}]}
+
+        data: [DONE]
+
+    "#]]);
     let seeds: Vec<_> = app.fake.seen().requests.iter().map(|r| r.sampling.seed).collect();
     assert_eq!(seeds[0], 7);
     assert_ne!(seeds[1], 7);
@@ -463,16 +534,11 @@ async fn echo_with_logprobs_scores_a_prompt_as_evaluation_harnesses_ask() {
         let app = app(vec![Ok(vec![Done(FinishReason::Length)])]);
         let body = json!({"prompt": "hé!", "echo": true, "logprobs": 1, "max_tokens": 0, "add_special_tokens": false, "stream": stream});
         let answer = app.post(TEXT, &body).await;
-        let json: Value = match stream {
-            false => answer.json(),
-            true => {
-                let frame = answer.text.split("\n\n").next().and_then(|f| f.strip_prefix("data: ")).expect("a frame");
-                serde_json::from_str(frame).expect("JSON")
-            }
-        };
+        let frames = if stream { frames(&answer.text) } else { vec![answer.json()] };
+        let json = &frames[0];
         assert_eq!(json["choices"][0]["text"], "hé!");
-        assert_eq!(json["choices"][0]["finish_reason"], "length");
-        expect![[]].assert_eq(&json["choices"][0]["logprobs"].to_string());
+        assert_eq!(frames[frames.len() - 1]["choices"][0]["finish_reason"], "length");
+        expect![[r#"{"text_offset":[0,1,2,2],"token_logprobs":[null,-0.5,-0.5,-0.5],"tokens":["h","bytes:\\xc3","bytes:\\xa9","!"],"top_logprobs":[null,{"bytes:\\xc3":-0.5},{"bytes:\\xa9":-0.5},{"!":-0.5}]}"#]].assert_eq(&json["choices"][0]["logprobs"].to_string());
         let seen = app.fake.seen();
         assert_eq!((seen.requests[0].max_new_tokens, seen.requests[0].prompt_logprobs), (0, Some(1)));
     }
@@ -523,8 +589,8 @@ async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
         let answer = app.post(path, &json!({key: prompt, "logprobs": logprobs})).await.json();
         let choice = &answer["choices"][0];
         match path {
-            TEXT => expect![[]].assert_eq(&choice.to_string()),
-            _ => expect![[]].assert_eq(&choice.to_string()),
+            TEXT => expect![[r#"{"index":0,"text":"é","logprobs":{"text_offset":[0,1],"token_logprobs":[-9999.0,-9999.0],"tokens":["bytes:\\xc3","bytes:\\xa9"],"top_logprobs":[{"bytes:\\xc3":-9999.0,"bytes:\\xa9":-1.0},{"bytes:\\xc3":-9999.0,"bytes:\\xa9":-1.0}]},"finish_reason":"stop"}"#]].assert_eq(&choice.to_string()),
+            _ => expect![[r#"{"index":0,"message":{"role":"assistant","content":"é","refusal":null},"logprobs":{"content":[{"token":"�","logprob":-9999.0,"bytes":[195],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[195]},{"token":"�","logprob":-1.0,"bytes":[169]}]},{"token":"�","logprob":-9999.0,"bytes":[169],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[195]},{"token":"�","logprob":-1.0,"bytes":[169]}]}],"refusal":null},"finish_reason":"stop"}"#]].assert_eq(&choice.to_string()),
         }
     }
 }
@@ -875,7 +941,21 @@ async fn what_the_engine_gets() {
     assert_eq!((plain.sampling.temperature, plain.sampling.top_k, plain.profile), (0.7, 20, ProfileIndex(1)));
     assert_eq!((&plain.stop_tokens[..], plain.logprobs, plain.cache_salt, plain.min_new_tokens), (&[EOS][..], None, 0, 0));
     let full = &seen.requests[1];
-    expect![[]].assert_debug_eq(&full.sampling);
+    expect![[r#"
+        Sampling {
+            temperature: 0.0,
+            top_p: 1.1754944e-38,
+            top_k: 0,
+            min_p: 0.25,
+            repetition_penalty: 1.5,
+            presence_penalty: 1.0,
+            frequency_penalty: -1.0,
+            logit_bias: {
+                7: -100.0,
+            },
+            seed: 18446744073709551614,
+        }
+    "#]].assert_debug_eq(&full.sampling);
     assert_eq!((full.max_new_tokens, full.min_new_tokens, full.priority, full.profile), (17, 4, -3, ProfileIndex(0)));
     assert_eq!((&full.stop_tokens[..], full.logprobs, full.prompt_logprobs), (&[3, 9][..], Some(2), None));
     assert_eq!(Bytes.decode(&full.prompt, false), "user:hi\nassistant:[think=false]");
@@ -903,13 +983,13 @@ async fn the_context_is_kept_exactly() {
     }
     let message = |answer: &Answer| answer.json()["error"]["message"].as_str().expect("a message").to_owned();
     let answer = app.post(TEXT, &json!({"prompt": vec![7; 1200]})).await;
-    expect![[]].assert_eq(&message(&answer));
+    expect!["This model's maximum context length is 1000 tokens. However, your prompt contains 1200 input tokens, which leaves no room for an answer. Please reduce the length of the prompt."].assert_eq(&message(&answer));
     let answer = app.post(TEXT, &json!({"prompt": vec![7; 700], "max_tokens": 400})).await;
-    expect![[]].assert_eq(&message(&answer));
+    expect!["This model's maximum context length is 1000 tokens. However, your prompt contains 700 input tokens and you requested 400 output tokens, 1100 in total. Please reduce the length of the prompt or max_tokens."].assert_eq(&message(&answer));
     // T06: certain to be too long, refused without tokenising.
     let begun = Instant::now();
     let answer = app.post(TEXT, &json!({"prompt": "y".repeat(1 << 20)})).await;
-    expect![[]].assert_eq(&message(&answer));
+    expect!["This model's maximum context length is 1000 tokens. However, your prompt contains at least 262144 input tokens, which leaves no room for an answer. Please reduce the length of the prompt."].assert_eq(&message(&answer));
     let answer = app.post(CHAT, &json!({"messages": [{"role": "user", "content": "y".repeat(1 << 20)}]})).await;
     assert_eq!(answer.verdict(), "400 context_length_exceeded messages");
     assert!(begun.elapsed() < Duration::from_secs(2));
@@ -1010,14 +1090,74 @@ async fn tokens_and_back() {
 #[tokio::test]
 async fn models_and_capacity() {
     let app = app(vec![]);
-    check_pretty(&app.get("/v1/models/org/demo").await, &expect![[]]);
+    check_pretty(&app.get("/v1/models/org/demo").await, &expect![[r#"
+        {
+          "id": "org/demo",
+          "object": "model",
+          "created":0,
+          "owned_by": "strait",
+          "root": "/models/demo",
+          "parent": null,
+          "max_model_len": 1000,
+          "cache_profiles": [
+            {
+              "name": "full",
+              "default": false,
+              "bytes_per_token": 100.0,
+              "compression": null
+            },
+            {
+              "name": "cskv-80",
+              "default": true,
+              "bytes_per_token": 20.0,
+              "compression": {
+                "key_rank": 0.2,
+                "value_rank": 0.2,
+                "bits": 16,
+                "window": 64,
+                "sinks": 4
+              }
+            }
+          ]
+        }"#]]);
     let list = app.get("/v1/models").await.json();
     let ids: Vec<_> = list["data"].as_array().expect("data").iter().map(|m| m["id"].clone()).collect();
     assert_eq!((list["object"].clone(), ids), (json!("list"), vec![json!("demo"), json!("org/demo")]));
     for path in ["/v1/models/other", "/v1/models/%00", "/v1/models/%ff"] {
         assert_eq!(app.get(path).await.verdict().split(' ').take(2).collect::<Vec<_>>(), ["404", "model_not_found"], "{path}");
     }
-    check_pretty(&app.get("/v1/capacity?tokens=100").await, &expect![[]]);
+    check_pretty(&app.get("/v1/capacity?tokens=100").await, &expect![[r#"
+        {
+          "object": "capacity",
+          "arena_bytes": 100000,
+          "free_bytes": 30000,
+          "evictable_bytes": 20000,
+          "running": 1,
+          "waiting": 2,
+          "request_tokens": 100,
+          "profiles": [
+            {
+              "profile": "full",
+              "default": false,
+              "bytes_per_token": 100.0,
+              "tokens_now": 500,
+              "tokens_idle": 1000,
+              "request_bytes": 10000,
+              "requests_now": 5,
+              "requests_idle": 10
+            },
+            {
+              "profile": "cskv-80",
+              "default": true,
+              "bytes_per_token": 20.0,
+              "tokens_now": 1000,
+              "tokens_idle": 1000,
+              "request_bytes": 2000,
+              "requests_now": 25,
+              "requests_idle": 50
+            }
+          ]
+        }"#]]);
     assert_eq!(app.get("/v1/capacity").await.json()["request_tokens"], 1000);
     for query in ["tokens=0", "tokens=1001", "tokens=x", "tokens="] {
         assert_eq!(app.get(&format!("/v1/capacity?{query}")).await.verdict(), "400 invalid_value tokens", "{query}");
