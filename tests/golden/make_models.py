@@ -200,6 +200,8 @@ def v4_spelling(config):
         config["rope_scaling"] = {"type": "linear", **rope}  # the oldest spelling: `type`, not `rope_type`
     else:
         config["rope_scaling"] = {"rope_type": kind, **rope}
+    if config.get("use_sliding_window") is False:
+        config["sliding_window"] = 4096  # Qwen2.5 folders name a window and switch it off
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.44.2"
     return config
