@@ -583,7 +583,6 @@ fn request_id(server: &Server, headers: &HeaderMap) -> Arc<str> {
     }
 }
 
-/// The standard library seeds each `RandomState` from the operating system's generator.
 /// The next count, through a keyed hash.
 fn keyed_count(secret: &[u8; 32], counter: &AtomicU64) -> u64 {
     let n = counter.fetch_add(1, Ordering::Relaxed);
@@ -592,6 +591,7 @@ fn keyed_count(secret: &[u8; 32], counter: &AtomicU64) -> u64 {
     u64::from_le_bytes(*head)
 }
 
+/// The standard library seeds each `RandomState` from the operating system's generator.
 fn process_secret() -> [u8; 32] {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = blake3::Hasher::new();

@@ -11,13 +11,14 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use expect_test::{Expect, expect};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use strait::admission::{Chat, Codec, Defaults, Model, Piece, ServedProfile, TemplateError, TextStream};
+use strait::admission::{Chat, Codec, Defaults, EncodeError, Model, Piece, ServedProfile, TemplateError, TextStream};
 use strait::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use strait::ids::{ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::{BasisKind, Cskv, Profile};
 use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, TokenLogprob, Usage};
 use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
+use strait::text::Start;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -73,7 +74,7 @@ impl Codec for Bytes {
         for (key, value) in chat.kwargs {
             text += &format!("[{key}={value}]");
         }
-        Ok(self.encode(&text, false, true))
+        Ok(self.encode(&text, false, true).expect("bytes always encode"))
     }
     fn stream<'a>(&'a self, _: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
         Box::new(ByteStream { codec: self, stop: stop.to_vec(), include_stop, held: Vec::new() })

@@ -2,11 +2,17 @@
 
 mod artifact;
 mod calibrate;
+mod checkpoint;
 mod codec;
 mod engine;
+mod golden;
+mod http;
 mod model;
 mod ops;
+mod oracle;
 mod pages;
 mod plan;
 mod scheduler;
 mod sim;
+mod text;
+mod tidy;
