@@ -19,8 +19,9 @@
 //!
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
 //! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first)
-//! is passed: it lacks nothing that others could take. Nothing is admitted in a plan that preempted something, nor while
-//! the running prefills fill the budget anyway.
+//! is passed: it lacks nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
+//! may start before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
+//! by them; if its pages are wanted before it computed anything, it loses nothing by giving them back.
 //!
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
 //! cached. It computes prompt and generated tokens again later; nothing is emitted twice. What was preempted
@@ -52,7 +53,7 @@ use crate::request::{Failure, FinishReason, GenerateRequest};
 use crate::step::{Logits, StepPlan};
 use crate::telemetry::{Branch, Snapshot};
 
-/// A sequence preempted so often is not preempted again while another can be.
+/// A sequence that lost work to preemption so often is not preempted again while another can be.
 pub const SHIELD: u32 = 3;
 
 /// What the scheduler works with. Fixed for its life.
@@ -124,7 +125,7 @@ pub enum RowResult {
 /// one that is cancelled gets neither.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Outcome {
-    /// Its first row was planned.
+    /// It has its pages, for the first time; the time until then is its queueing time.
     Started {
         seq: SeqId,
         queued: Duration,
@@ -556,7 +557,7 @@ impl Scheduler {
             }
         }
         if (!preempted || self.running.is_empty()) && self.suspects.is_empty() {
-            self.admit(spare, out);
+            self.admit(out);
         }
         self.plan_prefills(spare, plan);
     }
@@ -625,18 +626,10 @@ impl Scheduler {
         need <= have
     }
 
-    /// Starts waiting sequences while there is room and work to give them. `spare`: token-layers left for prefills.
-    fn admit(&mut self, spare: u64, out: &mut Vec<Outcome>) {
+    /// Starts waiting sequences while there is room.
+    fn admit(&mut self, out: &mut Vec<Outcome>) {
         let mut after = Bound::Unbounded;
         while self.running.len() < self.config.max_num_seqs {
-            // More prefills than fill the step would only hold pages earlier than they use them.
-            let mut prefills = (0..self.running.len()).filter(|&at| !self.running[at].is_decoding());
-            if prefills.next().is_some() {
-                let others: u64 = prefills.map(|at| self.running[at].remaining(self.profile(at).compressed, self.config.layers)).sum();
-                if others >= spare / 2 {
-                    break;
-                }
-            }
             let Some((&rank, _)) = self.waiting.range((after, Bound::Unbounded)).next() else { break };
             match self.try_start(rank, out) {
                 Admission::Started | Admission::Failed => {}

@@ -18,7 +18,7 @@ pub(super) type Rank = (i32, u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Times {
     pub arrived: Duration,
-    /// Its first row was planned.
+    /// It first had pages to run on.
     pub started: Option<Duration>,
     pub first_token: Option<Duration>,
 }
@@ -28,6 +28,7 @@ pub struct Times {
 pub struct Ended {
     pub usage: Usage,
     pub times: Times,
+    /// How often it lost computed positions to others.
     pub preemptions: u32,
 }
 
@@ -228,8 +229,9 @@ impl Sequence<Waiting> {
 impl Sequence<Running> {
     /// Gives everything back; what was computed and is not found in the prefix index is computed again.
     pub(super) fn preempt(mut self, pool: &mut PagePool) -> Sequence<Waiting> {
+        let untouched = Phase::Prefill { layer: 0, at: self.state.reused };
+        self.preemptions += u32::from(self.state.phase != untouched);
         self.release_pages(pool);
-        self.preemptions += 1;
         self.with(Waiting::default())
     }
 

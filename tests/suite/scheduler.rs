@@ -418,7 +418,7 @@ fn requests_that_differ_in_salt_adapter_or_profile_share_nothing() {
     s.skip(1);
     s.enqueue(GenerateRequest { cache_salt: 1, ..request(0, 0, 130, 1) });
     s.enqueue(GenerateRequest { adapter: AdapterGeneration(1), ..request(0, 0, 130, 1) });
-    s.enqueue(GenerateRequest { prompt_logprobs: Some(1), ..request(0, 0, 30, 1) });
+    s.enqueue(GenerateRequest { prompt_logprobs: Some(1), ..request(0, 0, 130, 1) });
     let mut lines = 0;
     for _ in 0..8 {
         s.steps(1);
@@ -668,6 +668,67 @@ fn a_huge_prompt_and_short_chats_both_advance() {
         s0 p0 1000..1001 sealed=0 exact=16 sample
         = s0 says one
         = s0 Length: 1000+2 tokens, 0 cached; 0 sealed, 1001 exact, 65536 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn a_short_chat_behind_two_huge_prompts_goes_before_the_second() {
+    let mut s = Script::new(Config { max_num_batched_tokens: 256, ..config(64) });
+    s.enqueue(request(0, 0, 1000, 1));
+    s.enqueue(request(1, 1, 1000, 1));
+    s.steps(1);
+    s.enqueue(request(0, 2, 50, 1));
+    s.steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2
+        s1 p1 0..512 layers 0..1 sealed=0 exact=8
+        --
+        = s2 starts after 1s, 0 cached
+        s0 p0 128..256 sealed=0 exact=4
+        s2 p0 0..50 sealed=0 exact=1 sample
+        s1 p1 512..768 layers 0..1 sealed=0 exact=12
+        = s2 says one
+        = s2 Length: 50+1 tokens, 0 cached; 0 sealed, 50 exact, 4096 bytes
+        --
+        s0 p0 256..384 sealed=0 exact=6
+        s1 p1 768..1000 layers 0..1 sealed=0 exact=16 sinks seal->@1152 seal->@1160 seal->@1168 seal->@1176 seal->@1184 seal->@1192 seal->@1200 seal->@1208 seal->@1216 seal->@1224 seal->@1232 seal->@1240 seal->@1248 seal->@1256 keep(64) keep(40)
+        s1 p1 0..256 layers 1..2 sealed=0 exact=4
+        --
+    "#]]);
+}
+
+#[test]
+fn what_waits_for_room_starts_as_soon_as_there_is() {
+    let mut s = Script::new(config(4));
+    s.enqueue(request(0, 0, 10, 40));
+    s.enqueue(request(0, 1, 100, 3));
+    s.steps(1);
+    s.enqueue(request(0, 2, 150, 1));
+    s.steps(3).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        s0 p0 0..10 sealed=0 exact=1 sample
+        s1 p0 0..100 sealed=0 exact=2 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 10..11 sealed=0 exact=1 sample
+        s1 p0 100..101 sealed=0 exact=2 sample
+        = s0 says one
+        = s1 says one
+        --
+        s0 p0 11..12 sealed=0 exact=1 sample
+        s1 p0 101..102 sealed=0 exact=2 sample
+        = s0 says one
+        = s1 says one
+        = s1 Length: 100+3 tokens, 0 cached; 0 sealed, 102 exact, 8192 bytes
+        --
+        = s2 starts after 3s, 0 cached
+        s0 p0 12..13 sealed=0 exact=1 sample
+        s2 p0 0..64 sealed=0 exact=1
+        = s0 says one
         --
     "#]]);
 }

@@ -61,6 +61,8 @@ struct Live {
     tokens: Vec<TokenId>,
     /// Every step it takes part in fails.
     poison: bool,
+    /// What it was told to have read from the prefix cache.
+    cached: u32,
     /// A fault was injected that may end it.
     may_fail: bool,
 }
@@ -68,7 +70,7 @@ struct Live {
 impl Live {
     fn new(request: GenerateRequest, poison: bool) -> Self {
         let identity = mix(request.adapter.0, mix(request.cache_salt, request.profile.0.into()));
-        let mut live = Live { request, prefix: Vec::new(), tokens: Vec::new(), poison, may_fail: poison };
+        let mut live = Live { request, prefix: Vec::new(), tokens: Vec::new(), cached: 0, poison, may_fail: poison };
         let mut hash = identity;
         for &token in live.request.prompt.iter() {
             hash = mix(hash, u64::from(token) + 1);
@@ -316,6 +318,20 @@ fn world(rng: &mut Rng) -> World {
 }
 
 impl World {
+    /// Whether a prompt of `n` positions has room for its prefill in an empty arena.
+    fn fits_alone(&self, n: u32, profile: &ProfileSizes) -> bool {
+        let sizes = self.config.profiles.iter().flat_map(|p| [p.sizes.exact, p.sizes.sealed, p.sizes.sinks, p.sizes.workspace]);
+        let slab = sizes.max().unwrap_or(1);
+        let sealed = if profile.compressed { sealed_len(n, profile.window) } else { 0 };
+        let PageSizes { exact, sealed: sealed_bytes, sinks, workspace } = profile.sizes;
+        let mut pages = BTreeMap::new();
+        let kinds =
+            [(exact, (n - sealed).div_ceil(P)), (sealed_bytes, sealed / P), (sinks, u32::from(sealed > 0)), (workspace, n.div_ceil(P))];
+        kinds.iter().filter(|(bytes, _)| *bytes > 0).for_each(|&(bytes, n)| *pages.entry(bytes).or_insert(0) += u64::from(n));
+        let slabs: u64 = pages.iter().map(|(&bytes, &n)| n.div_ceil(slab / bytes)).sum();
+        slabs <= self.config.arena_bytes / slab
+    }
+
     fn request(&self, rng: &mut Rng) -> GenerateRequest {
         let document = rng.below(self.documents);
         let (shared, own) = (rng.below(self.prompt_max), rng.below(self.prompt_max / 2 + 1));
@@ -562,7 +578,8 @@ impl Sim {
             let wrong = |what: &str| Err(format!("{what}: {outcome:?}"));
             match &outcome {
                 Outcome::Started { seq, cached_tokens, prompt_tokens, .. } => {
-                    let Some(live) = self.live.get(seq) else { return wrong("unknown sequence") };
+                    let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
+                    live.cached = *cached_tokens;
                     self.tally.cached_tokens += u64::from(*cached_tokens);
                     let n = live.request.prompt.len() as u32;
                     if *prompt_tokens != n || *cached_tokens >= n || !cached_tokens.is_multiple_of(P) {
@@ -595,6 +612,9 @@ impl Sim {
                     if (usage.completion_tokens as usize, usage.prompt_tokens as usize) != (output.len(), live.request.prompt.len()) {
                         return wrong("not its bill");
                     }
+                    if usage.cached_tokens != live.cached {
+                        return wrong("not the cached tokens of its start");
+                    }
                     let profile = &self.world.config.profiles[usize::from(live.request.profile.0)];
                     let computed = usage.prompt_tokens + usage.completion_tokens - 1;
                     let sealed = if profile.compressed { sealed_len(computed, profile.window) } else { 0 };
@@ -604,7 +624,7 @@ impl Sim {
                         return wrong(&format!("not {sealed} sealed in {bytes} bytes"));
                     }
                 }
-                Outcome::Failed { seq, failure, ended } => {
+                Outcome::Failed { seq, failure, .. } => {
                     let Some(live) = self.live.remove(seq) else { return wrong("unknown sequence") };
                     let profile = &self.world.config.profiles[usize::from(live.request.profile.0)];
                     let fair = match failure {
@@ -613,10 +633,10 @@ impl Sim {
                             self.tally.timeouts += 1;
                             self.world.timeouts && live.generated() == 0
                         }
-                        // Only a resumed prompt, whose workspace is larger than what decoding took.
+                        // Only what was taken and could not be resumed, as its workspace is larger than what decoding took.
                         Failure::OutOfPages => {
                             self.tally.out_of_pages += 1;
-                            profile.compressed && ended.preemptions + live.generated() as u32 > 0
+                            live.generated() > 0 && !self.world.fits_alone(live.tokens.len() as u32, profile)
                         }
                         Failure::Draining => true,
                     };
