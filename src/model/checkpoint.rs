@@ -67,21 +67,31 @@ pub enum CheckpointError {
     Index { reason: String },
     #[error("model.safetensors.index.json names the shard {shard}, which is not in the folder; download the missing file")]
     MissingShard { shard: String },
-    #[error("model.safetensors.index.json places the tensor `{tensor}` in {shard}, which does not hold it; index and shards are of different downloads")]
+    #[error(
+        "model.safetensors.index.json places the tensor `{tensor}` in {shard}, which does not hold it; index and shards are of different downloads"
+    )]
     NotInShard { tensor: String, shard: String },
-    #[error("{shard} holds the tensor `{tensor}`, which model.safetensors.index.json places {place}; index and shards are of different downloads")]
+    #[error(
+        "{shard} holds the tensor `{tensor}`, which model.safetensors.index.json places {place}; index and shards are of different downloads"
+    )]
     NotInIndex { tensor: String, shard: String, place: String },
     #[error("the tensor `{tensor}` is missing; {mend}")]
     MissingTensor { tensor: String, mend: &'static str },
-    #[error("the tensor `{tensor}` in {file} belongs to nothing in a {family} model of {layers} layers; config.json and weights do not fit together")]
+    #[error(
+        "the tensor `{tensor}` in {file} belongs to nothing in a {family} model of {layers} layers; config.json and weights do not fit together"
+    )]
     ExtraTensor { tensor: String, file: String, family: String, layers: usize },
     #[error("the tensor `{tensor}` has the shape {got:?} and config.json makes it {want:?}; config.json and weights do not fit together")]
     Shape { tensor: String, want: Vec<usize>, got: Vec<usize> },
     #[error("the tensor `{tensor}` is stored as {got}; supported are F32, BF16 and F16 (quantised checkpoints are not)")]
     Dtype { tensor: String, got: &'static str },
-    #[error("config.json ties the output head to the embedding, and `lm_head.weight` is there and differs from it; set tie_word_embeddings to false if the head is to be used")]
+    #[error(
+        "config.json ties the output head to the embedding, and `lm_head.weight` is there and differs from it; set tie_word_embeddings to false if the head is to be used"
+    )]
     HeadDiffers,
-    #[error("the model attends to the last {window} positions only in some layers, which is not computed here; serve it with --max-model-len {window} or less ({asked} asked)")]
+    #[error(
+        "the model attends to the last {window} positions only in some layers, which is not computed here; serve it with --max-model-len {window} or less ({asked} asked)"
+    )]
     Window { window: usize, asked: usize },
     #[error("the tensor `{tensor}` has {value} at element {element}; the weights are damaged: download them again")]
     NotFinite { tensor: String, element: usize, value: f32 },
@@ -130,8 +140,7 @@ impl Checkpoint {
         }
         let config = read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?;
         let generation_path = dir.join("generation_config.json");
-        let generation =
-            if generation_path.exists() { Some(read_file(&generation_path, CONFIG_BYTES_MAX)?) } else { None };
+        let generation = if generation_path.exists() { Some(read_file(&generation_path, CONFIG_BYTES_MAX)?) } else { None };
         // The configuration is refused before any shard is opened.
         let parsed = config_json::parse(&config)?;
         let mut warnings = Vec::new();
@@ -242,7 +251,8 @@ impl Checkpoint {
             });
         }
         if halves > 0 {
-            self.warnings.push(format!("{halves} tensors are stored as F16 and are held as F32, which is exact; --dtype bf16 halves that memory"));
+            self.warnings
+                .push(format!("{halves} tensors are stored as F16 and are held as F32, which is exact; --dtype bf16 halves that memory"));
         }
         if let (true, Some(head)) = (self.config.tied, self.tensor(weights::HEAD)) {
             let embed = self.tensor(weights::EMBED).expect("checked above");
@@ -253,11 +263,7 @@ impl Checkpoint {
             if let Dtype::Other(got, _) = head.dtype {
                 return Err(CheckpointError::Dtype { tensor: weights::HEAD.to_owned(), got });
             }
-            let same = if head.dtype == embed.dtype {
-                head.data == embed.data
-            } else {
-                weights::floats(head).eq(weights::floats(embed))
-            };
+            let same = if head.dtype == embed.dtype { head.data == embed.data } else { weights::floats(head).eq(weights::floats(embed)) };
             if !same {
                 return Err(CheckpointError::HeadDiffers);
             }
@@ -407,9 +413,14 @@ fn parse_index(text: &[u8]) -> Result<Index, CheckpointError> {
     };
     let mut places = BTreeMap::new();
     for (tensor, file) in map {
-        let plain = |f: &&str| f.len() <= 255 && f.ends_with(".safetensors") && f.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+        let plain =
+            |f: &&str| f.len() <= 255 && f.ends_with(".safetensors") && f.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
         let Some(file) = file.as_str().filter(plain) else {
-            return Err(fail(format!("places `{}` in {}, which is not the plain name of a safetensors file", shown(tensor, 80), json::shown_value(file))));
+            return Err(fail(format!(
+                "places `{}` in {}, which is not the plain name of a safetensors file",
+                shown(tensor, 80),
+                json::shown_value(file)
+            )));
         };
         places.insert(tensor.clone(), file.to_owned());
     }

@@ -39,7 +39,9 @@ pub enum ConfigError {
     Value { file: &'static str, key: String, value: String, want: String },
     #[error("config.json has `{key}` = {value}, which this server does not compute ({why}); serve a model without it")]
     Unsupported { key: String, value: String, why: String },
-    #[error("config.json has `{key}` = {value}, a key this server does not know and cannot prove harmless; remove it if it does not change the model")]
+    #[error(
+        "config.json has `{key}` = {value}, a key this server does not know and cannot prove harmless; remove it if it does not change the model"
+    )]
     UnknownKey { key: String, value: String },
     #[error("config.json says `{key}` = {value}; supported are llama, mistral, qwen2 and qwen3 for causal language models")]
     Model { key: &'static str, value: String },
@@ -192,9 +194,11 @@ fn neutral() -> Vec<(&'static str, Vec<Value>, &'static str)> {
 }
 
 /// Endings of keys whose plain values are bookkeeping.
-const BOOKKEEPING: &[&str] =
-    &["_id", "_ids", "_version", "_path", "_paths", "_name", "_date", "_url", "_hash", "_commit", "_license", "_author", "_dtype", "_comment"];
-const BOOKKEEPING_WHOLE: &[&str] = &["license", "author", "authors", "name", "description", "version", "commit", "comment", "date", "language", "tags"];
+const BOOKKEEPING: &[&str] = &[
+    "_id", "_ids", "_version", "_path", "_paths", "_name", "_date", "_url", "_hash", "_commit", "_license", "_author", "_dtype", "_comment",
+];
+const BOOKKEEPING_WHOLE: &[&str] =
+    &["license", "author", "authors", "name", "description", "version", "commit", "comment", "date", "language", "tags"];
 
 /// Reads `config.json`. Allocates nothing that a number of the file decides.
 pub fn parse(text: &[u8]) -> Result<Parsed, ConfigError> {
@@ -391,7 +395,11 @@ fn rope(f: &mut Fields, stated: usize, warnings: &mut Vec<String>) -> Result<(Ro
             for name in ["mscale", "mscale_all_dim"] {
                 // With an attention factor given, these are not read; zero means absent.
                 if let Some(m) = r.number(name, 0.0, 1e3)?.filter(|&m| m != 0.0 && attention.is_none()) {
-                    return Err(unsupported(&format!("{key}.{name}"), &json!(m), "another yarn attention factor; state attention_factor instead"));
+                    return Err(unsupported(
+                        &format!("{key}.{name}"),
+                        &json!(m),
+                        "another yarn attention factor; state attention_factor instead",
+                    ));
                 }
             }
             let attention_factor = attention.unwrap_or(if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 });
@@ -488,9 +496,8 @@ fn rest(f: &Fields, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
         }
         let plain = !value.is_object() && !value.is_array()
             || value.as_array().is_some_and(|a| a.len() <= 64 && a.iter().all(|v| v.is_string() || v.is_u64() || v.is_i64()));
-        let bookkeeping = key.starts_with('_')
-            || BOOKKEEPING.iter().any(|end| key.ends_with(end))
-            || BOOKKEEPING_WHOLE.contains(&key.as_str());
+        let bookkeeping =
+            key.starts_with('_') || BOOKKEEPING.iter().any(|end| key.ends_with(end)) || BOOKKEEPING_WHOLE.contains(&key.as_str());
         if !(plain && bookkeeping) {
             return Err(ConfigError::UnknownKey { key: shown(key, 60), value: shown_value(value) });
         }
@@ -569,7 +576,6 @@ impl Fields {
         let list = value.as_array().map_or(one, |a| a.as_slice());
         let ids: Option<Vec<u32>> =
             list.iter().map(|v| v.as_u64().filter(|&id| id < vocab as u64).and_then(|id| u32::try_from(id).ok())).collect();
-        ids.filter(|ids| ids.len() <= 64)
-            .ok_or_else(|| wrong(self.file, key, &value, format!("token ids below the vocabulary of {vocab}")))
+        ids.filter(|ids| ids.len() <= 64).ok_or_else(|| wrong(self.file, key, &value, format!("token ids below the vocabulary of {vocab}")))
     }
 }

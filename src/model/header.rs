@@ -99,7 +99,9 @@ pub struct Entry {
 pub enum HeaderError {
     #[error("is only {file} bytes long, too short for a safetensors file; download it again")]
     TooShort { file: u64 },
-    #[error("claims a header of {header} bytes, and after its length field only {left} bytes follow; the file is truncated or not safetensors: download it again")]
+    #[error(
+        "claims a header of {header} bytes, and after its length field only {left} bytes follow; the file is truncated or not safetensors: download it again"
+    )]
     Length { header: u64, left: u64 },
     #[error("claims a header of {header} bytes, more than the {limit} allowed; the file is damaged or hostile")]
     TooLarge { header: u64, limit: u64 },
@@ -113,7 +115,9 @@ pub enum HeaderError {
     ShapeOverflow { tensor: String },
     #[error("has the tensor `{tensor}` at bytes {begin}..{end} where its shape and type need {need} bytes")]
     Extent { tensor: String, begin: u64, end: u64, need: u64 },
-    #[error("has the tensor `{tensor}` at bytes {begin}..{end} of a data section of {data} bytes; the file is truncated: download it again")]
+    #[error(
+        "has the tensor `{tensor}` at bytes {begin}..{end} of a data section of {data} bytes; the file is truncated: download it again"
+    )]
     PastEnd { tensor: String, begin: u64, end: u64, data: u64 },
     #[error("has the tensor `{tensor}` beginning at byte {begin} where {want} was due: tensors overlap or leave a gap")]
     Tiling { tensor: String, begin: u64, want: u64 },

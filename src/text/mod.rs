@@ -32,11 +32,15 @@ pub enum TextError {
     TooLarge { path: PathBuf, bytes: u64, limit: u64 },
     #[error("{file} cannot be used ({reason}); download it again")]
     Format { file: &'static str, reason: String },
-    #[error("tokenizer.json decodes with {decoder}, which is not supported; supported are ByteLevel, Metaspace, and the sentencepiece sequence of Replace, ByteFallback, Fuse and Strip")]
+    #[error(
+        "tokenizer.json decodes with {decoder}, which is not supported; supported are ByteLevel, Metaspace, and the sentencepiece sequence of Replace, ByteFallback, Fuse and Strip"
+    )]
     Decoder { decoder: String },
     #[error("tokenizer.json gives `{token}` the id {id}, and the model has {vocab} tokens; tokenizer and model do not fit together")]
     OutsideVocabulary { token: String, id: TokenId, vocab: usize },
-    #[error("tokenizer_config.json gives `{token}` the id {want}, and tokenizer.json has no place for it there (it would become {got}); the two files are of different models")]
+    #[error(
+        "tokenizer_config.json gives `{token}` the id {want}, and tokenizer.json has no place for it there (it would become {got}); the two files are of different models"
+    )]
     AddedToken { token: String, want: TokenId, got: TokenId },
     #[error("this text cannot be tokenised: {reason}")]
     Encode { reason: String },
@@ -122,23 +126,22 @@ impl Tokenizer {
     pub fn from_json(tokenizer_json: &str, config_json: Option<&str>, template: Option<&Value>) -> Result<Tokenizer, TextError> {
         let raw = json::parse(tokenizer_json.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer.json", reason })?;
         let config = match config_json {
-            Some(text) => {
-                json::parse(text.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer_config.json", reason })?
-            }
+            Some(text) => json::parse(text.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer_config.json", reason })?,
             None => Value::Null,
         };
         let mut warnings = Vec::new();
         // The parser of the crate trusts some numbers of the file; a panic there is a bad file, not a bug to die of.
         let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(tokenizer_json.as_bytes()))
             .unwrap_or_else(|_| Err("its numbers contradict each other".into()));
-        let mut inner =
-            parsed.map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
+        let mut inner = parsed.map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
         // Lengths are the server's business.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
         let named = add_tokens(&mut inner, &config, &mut warnings)?;
         let bytes = TokenBytes::new(&inner, raw.get("decoder").unwrap_or(&Value::Null))?;
-        let specials = Specials::new(inner.get_added_tokens_decoder().values().filter(|t| t.special).map(|t| (t.content.as_str(), t.lstrip, t.rstrip)));
+        let specials = Specials::new(
+            inner.get_added_tokens_decoder().values().filter(|t| t.special).map(|t| (t.content.as_str(), t.lstrip, t.rstrip)),
+        );
         let (prefix, suffix) = surroundings(&inner, &config, &named)?;
         let template = match template.or_else(|| config.get("chat_template")).filter(|v| !v.is_null()) {
             Some(value) => Some(ChatTemplate::new(value, &named)?),
@@ -227,7 +230,7 @@ impl Tokenizer {
     }
 
     /// Longest token in bytes: a text of `n` bytes has at least `n / longest` tokens, so one that cannot fit is
-    /// refused without tokenising it. Holds where nothing normalises the text to fewer bytes.
+    /// refused without tokenising it. Walks the vocabulary: ask once. Holds where nothing normalises the text to fewer bytes.
     pub fn longest_token_bytes(&self) -> usize {
         (0..self.bytes.ends.len() as u32).map(|id| self.bytes.get(id).len()).max().unwrap_or(0).max(1)
     }

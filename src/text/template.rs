@@ -143,7 +143,7 @@ impl ChatTemplate {
             if source.len() > SOURCE_BYTES_MAX {
                 return Err(syntax(format!("it is {} bytes long, more than the {SOURCE_BYTES_MAX} allowed", source.len())));
             }
-            let source = without_generation_tags(source);
+            let source = with_format_filter(&without_generation_tags(source));
             env.add_template_owned(name.clone(), source).map_err(|e| syntax(e.to_string()))?;
             let template = env.get_template(name).map_err(|e| syntax(e.to_string()))?;
             reads.extend(template.undeclared_variables(false));
@@ -205,12 +205,7 @@ impl ChatTemplate {
         context.insert("add_generation_prompt".to_owned(), Value::Bool(chat.add_generation_prompt));
         let name = if tools_given && self.has_tool_use { "tool_use" } else { "default" };
         let template = self.env.get_template(name).map_err(|e| failure(&e))?;
-        let mut sink = Sink {
-            out: Vec::new(),
-            limit: OUTPUT_FACTOR * size + OUTPUT_BYTES,
-            deadline: Instant::now() + TIME,
-            full: None,
-        };
+        let mut sink = Sink { out: Vec::new(), limit: OUTPUT_FACTOR * size + OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
         let result = template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).map(|_| ());
         if let Some(what) = sink.full {
             return Err(TemplateError::TooMuch { what });
@@ -401,7 +396,8 @@ impl Marks {
             }
         }
         let any_in = |marks: &[usize], from: usize, to: usize| marks.get(marks.partition_point(|&m| m < from)).is_some_and(|&m| m < to);
-        let guarded = specials.matches(&out).filter(|m| any_in(&opens, m.start, m.end) || any_in(&closes, m.start + 1, m.end + 1)).collect();
+        let guarded =
+            specials.matches(&out).filter(|m| any_in(&opens, m.start, m.end) || any_in(&closes, m.start + 1, m.end + 1)).collect();
         Rendered { text: out, guarded }
     }
 }
@@ -508,9 +504,8 @@ fn environment(clock: impl Fn() -> i64 + Send + Sync + 'static) -> Environment<'
         Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Exception(message)))
     });
     env.add_function("strftime_now", move |format: &str| -> Result<String, Error> {
-        strftime(format, clock()).map_err(|c| {
-            Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know %{}", shown(&c.to_string(), 8)))
-        })
+        strftime(format, clock())
+            .map_err(|c| Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know %{}", shown(&c.to_string(), 8))))
     });
     env.add_filter("tojson", tojson);
     // Python calls strings and mappings sequences too: they have a length and can be indexed.
@@ -779,12 +774,157 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
+/// `'...' % x` as `'...'|format(x)`: the engine has Python's formatting as a filter only. Rewritten where the left
+/// side is a string literal, which is how templates use it; any other `%` is a remainder.
+fn with_format_filter(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).chain(rest.find("{#")).min() {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let (open, inner) = tag.split_at(2);
+        out.push_str(open);
+        let (close, body) = match open {
+            "{#" => ("#}", inner.find("#}").unwrap_or(inner.len())),
+            "{%" => ("%}", tag_end(inner, "%}")),
+            _ => ("}}", tag_end(inner, "}}")),
+        };
+        let (body, after) = inner.split_at(body);
+        let raw = open == "{%" && body.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') == "raw";
+        if raw {
+            // Up to the end of the block nothing is a tag but its own end.
+            let end = after.find("endraw").unwrap_or(after.len());
+            out.push_str(body);
+            out.push_str(&after[..end]);
+            rest = &after[end..];
+            continue;
+        }
+        out.push_str(&if open == "{#" { body.to_owned() } else { format_in_expression(body) });
+        let close = after.strip_prefix(close).map_or("", |_| close);
+        out.push_str(close);
+        rest = &after[close.len()..];
+    }
+    out + rest
+}
+
+/// Where a tag ends: at `close`, outside strings and brackets.
+fn tag_end(text: &str, close: &str) -> usize {
+    let (mut i, mut depth) = (0, 0usize);
+    while i < text.len() {
+        let byte = text.as_bytes()[i];
+        if depth == 0 && text.as_bytes()[i..].starts_with(close.as_bytes()) {
+            return i;
+        }
+        match byte {
+            b'\'' | b'"' => {
+                i = string_end(text, i);
+                continue;
+            }
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        i += 1;
+    }
+    text.len()
+}
+
+/// Past the string literal that begins at byte `at`.
+fn string_end(text: &str, at: usize) -> usize {
+    let bytes = text.as_bytes();
+    let mut i = at + 1;
+    while i < bytes.len() && bytes[i] != bytes[at] {
+        i += if bytes[i] == b'\\' { 2 } else { 1 };
+    }
+    (i + 1).min(bytes.len())
+}
+
+/// Past the bracket group that begins at byte `at`.
+fn group_end(text: &str, at: usize) -> usize {
+    let inside = at + 1;
+    let close = match text.as_bytes()[at] {
+        b'(' => ")",
+        b'[' => "]",
+        _ => "}",
+    };
+    (inside + tag_end(&text[inside..], close) + 1).min(text.len())
+}
+
+fn skip_space(text: &str, at: usize) -> usize {
+    text.len() - text[at..].trim_start().len()
+}
+
+fn format_in_expression(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut i, mut done) = (0, 0);
+    while i < text.len() {
+        if !matches!(text.as_bytes()[i], b'\'' | b'"') {
+            i += 1;
+            continue;
+        }
+        let literal = i;
+        i = string_end(text, i);
+        let operator = skip_space(text, i);
+        if text.as_bytes().get(operator) != Some(&b'%') {
+            continue;
+        }
+        let begin = skip_space(text, operator + 1);
+        let end = operand_end(text, begin);
+        if end == begin {
+            continue;
+        }
+        let operand = &text[begin..end];
+        // A tuple is several arguments; of anything else the value is one.
+        let inner = operand.strip_prefix('(').filter(|_| group_end(text, begin) == end).and_then(|o| o.strip_suffix(')'));
+        let tuple = inner.filter(|inner| tag_end(inner, ",") < inner.len());
+        out.push_str(&text[done..i]);
+        let named = text[literal..i].contains("%(");
+        out.push_str(if named { "|format(**" } else { "|format(" });
+        out.push_str(&format_in_expression(tuple.unwrap_or(operand)));
+        out.push(')');
+        (i, done) = (end, end);
+    }
+    out + &text[done..]
+}
+
+/// Past an operand of `%`: a literal, name or bracket with its attributes, indices, calls and filters.
+fn operand_end(text: &str, begin: usize) -> usize {
+    let bytes = text.as_bytes();
+    let word = |mut i: usize| {
+        while i < bytes.len() && (bytes[i].is_ascii_alphanumeric() || bytes[i] == b'_' || !bytes[i].is_ascii()) {
+            i += 1;
+        }
+        i
+    };
+    let sign = begin + usize::from(matches!(bytes.get(begin), Some(b'-' | b'+')));
+    let mut i = match bytes.get(sign) {
+        Some(b'\'' | b'"') => string_end(text, sign),
+        Some(b'(' | b'[' | b'{') => group_end(text, sign),
+        _ => word(sign),
+    };
+    if i == sign {
+        return begin;
+    }
+    loop {
+        i = match bytes.get(i) {
+            Some(b'.') => word(i + 1),
+            Some(b'(' | b'[') => group_end(text, i),
+            _ => {
+                let bar = skip_space(text, i);
+                if bytes.get(bar) != Some(&b'|') {
+                    return i;
+                }
+                word(skip_space(text, bar + 1))
+            }
+        };
+    }
+}
+
 /// `time.strftime` of the C locale at `seconds` since 1970 in UTC, or the letter it does not know.
 fn strftime(format: &str, seconds: i64) -> Result<String, char> {
     const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
-    const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
-    ];
+    const MONTHS: [&str; 12] =
+        ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
     let days = seconds.div_euclid(86_400);
     let second = seconds.rem_euclid(86_400);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
@@ -819,7 +959,13 @@ fn strftime(format: &str, seconds: i64) -> Result<String, char> {
         let two = |n: i64| if bare { n.to_string() } else { format!("{n:02}") };
         let text = match letter {
             'd' => two(day),
-            'e' => if bare { day.to_string() } else { format!("{day:2}") },
+            'e' => {
+                if bare {
+                    day.to_string()
+                } else {
+                    format!("{day:2}")
+                }
+            }
             'm' => two(month),
             'y' => two(year.rem_euclid(100)),
             'Y' => year.to_string(),
@@ -827,7 +973,13 @@ fn strftime(format: &str, seconds: i64) -> Result<String, char> {
             'I' => two(hour12),
             'M' => two(minute),
             'S' => two(second),
-            'j' => if bare { day_of_year.to_string() } else { format!("{day_of_year:03}") },
+            'j' => {
+                if bare {
+                    day_of_year.to_string()
+                } else {
+                    format!("{day_of_year:03}")
+                }
+            }
             'p' => (if hour < 12 { "AM" } else { "PM" }).to_owned(),
             'A' => DAYS[weekday].to_owned(),
             'a' => DAYS[weekday][..3].to_owned(),
@@ -892,6 +1044,27 @@ mod tests {
         ];
         for (x, want) in cases {
             assert_eq!(python_float(x), want);
+        }
+    }
+
+    #[test]
+    fn percent_becomes_a_filter_after_string_literals_only() {
+        let cases = [
+            ("{{ '%s' % x }}", "{{ '%s'|format(x) }}"),
+            ("{{ '%s %d' % (a, f(1, 2)) }}", "{{ '%s %d'|format(a, f(1, 2)) }}"),
+            ("{{ \"%s\"%m['a'].b|upper ~ 'x' }}", "{{ \"%s\"|format(m['a'].b|upper) ~ 'x' }}"),
+            ("{% set x = '%s' % ('y' % z) %}", "{% set x = '%s'|format(('y'|format(z))) %}"),
+            ("{{ '%(a)s' % d }}", "{{ '%(a)s'|format(**d) }}"),
+            ("{% if loop.index0 % 2 == 0 %}'a' % b{% endif %}", "{% if loop.index0 % 2 == 0 %}'a' % b{% endif %}"),
+            ("{% set x = 'a' %}{{ {'k': {'a': 1}} }}", "{% set x = 'a' %}{{ {'k': {'a': 1}} }}"),
+            ("{{ 'it\\'s }} %' }}{# '%s' % x #}", "{{ 'it\\'s }} %' }}{# '%s' % x #}"),
+            ("{% raw %}{{ '%s' % x }}{% endraw %}{{ 'a' % b }}", "{% raw %}{{ '%s' % x }}{% endraw %}{{ 'a'|format(b) }}"),
+            ("{{ '%s' % ", "{{ '%s' % "),
+            ("{{ 'ö' % (", "{{ 'ö'|format(()"),
+            ("{% 'x", "{% 'x"),
+        ];
+        for (source, want) in cases {
+            assert_eq!(with_format_filter(source), want);
         }
     }
 

@@ -148,8 +148,13 @@ fn refused<T: std::fmt::Debug>(result: Result<T, CheckpointError>, words: &[&str
 
 #[test]
 fn every_family_and_type_loads_in_place_and_converts() {
-    for (family, class) in [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")] {
-        let config = with(config(), json!({ "model_type": family, "architectures": [class], "tie_word_embeddings": family == "llama", "head_dim": 4, "sliding_window": null }));
+    for (family, class) in
+        [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
+    {
+        let config = with(
+            config(),
+            json!({ "model_type": family, "architectures": [class], "tie_word_embeddings": family == "llama", "head_dim": 4, "sliding_window": null }),
+        );
         for dtype in ["F32", "BF16", "F16"] {
             let stored = tensors(&config, dtype);
             let folder = Folder::new();
@@ -248,7 +253,8 @@ fn a_flipped_bit_in_the_header_is_refused_or_loads_equal_shapes() {
 
 #[test]
 fn hostile_headers_are_refused_by_name() {
-    let entry = |dtype: &str, shape: &str, from: u64, to: u64| format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#);
+    let entry =
+        |dtype: &str, shape: &str, from: u64, to: u64| format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#);
     let e = |s: &str| s.to_owned();
     let long_shape = format!("[{}]", vec!["1"; 1_000_000].join(","));
     let cases: Vec<(String, usize, &str)> = vec![
@@ -377,17 +383,58 @@ fn tensors_must_be_those_of_the_configuration() {
         f(&mut t);
         open(&config, &file(&t))
     };
-    refused(change(&|t| { t.remove("model.norm.weight"); }), &["`model.norm.weight` is missing"]);
-    refused(change(&|t| { t.insert("model.layers.2.mlp.up_proj.weight".into(), tensor("BF16", &[6, 8], 0)); }), &["layers.2.mlp.up_proj", "2 layers"]);
-    refused(change(&|t| { t.insert("model.layers.0.self_attn.q_proj.bias".into(), tensor("BF16", &[8], 0)); }), &["q_proj.bias", "belongs to nothing"]);
-    refused(change(&|t| { t.insert("model.layers.0.mlp.up_proj.weight".into(), tensor("BF16", &[8, 6], 0)); }), &["layers.0.mlp.up_proj", "[8, 6]", "[6, 8]"]);
-    refused(change(&|t| { t.insert("model.norm.weight".into(), ("I32", vec![8], vec![0; 32])); }), &["model.norm.weight", "I32", "BF16"]);
+    refused(
+        change(&|t| {
+            t.remove("model.norm.weight");
+        }),
+        &["`model.norm.weight` is missing"],
+    );
+    refused(
+        change(&|t| {
+            t.insert("model.layers.2.mlp.up_proj.weight".into(), tensor("BF16", &[6, 8], 0));
+        }),
+        &["layers.2.mlp.up_proj", "2 layers"],
+    );
+    refused(
+        change(&|t| {
+            t.insert("model.layers.0.self_attn.q_proj.bias".into(), tensor("BF16", &[8], 0));
+        }),
+        &["q_proj.bias", "belongs to nothing"],
+    );
+    refused(
+        change(&|t| {
+            t.insert("model.layers.0.mlp.up_proj.weight".into(), tensor("BF16", &[8, 6], 0));
+        }),
+        &["layers.0.mlp.up_proj", "[8, 6]", "[6, 8]"],
+    );
+    refused(
+        change(&|t| {
+            t.insert("model.norm.weight".into(), ("I32", vec![8], vec![0; 32]));
+        }),
+        &["model.norm.weight", "I32", "BF16"],
+    );
     // Recomputed buffers of old conversions change nothing, whatever their type.
-    change(&|t| { t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), tensor("F32", &[2], 0)); }).unwrap();
+    change(&|t| {
+        t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), tensor("F32", &[2], 0));
+    })
+    .unwrap();
     // A tied head may be there if it is the embedding.
-    change(&|t| { t.insert("lm_head.weight".into(), t["model.embed_tokens.weight"].clone()); }).unwrap();
-    refused(change(&|t| { t.insert("lm_head.weight".into(), tensor("BF16", &[10, 8], 77)); }), &["lm_head.weight", "differs", "tie_word_embeddings"]);
-    refused(change(&|t| { t.insert("lm_head.weight".into(), tensor("BF16", &[9, 8], 77)); }), &["lm_head.weight", "[9, 8]"]);
+    change(&|t| {
+        t.insert("lm_head.weight".into(), t["model.embed_tokens.weight"].clone());
+    })
+    .unwrap();
+    refused(
+        change(&|t| {
+            t.insert("lm_head.weight".into(), tensor("BF16", &[10, 8], 77));
+        }),
+        &["lm_head.weight", "differs", "tie_word_embeddings"],
+    );
+    refused(
+        change(&|t| {
+            t.insert("lm_head.weight".into(), tensor("BF16", &[9, 8], 77));
+        }),
+        &["lm_head.weight", "[9, 8]"],
+    );
     // And an untied one must be.
     let untied = with(config.clone(), json!({ "tie_word_embeddings": false }));
     refused(open(&untied, &file(&tensors(&config, "BF16"))), &["`lm_head.weight` is missing", "tie_word_embeddings"]);
@@ -428,19 +475,30 @@ fn parse(config: &Value) -> Result<config_json::Parsed, config_json::ConfigError
 fn both_spellings_of_rope_mean_the_same() {
     let llama3 = json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192 });
     let v4 = with(config(), json!({ "rope_theta": 500000.0, "rope_scaling": llama3, "max_position_embeddings": 131072 }));
-    let v5 = with(config(), json!({ "rope_parameters": with(llama3.clone(), json!({ "rope_theta": 500000.0 })), "max_position_embeddings": 131072, "dtype": "bfloat16" }));
+    let v5 = with(
+        config(),
+        json!({ "rope_parameters": with(llama3.clone(), json!({ "rope_theta": 500000.0 })), "max_position_embeddings": 131072, "dtype": "bfloat16" }),
+    );
     let (v4, v5) = (parse(&v4).unwrap(), parse(&v5).unwrap());
     assert_eq!(v4.config, v5.config);
     assert_eq!(v4.config.max_positions, 131072);
-    assert_eq!((v4.config.rope.theta, &v4.config.rope.scaling), (500000.0, &RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_positions: 8192.0 }));
+    assert_eq!(
+        (v4.config.rope.theta, &v4.config.rope.scaling),
+        (500000.0, &RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_positions: 8192.0 })
+    );
 
     let linear = parse(&with(config(), json!({ "rope_scaling": { "type": "linear", "factor": 4 } }))).unwrap().config;
     assert_eq!((linear.rope.scaling, linear.max_positions), (RopeScaling::Linear { factor: 4.0 }, 512));
 
     let yarn = json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 }, "max_position_embeddings": 32768 });
     let yarn = parse(&with(config(), yarn)).unwrap().config;
-    let RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor, truncate } = yarn.rope.scaling else { panic!("yarn") };
-    assert_eq!((factor, beta_fast, beta_slow, original_max_positions, truncate, yarn.max_positions), (4.0, 32.0, 1.0, 32768.0, true, 131072));
+    let RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor, truncate } = yarn.rope.scaling else {
+        panic!("yarn")
+    };
+    assert_eq!(
+        (factor, beta_fast, beta_slow, original_max_positions, truncate, yarn.max_positions),
+        (4.0, 32.0, 1.0, 32768.0, true, 131072)
+    );
     assert!((attention_factor - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
     let default = parse(&with(config(), json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 1e6 } }))).unwrap().config;
     assert_eq!((default.rope.theta, default.rope.scaling), (1e6, RopeScaling::None));
@@ -533,7 +591,10 @@ fn a_sliding_window_caps_the_context_instead_of_being_ignored() {
         (qwen(json!({ "sliding_window": 64, "use_sliding_window": false, "max_window_layers": 1 })), None),
         (qwen(json!({ "sliding_window": 64, "use_sliding_window": true, "max_window_layers": 2 })), None),
         (qwen(json!({ "sliding_window": 64, "use_sliding_window": true, "max_window_layers": 1 })), Some(64)),
-        (qwen(json!({ "sliding_window": 64, "use_sliding_window": true, "layer_types": ["full_attention", "sliding_attention"] })), Some(64)),
+        (
+            qwen(json!({ "sliding_window": 64, "use_sliding_window": true, "layer_types": ["full_attention", "sliding_attention"] })),
+            Some(64),
+        ),
         (qwen(json!({ "sliding_window": 64, "use_sliding_window": true, "layer_types": ["full_attention", "full_attention"] })), None),
     ];
     for (config, want) in cases {
@@ -551,16 +612,34 @@ fn generation_defaults_come_from_their_file_or_are_refused() {
     let weights = file(&tensors(&config, "BF16"));
     let open = |generation: Value| {
         let folder = Folder::new();
-        folder.put("config.json", config.to_string()).put("model.safetensors", &weights).put("generation_config.json", generation.to_string());
+        folder
+            .put("config.json", config.to_string())
+            .put("model.safetensors", &weights)
+            .put("generation_config.json", generation.to_string());
         Checkpoint::open(&folder.0)
     };
     let g = open(json!({ "do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "max_new_tokens": 99, "eos_token_id": [7, 3, 5] })).unwrap().generation;
-    assert_eq!((g.sampling.temperature, g.sampling.top_p, g.sampling.top_k, g.sampling.min_p, g.sampling.repetition_penalty), (0.6, 0.9, 20, 0.05, 1.1));
+    assert_eq!(
+        (g.sampling.temperature, g.sampling.top_p, g.sampling.top_k, g.sampling.min_p, g.sampling.repetition_penalty),
+        (0.6, 0.9, 20, 0.05, 1.1)
+    );
     assert_eq!((g.max_new_tokens, g.eos), (Some(99), vec![3, 5, 7]));
     assert_eq!(open(json!({ "do_sample": false, "temperature": 0.6 })).unwrap().generation.sampling.temperature, 0.0);
     assert_eq!(open(json!({})).unwrap().generation.sampling.temperature, 1.0);
     assert!(open(json!({ "num_beams": 4 })).unwrap().warnings[0].contains("num_beams"));
-    for (key, value) in [("temperature", json!(-1)), ("temperature", json!("hot")), ("top_p", json!(0)), ("top_p", json!(1.5)), ("top_k", json!(-2)), ("min_p", json!(2)), ("repetition_penalty", json!(0)), ("max_new_tokens", json!(0)), ("eos_token_id", json!(10)), ("eos_token_id", json!("x")), ("do_sample", json!(1))] {
+    for (key, value) in [
+        ("temperature", json!(-1)),
+        ("temperature", json!("hot")),
+        ("top_p", json!(0)),
+        ("top_p", json!(1.5)),
+        ("top_k", json!(-2)),
+        ("min_p", json!(2)),
+        ("repetition_penalty", json!(0)),
+        ("max_new_tokens", json!(0)),
+        ("eos_token_id", json!(10)),
+        ("eos_token_id", json!("x")),
+        ("do_sample", json!(1)),
+    ] {
         refused(open(json!({ key: value })), &["generation_config.json", key]);
     }
 }
