@@ -135,7 +135,7 @@ mod tests {
         let regions: Vec<_> = specials().regions(text, &[guard]).into_iter().map(|(r, p)| (&text[r], p)).collect();
         assert_eq!(regions, [("<s>", false), ("hi <s> you", true), ("<end>  ok <l>x<s>", false)]);
         assert_eq!(specials().regions("plain", &[]), [(0..5, false)]);
-        assert_eq!(specials().regions("<s>", &[0..3]), [(0..3, true)]);
+        assert_eq!(specials().regions("<s>", std::slice::from_ref(&(0..3))), [(0..3, true)]);
         assert_eq!(specials().regions("", &[]), [(0..0, false)]);
     }
 }

@@ -757,6 +757,7 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
+        rest = tag;
         let Some(end) = tag.find("%}") else { break };
         let inner = &tag[2..end];
         let bare = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
