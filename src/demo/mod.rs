@@ -32,6 +32,5 @@ pub fn tokenizer() -> Result<Tokenizer, TextError> {
     Tokenizer::from_json(TOKENIZER, Some(TOKENIZER_CONFIG), None)
 }
 
-/// The compression artifact of the built-in cache profiles, made by `strait compress --out src/demo/model/compression.safetensors`;
-/// none while it is being made for a new model, when the bases are computed at start.
-pub const ARTIFACT: Option<&[u8]> = None;
+/// The compression artifact of the built-in cache profiles. `strait compress --out src/demo/model/compression.safetensors` makes it again.
+pub const ARTIFACT: &[u8] = include_bytes!("model/compression.safetensors");

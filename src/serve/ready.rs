@@ -104,8 +104,8 @@ pub fn profiles(
         (None, Bases::None)
     } else if let Some(path) = compression {
         (Some(Artifact::read(path, model, fingerprint)?), Bases::Artifact(path.display().to_string()))
-    } else if let (Source::Demo, Some(bytes)) = (&opened.source, demo::ARTIFACT.filter(|_| profiles == crate::config::profiles::builtin())) {
-        (Some(Artifact::from_bytes(bytes, model, fingerprint)?), Bases::Artifact("built in".into()))
+    } else if matches!(opened.source, Source::Demo) && profiles == crate::config::profiles::builtin() {
+        (Some(Artifact::from_bytes(demo::ARTIFACT, model, fingerprint)?), Bases::Artifact("built in".into()))
     } else {
         let begun = Instant::now();
         let (calibrated, tokens) = compute(opened, decoder, ops, profiles, None, None)?;
