@@ -33,10 +33,10 @@ pub const KWARGS_MAX: usize = 32;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ToSchema)]
 pub struct StreamOptions {
     /// A last chunk with `usage`.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub include_usage: bool,
     /// Running token counts in every chunk.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub continuous_usage_stats: bool,
 }
 
@@ -45,18 +45,18 @@ pub struct StreamOptions {
 pub struct Options {
     /// A served model name; absent means the first one.
     pub model: Option<String>,
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub stream: bool,
     pub stream_options: Option<StreamOptions>,
     /// Choices per prompt.
-    #[schema(minimum = 1, maximum = 8, default = 1)]
+    #[schema(minimum = 1, maximum = 8, default = 1, required = false)]
     pub n: u32,
     /// Most tokens to generate. Absent means as many as the context leaves room for, or the model's own default.
     pub max_tokens: Option<u32>,
     /// The same under its newer name; both given must be equal.
     pub max_completion_tokens: Option<u32>,
     /// EOS and `stop_token_ids` are ignored before so many tokens.
-    #[schema(default = 0)]
+    #[schema(default = 0, required = false)]
     pub min_tokens: u32,
     /// Zero, and anything below 0.001, is greedy.
     #[schema(minimum = 0.0, maximum = 2.0)]
@@ -68,9 +68,9 @@ pub struct Options {
     pub top_k: Option<i64>,
     #[schema(minimum = 0.0, maximum = 1.0)]
     pub min_p: Option<f64>,
-    #[schema(minimum = -2.0, maximum = 2.0, default = 0.0)]
+    #[schema(minimum = -2.0, maximum = 2.0, default = 0.0, required = false)]
     pub presence_penalty: f64,
-    #[schema(minimum = -2.0, maximum = 2.0, default = 0.0)]
+    #[schema(minimum = -2.0, maximum = 2.0, default = 0.0, required = false)]
     pub frequency_penalty: f64,
     #[schema(minimum = 0.001, maximum = 2.0)]
     pub repetition_penalty: Option<f64>,
@@ -81,24 +81,24 @@ pub struct Options {
     #[schema(value_type = Option<i64>)]
     pub seed: Option<u64>,
     /// A string or up to four, each of 1 to 256 bytes. `min_tokens` does not hold them back.
-    #[schema(schema_with = text_or_texts)]
+    #[schema(schema_with = text_or_texts, required = false)]
     pub stop: Vec<String>,
     #[schema(value_type = Option<Vec<u32>>)]
     pub stop_token_ids: Vec<u32>,
     /// Keep the stop string in the text.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub include_stop_str_in_output: bool,
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub ignore_eos: bool,
     /// Lower runs earlier.
-    #[schema(default = 0)]
+    #[schema(default = 0, required = false)]
     pub priority: i32,
     /// How this request's context is kept; see `/v1/models`.
     pub cache_profile: Option<String>,
     /// Only requests of the same salt share cached prefixes. 1 to 64 of `A-Z a-z 0-9 _ -`.
     pub cache_salt: Option<String>,
     /// Also return token ids.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub return_token_ids: bool,
     /// Accepted for compatibility; not used.
     pub user: Option<String>,
@@ -112,15 +112,15 @@ pub struct ChatRequest {
     pub messages: Value,
     #[serde(flatten)]
     pub options: Options,
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub logprobs: bool,
     /// Needs `logprobs: true`.
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<u32>,
-    #[schema(default = true)]
+    #[schema(default = true, required = false)]
     pub add_generation_prompt: bool,
     /// Go on with the last message instead of beginning a new one; excludes `add_generation_prompt`.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub continue_final_message: bool,
     /// Extra variables of the chat template: scalars only.
     #[schema(value_type = Option<Object>)]
@@ -146,13 +146,13 @@ pub struct CompletionRequest {
     #[serde(flatten)]
     pub options: Options,
     /// Put the prompt before the completion. With `logprobs`, the prompt's log-probabilities too; `max_tokens` may then be 0.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub echo: bool,
     /// So many alternatives beside each token's log-probability.
     #[schema(minimum = 0, maximum = 20)]
     pub logprobs: Option<u32>,
     /// Whether the tokenizer adds its special tokens (BOS) to a text prompt.
-    #[schema(default = true)]
+    #[schema(default = true, required = false)]
     pub add_special_tokens: bool,
 }
 
@@ -170,7 +170,7 @@ pub struct TokenizeRequest {
     #[serde(flatten)]
     pub source: Source,
     /// Also return each token's text.
-    #[schema(default = false)]
+    #[schema(default = false, required = false)]
     pub return_token_strs: bool,
 }
 
@@ -180,15 +180,15 @@ pub struct TokenizeRequest {
 pub enum Source {
     Text {
         prompt: String,
-        #[schema(default = true)]
+        #[schema(default = true, required = false)]
         add_special_tokens: bool,
     },
     Chat {
         #[schema(value_type = Vec<Message>)]
         messages: Value,
-        #[schema(default = true)]
+        #[schema(default = true, required = false)]
         add_generation_prompt: bool,
-        #[schema(default = false)]
+        #[schema(default = false, required = false)]
         continue_final_message: bool,
         #[schema(value_type = Option<Object>)]
         chat_template_kwargs: Map<String, Value>,
@@ -567,7 +567,10 @@ fn join_parts(parts: Vec<Json>, path: &str) -> Result<String, Refusal> {
         match kind.as_deref() {
             Some("text") => {}
             Some(_) => {
-                return Err(Refusal::Unsupported { param: part.param("type"), what: "is not supported: this server takes text parts only" });
+                return Err(Refusal::Unsupported {
+                    param: part.param("type"),
+                    what: "is not supported: this server takes text parts only",
+                });
             }
             None => return value(part.param("type"), "is missing"),
         }

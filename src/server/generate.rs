@@ -395,21 +395,38 @@ impl Told {
             if logprobs.len() + 1 != prompt.tokens.len() {
                 return Err(Failure::Internal(format!("{} log-probabilities for a prompt of {}", logprobs.len(), prompt.tokens.len())));
             }
+            // What the echo has left to show, of a prompt that came as text.
+            let mut left = prompt.text.as_ref().map(|text| text.as_bytes());
             for (&id, logprob) in prompt.tokens.iter().zip(std::iter::once(None).chain(logprobs.iter().map(Some))) {
-                self.list(&mut out, codec, id, logprob);
+                let bytes = codec.token_bytes(id);
+                let shown = match &mut left {
+                    None => true,
+                    Some(text) => match text.strip_prefix(&bytes[..]) {
+                        Some(rest) => {
+                            *text = rest;
+                            true
+                        }
+                        // Added by the tokenizer (BOS); anything else a normaliser changed keeps its own width.
+                        None => !is_special(codec, id),
+                    },
+                };
+                self.list(&mut out, codec, (id, logprob), shown);
             }
         }
         for (id, logprob) in std::mem::take(&mut self.tokens) {
-            self.list(&mut out, codec, id, logprob.as_ref());
+            self.list(&mut out, codec, (id, logprob.as_ref()), !is_special(codec, id));
         }
         Ok(out)
     }
 
-    fn list(&mut self, out: &mut CompletionLogprobs, codec: &dyn Codec, id: TokenId, logprob: Option<&TokenLogprob>) {
+    /// Lists a token; one that is not `shown` in the choice's text takes no room in it.
+    fn list(&mut self, out: &mut CompletionLogprobs, codec: &dyn Codec, (id, logprob): (TokenId, Option<&TokenLogprob>), shown: bool) {
         let bytes = codec.token_bytes(id);
         out.text_offset.push(self.offset);
-        // Characters that begin in this token: a character split over tokens counts where it starts.
-        self.offset += bytes.iter().filter(|&&b| b & 0xc0 != 0x80).count();
+        if shown {
+            // Characters that begin in this token: a character split over tokens counts where it starts.
+            self.offset += bytes.iter().filter(|&&b| b & 0xc0 != 0x80).count();
+        }
         out.tokens.push(name_of(&bytes));
         out.token_logprobs.push(logprob.map(|l| l.logprob.max(LOGPROB_MIN)));
         out.top_logprobs.push(logprob.map(|l| {
@@ -421,6 +438,11 @@ impl Told {
             TopLogprobs(top)
         }));
     }
+}
+
+/// Whether a token is left out of generated text.
+fn is_special(codec: &dyn Codec, id: TokenId) -> bool {
+    codec.decode(&[id], true).is_empty()
 }
 
 fn token_name(codec: &dyn Codec, id: TokenId) -> String {
@@ -660,6 +682,7 @@ async fn tell_text(
     }
     let token_ids = ids.then(|| told.token_ids());
     let logprobs = answer.reply.logprobs.map(|_| told.text_logprobs(codec, answer.prompt_of(index))).transpose()?;
+    let logprobs = logprobs.filter(|listed| !listed.tokens.is_empty());
     told.tokens.clear();
     let choice = CompletionChoice {
         index,

@@ -414,7 +414,9 @@ fn with(mut base: Value, extra: &Value) -> Value {
 async fn a_chat_in_one_piece() {
     let app = app(vec![Ok(vec![Say("Hello"), Tell(Event::Token { id: EOS, logprob: None }), Done(FinishReason::Stop)])]);
     let answer = app.post(CHAT, &hello()).await;
-    check_pretty(&answer, &expect![[r#"
+    check_pretty(
+        &answer,
+        &expect![[r#"
         {
           "id": "chatcmpl-r1",
           "object": "chat.completion",
@@ -446,7 +448,8 @@ async fn a_chat_in_one_piece() {
               "window_tokens": 10
             }
           }
-        }"#]]);
+        }"#]],
+    );
     assert_eq!(answer.headers["x-request-id"], "r1");
     assert_eq!(app.fake.seen().requests[0].prompt.len(), "user:hi\nassistant:".len());
 }
@@ -457,7 +460,9 @@ async fn a_chat_as_a_stream() {
     let answer = app.post(CHAT, &with(hello(), &json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
     assert_eq!(answer.headers["content-type"], "text/event-stream; charset=utf-8");
     assert_eq!(answer.headers["cache-control"], "no-store");
-    check(&answer, &expect![[r#"
+    check(
+        &answer,
+        &expect![[r#"
         data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
 
         data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"H"},"logprobs":null,"finish_reason":null}],"usage":null}
@@ -470,14 +475,17 @@ async fn a_chat_as_a_stream() {
 
         data: [DONE]
 
-    "#]]);
+    "#]],
+    );
 }
 
 #[tokio::test]
 async fn a_stream_with_running_counts_token_ids_and_logprobs() {
     let app = app(vec![Ok(ends("ab"))]);
     let extra = json!({"stream": true, "stream_options": {"continuous_usage_stats": true}, "return_token_ids": true, "logprobs": true, "top_logprobs": 1});
-    check(&app.post(CHAT, &with(hello(), &extra)).await, &expect![[r#"
+    check(
+        &app.post(CHAT, &with(hello(), &extra)).await,
+        &expect![[r#"
         data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19},"prompt_token_ids":[117,115,101,114,58,104,105,10,97,115,115,105,115,116,97,110,116,58]}
 
         data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-0.5,"bytes":[97]}]}],"refusal":null},"finish_reason":null,"token_ids":[97]}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19}}
@@ -488,14 +496,20 @@ async fn a_stream_with_running_counts_token_ids_and_logprobs() {
 
         data: [DONE]
 
-    "#]]);
+    "#]],
+    );
 }
 
 #[tokio::test]
 async fn two_choices_are_two_sequences_with_their_own_seeds() {
-    let app = app(vec![Ok(vec![Say("a"), Wait(40), Say("A"), Done(FinishReason::Stop)]), Ok(vec![Wait(20), Say("b"), Done(FinishReason::Length)])]);
+    let app = app(vec![
+        Ok(vec![Say("a"), Wait(40), Say("A"), Done(FinishReason::Stop)]),
+        Ok(vec![Wait(20), Say("b"), Done(FinishReason::Length)]),
+    ]);
     let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "seed": 7, "stream": true})).await;
-    check(&answer, &expect![[r#"
+    check(
+        &answer,
+        &expect![[r#"
         data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}
 
         data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":1,"text":"b","logprobs":null,"finish_reason":null}]}
@@ -508,7 +522,8 @@ async fn two_choices_are_two_sequences_with_their_own_seeds() {
 
         data: [DONE]
 
-    "#]]);
+    "#]],
+    );
     let seeds: Vec<_> = app.fake.seen().requests.iter().map(|r| r.sampling.seed).collect();
     assert_eq!(seeds[0], 7);
     assert_ne!(seeds[1], 7);
@@ -518,7 +533,8 @@ async fn two_choices_are_two_sequences_with_their_own_seeds() {
 async fn prompts_and_choices_are_indexed_prompt_by_prompt() {
     let app = app(["a", "b", "c", "d"].map(|t| Ok(ends(t))).into());
     let answer = app.post(TEXT, &json!({"prompt": ["x", "yy"], "n": 2, "seed": -1, "echo": true, "max_tokens": 3})).await.json();
-    let told: Vec<_> = answer["choices"].as_array().expect("choices").iter().map(|c| c["text"].as_str().expect("text").to_owned()).collect();
+    let told: Vec<_> =
+        answer["choices"].as_array().expect("choices").iter().map(|c| c["text"].as_str().expect("text").to_owned()).collect();
     assert_eq!(told, ["xa", "xb", "yyc", "yyd"]);
     // BOS and the text, each prompt once; cached tokens once per prompt; every choice's cache.
     assert_eq!(answer["usage"]["prompt_tokens"], 2 + 3);
@@ -555,6 +571,17 @@ async fn a_harness_finds_one_logprob_per_token_also_when_the_last_is_eos() {
     assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -0.5, -0.5]));
     // Without alternatives the token itself is still listed.
     assert_eq!(choice["logprobs"]["top_logprobs"], json!([null, {"i": -0.5}, {"</s>": -0.5}]));
+}
+
+#[tokio::test]
+async fn offsets_are_places_in_the_text() {
+    let app = app(vec![Ok(ends("é!"))]);
+    let answer = app.post(TEXT, &json!({"prompt": "a<s>", "echo": true, "logprobs": 0})).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["text"], "a<s>é!");
+    // BOS was added by the tokenizer and is not in the text; what the client wrote is.
+    assert_eq!(choice["logprobs"]["tokens"], json!(["<s>", "a", "<", "s", ">", "bytes:\\xc3", "bytes:\\xa9", "!"]));
+    assert_eq!(choice["logprobs"]["text_offset"], json!([0, 0, 1, 2, 3, 4, 5, 5]));
 }
 
 #[tokio::test]
@@ -608,7 +635,10 @@ async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
     ] {
         for stream in [false, true] {
             let app = app(vec![Ok(vec![Say(say), UntilFinish])]);
-            let body = with(with(json!({"prompt": "x", "stream": stream}), &extra), &json!({"stream_options": stream.then(|| json!({"include_usage": true}))}));
+            let body = with(
+                with(json!({"prompt": "x", "stream": stream}), &extra),
+                &json!({"stream_options": stream.then(|| json!({"include_usage": true}))}),
+            );
             let answer = app.post(TEXT, &body).await;
             let (told, usage) = match stream {
                 false => (answer.json()["choices"][0]["text"].as_str().expect("text").to_owned(), answer.json()["usage"].clone()),
@@ -956,7 +986,8 @@ async fn what_the_engine_gets() {
             },
             seed: 18446744073709551614,
         }
-    "#]].assert_debug_eq(&full.sampling);
+    "#]]
+    .assert_debug_eq(&full.sampling);
     assert_eq!((full.max_new_tokens, full.min_new_tokens, full.priority, full.profile), (17, 4, -3, ProfileIndex(0)));
     assert_eq!((&full.stop_tokens[..], full.logprobs, full.prompt_logprobs), (&[3, 9][..], Some(2), None));
     assert_eq!(Bytes.decode(&full.prompt, false), "user:hi\nassistant:[think=false]");
@@ -1017,7 +1048,10 @@ async fn hostile_json_is_refused_in_our_own_words() {
         (br#"{"messages":[{"role":"sk-canary","content":"sk-canary"}]}"#, "400 invalid_value messages[0].role"),
         (br#"{"messages":{"sk-canary":1}}"#, "400 invalid_type messages"),
         (br#"{"logit_bias":{"sk-canary":1}}"#, "400 invalid_value logit_bias"),
-        (br#"{"chat_template_kwargs":{"sk-canary":[]},"messages":[{"role":"user","content":"x"}]}"#, "400 invalid_value chat_template_kwargs"),
+        (
+            br#"{"chat_template_kwargs":{"sk-canary":[]},"messages":[{"role":"user","content":"x"}]}"#,
+            "400 invalid_value chat_template_kwargs",
+        ),
         (br#"{"model":"sk-canary","messages":[{"role":"user","content":"x"}]}"#, "404 model_not_found model"),
         (br#"{"cache_profile":"sk-canary","messages":[{"role":"user","content":"x"}]}"#, "400 invalid_value cache_profile"),
     ] {
@@ -1091,7 +1125,9 @@ async fn tokens_and_back() {
 #[tokio::test]
 async fn models_and_capacity() {
     let app = app(vec![]);
-    check_pretty(&app.get("/v1/models/org/demo").await, &expect![[r#"
+    check_pretty(
+        &app.get("/v1/models/org/demo").await,
+        &expect![[r#"
         {
           "id": "org/demo",
           "object": "model",
@@ -1120,14 +1156,17 @@ async fn models_and_capacity() {
               }
             }
           ]
-        }"#]]);
+        }"#]],
+    );
     let list = app.get("/v1/models").await.json();
     let ids: Vec<_> = list["data"].as_array().expect("data").iter().map(|m| m["id"].clone()).collect();
     assert_eq!((list["object"].clone(), ids), (json!("list"), vec![json!("demo"), json!("org/demo")]));
     for path in ["/v1/models/other", "/v1/models/%00", "/v1/models/%ff"] {
         assert_eq!(app.get(path).await.verdict().split(' ').take(2).collect::<Vec<_>>(), ["404", "model_not_found"], "{path}");
     }
-    check_pretty(&app.get("/v1/capacity?tokens=100").await, &expect![[r#"
+    check_pretty(
+        &app.get("/v1/capacity?tokens=100").await,
+        &expect![[r#"
         {
           "object": "capacity",
           "arena_bytes": 100000,
@@ -1158,7 +1197,8 @@ async fn models_and_capacity() {
               "requests_idle": 50
             }
           ]
-        }"#]]);
+        }"#]],
+    );
     assert_eq!(app.get("/v1/capacity").await.json()["request_tokens"], 1000);
     for query in ["tokens=0", "tokens=1001", "tokens=x", "tokens="] {
         assert_eq!(app.get(&format!("/v1/capacity?{query}")).await.verdict(), "400 invalid_value tokens", "{query}");
@@ -1229,8 +1269,27 @@ async fn the_description_names_every_route_and_every_field_it_reads() {
     for reference in all {
         assert!(api.pointer(reference.trim_start_matches('#')).is_some(), "{reference}");
     }
+    // Nothing is asked for that may be left out.
+    fn required(schema: &Value, out: &mut BTreeSet<String>) {
+        schema["required"].as_array().into_iter().flatten().for_each(|name| out.extend(name.as_str().map(str::to_owned)));
+        schema["allOf"].as_array().into_iter().flatten().for_each(|part| required(part, out));
+    }
+    for (name, want) in [
+        ("ChatRequest", &["messages"][..]),
+        ("CompletionRequest", &["prompt"]),
+        ("Options", &[]),
+        ("StreamOptions", &[]),
+        ("TokenizeRequest", &[]),
+        ("DetokenizeRequest", &["tokens"]),
+    ] {
+        let mut all = BTreeSet::new();
+        required(&api["components"]["schemas"][name], &mut all);
+        assert_eq!(all.iter().map(String::as_str).collect::<Vec<_>>(), want, "{name}");
+    }
     let text = api["components"]["schemas"].to_string();
-    for field in ["cache_profile", "chat_template_kwargs", "min_p", "add_special_tokens", "continuous_usage_stats", "kv_cache", "sealed_tokens"] {
+    for field in
+        ["cache_profile", "chat_template_kwargs", "min_p", "add_special_tokens", "continuous_usage_stats", "kv_cache", "sealed_tokens"]
+    {
         assert!(text.contains(&format!("\"{field}\"")), "{field}");
     }
 }
@@ -1330,7 +1389,9 @@ async fn draining_is_for_the_machine_itself_and_the_admin_key() {
 async fn before_the_model_is_loaded() {
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
     let app = App { router: server.router(), fake: Fake::new(vec![]), server };
-    for (path, verdict) in [("/health", "200"), ("/ready", "503 not_ready -"), ("/version", "200"), ("/metrics", "200"), ("/v1/models", "503 not_ready -")] {
+    for (path, verdict) in
+        [("/health", "200"), ("/ready", "503 not_ready -"), ("/version", "200"), ("/metrics", "200"), ("/v1/models", "503 not_ready -")]
+    {
         assert_eq!(app.get(path).await.verdict(), verdict, "{path}");
     }
     let refused = app.post(CHAT, &hello()).await;
@@ -1347,10 +1408,19 @@ async fn before_the_model_is_loaded() {
 #[tokio::test]
 async fn a_full_queue_tells_when_to_come_back() {
     let full = SubmitError::QueueFull { queued: 256, retry_after: Duration::from_millis(2300) };
-    let app = app(vec![Err(full), Ok(vec![Hang]), Err(SubmitError::Draining), Err(SubmitError::TooLarge { need: 9, have: 5 }), Err(SubmitError::Stopped)]);
+    let app = app(vec![
+        Err(full),
+        Ok(vec![Hang]),
+        Err(SubmitError::Draining),
+        Err(SubmitError::TooLarge { need: 9, have: 5 }),
+        Err(SubmitError::Stopped),
+    ]);
     let refused = app.post(CHAT, &with(hello(), &json!({"stream": true}))).await;
     assert_eq!(refused.verdict(), "429 server_overloaded -");
-    assert_eq!((&refused.headers["retry-after"], &refused.headers["retry-after-ms"]), (&"3".parse().expect("ok"), &"2300".parse().expect("ok")));
+    assert_eq!(
+        (&refused.headers["retry-after"], &refused.headers["retry-after-ms"]),
+        (&"3".parse().expect("ok"), &"2300".parse().expect("ok"))
+    );
     // The second choice is refused, so the first is taken back.
     assert_eq!(app.post(CHAT, &with(hello(), &json!({"n": 2}))).await.verdict(), "503 draining -");
     assert_eq!(app.fake.cancelled(1).await.len(), 1);
@@ -1454,7 +1524,8 @@ async fn read_until(stream: &mut TcpStream, what: &str) -> String {
 
 fn request(path: &str, body: &Value) -> Vec<u8> {
     let body = body.to_string();
-    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len()).into()
+    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        .into()
 }
 
 fn status(reply: &str) -> &str {
@@ -1463,7 +1534,12 @@ fn status(reply: &str) -> &str {
 
 #[tokio::test]
 async fn a_stream_over_a_socket_keeps_alive_and_ends() {
-    let net = net_with(|c| c.keep_alive = Duration::from_millis(30), vec![Ok(vec![Wait(100), Say("x"), Done(FinishReason::Stop)])], Duration::ZERO).await;
+    let net = net_with(
+        |c| c.keep_alive = Duration::from_millis(30),
+        vec![Ok(vec![Wait(100), Say("x"), Done(FinishReason::Stop)])],
+        Duration::ZERO,
+    )
+    .await;
     let mut stream = net.connect().await;
     stream.write_all(&request(CHAT, &with(hello(), &json!({"stream": true})))).await.expect("sent");
     let reply = read_until(&mut stream, "[DONE]").await;
@@ -1475,7 +1551,9 @@ async fn a_stream_over_a_socket_keeps_alive_and_ends() {
 
 #[tokio::test]
 async fn a_client_that_leaves_cancels_its_sequences_at_once() {
-    for (stream, n, steps) in [(false, 1, vec![Hang]), (false, 3, vec![Say("a"), Hang]), (true, 1, vec![Hang]), (true, 2, vec![Say("a"), Hang])] {
+    for (stream, n, steps) in
+        [(false, 1, vec![Hang]), (false, 3, vec![Say("a"), Hang]), (true, 1, vec![Hang]), (true, 2, vec![Say("a"), Hang])]
+    {
         for reset in [false, true] {
             let net = net(vec![Ok(steps.clone()); n]).await;
             let mut client = net.connect().await;
@@ -1506,8 +1584,10 @@ async fn slow_clients_are_cut_off() {
         c.limits.body_deadline = Duration::from_millis(150);
     };
     let net = net_with(edit, vec![], Duration::from_secs(5)).await;
-    let half_body = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"mo";
-    let chunked = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{\"\r\n";
+    let half_body =
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"mo";
+    let chunked =
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{\"\r\n";
     let answered = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
     for (bytes, want) in [
         (&b""[..], "closed"),
@@ -1603,7 +1683,9 @@ async fn requests_that_proxies_would_read_differently() {
     let pipelined = format!("{}GET /version HTTP/1.1\r\nhost: a\r\n{close}\r\n", "GET /health HTTP/1.1\r\nhost: a\r\n\r\n".repeat(9));
     let reply = net.raw(pipelined.as_bytes()).await;
     assert_eq!((reply.matches("HTTP/1.1 200").count(), reply.matches("{\"status\":\"ok\"}").count()), (10, 9));
-    assert!(reply.trim_end().ends_with('}') && reply.rfind("version").expect("the last answer") > reply.rfind("status").expect("the ninth"));
+    assert!(
+        reply.trim_end().ends_with('}') && reply.rfind("version").expect("the last answer") > reply.rfind("status").expect("the ninth")
+    );
 }
 
 #[tokio::test]
