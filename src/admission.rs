@@ -303,7 +303,10 @@ impl Model {
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, Refusal> {
-        let cannot = |_: EncodeError| Refusal::Value { param: "prompt".to_owned(), rule: "has text that this model's vocabulary cannot spell".to_owned() };
+        let cannot = |_: EncodeError| Refusal::Value {
+            param: "prompt".to_owned(),
+            rule: "has text that this model's vocabulary cannot spell".to_owned(),
+        };
         self.codec.encode(text, add_special_tokens, true).map_err(cannot)
     }
 

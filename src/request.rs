@@ -14,6 +14,7 @@ use crate::ids::{AdapterGeneration, ProfileIndex, TokenId};
 #[derive(Clone, Debug)]
 pub struct GenerateRequest {
     pub prompt: Arc<[TokenId]>,
+    /// Zero only scores the prompt.
     pub max_new_tokens: u32,
     /// EOS and stop ids are ignored before this many tokens are generated.
     pub min_new_tokens: u32,
@@ -122,10 +123,20 @@ pub struct CacheUse {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Log-probabilities of prompt positions `1..n` (position 0 has none); only when asked for.
-    Prompt { logprobs: Vec<TokenLogprob> },
-    Token { id: TokenId, logprob: Option<TokenLogprob> },
-    Done { reason: FinishReason, usage: Usage },
-    Failed { failure: Failure },
+    Prompt {
+        logprobs: Vec<TokenLogprob>,
+    },
+    Token {
+        id: TokenId,
+        logprob: Option<TokenLogprob>,
+    },
+    Done {
+        reason: FinishReason,
+        usage: Usage,
+    },
+    Failed {
+        failure: Failure,
+    },
 }
 
 /// The bill of one sequence.

@@ -144,7 +144,9 @@ mod tests {
 
     #[test]
     fn sealing_drains_whole_pages_and_keeps_the_window() {
-        for (len, window, want) in [(0, 64, 0), (64, 64, 0), (127, 64, 0), (128, 64, 64), (191, 64, 64), (192, 64, 128), (63, 0, 0), (64, 0, 64)] {
+        for (len, window, want) in
+            [(0, 64, 0), (64, 64, 0), (127, 64, 0), (128, 64, 64), (191, 64, 64), (192, 64, 128), (63, 0, 0), (64, 0, 64)]
+        {
             assert_eq!(sealed_len(len, window), want, "len {len}, window {window}");
             assert!(len - sealed_len(len, window) >= window.min(len));
         }

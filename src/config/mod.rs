@@ -123,7 +123,12 @@ impl Settings {
         }
         // Long enough for an ordinary answer to end; below Kubernetes' default of 30 s would cut streams for nothing.
         let shutdown_timeout = flags.shutdown_timeout.unwrap_or(30.0);
-        range("shutdown-timeout", shutdown_timeout.to_string(), "a number of seconds from 0 to 86400", (0.0..=86400.0).contains(&shutdown_timeout))?;
+        range(
+            "shutdown-timeout",
+            shutdown_timeout.to_string(),
+            "a number of seconds from 0 to 86400",
+            (0.0..=86400.0).contains(&shutdown_timeout),
+        )?;
         Ok(Settings {
             // A server without keys is for this machine alone until its operator says otherwise.
             host: flags.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),

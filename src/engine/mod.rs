@@ -42,7 +42,9 @@ pub enum SubmitError {
     #[error("the request queue is full ({queued} requests)")]
     QueueFull { queued: usize, retry_after: Duration },
     /// The request can never fit the cache, however idle the server is.
-    #[error("this request needs {need} bytes of cache and the server has {have}; shorten it, choose a smaller cache_profile, or raise --kv-cache-memory-bytes")]
+    #[error(
+        "this request needs {need} bytes of cache and the server has {have}; shorten it, choose a smaller cache_profile, or raise --kv-cache-memory-bytes"
+    )]
     TooLarge { need: u64, have: u64 },
     #[error("the server is shutting down")]
     Draining,

@@ -85,7 +85,11 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
 }
 
 enum Message {
-    Submit { seq: SeqId, request: GenerateRequest, events: mpsc::Sender<Event> },
+    Submit {
+        seq: SeqId,
+        request: GenerateRequest,
+        events: mpsc::Sender<Event>,
+    },
     /// Nobody listens any more.
     Cancel(SeqId),
     /// The listener has what it wanted (a stop string): end it as finished.
@@ -144,7 +148,7 @@ impl Engine for Arc<Door> {
             return Err(SubmitError::Draining);
         }
         let prompt = request.prompt.len();
-        let fit = self.fit.check(request.profile, prompt as u32, request.max_new_tokens);
+        let fit = self.fit.check(request.profile, prompt as u32, request.max_new_tokens.max(1));
         if let Err((need, have)) = fit {
             return Err(SubmitError::TooLarge { need, have });
         }
@@ -201,6 +205,8 @@ struct Client {
     occurrences: Option<Occurrences>,
     /// By position minus one; complete when the first token comes.
     prompt_logprobs: Vec<Option<TokenLogprob>>,
+    /// No token was asked for: only the prompt is scored.
+    scoring: bool,
     /// Counted in the door's queue until its first start.
     queued: bool,
     arrived: Instant,
@@ -305,13 +311,17 @@ impl Room {
 
     fn hear(&mut self, message: Message) {
         match message {
-            Message::Submit { seq, request, events } => {
+            Message::Submit { seq, mut request, events } => {
                 let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
+                // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
+                let scoring = max_new == 0;
+                request.max_new_tokens = max_new.max(1);
                 let client = Client {
                     occurrences: has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt)),
                     events,
                     generated: 0,
                     prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
+                    scoring,
                     queued: true,
                     arrived: Instant::now(),
                     first_token: None,
@@ -404,7 +414,12 @@ impl Room {
                     (self.emit)(telemetry::Event::Preempted);
                     tracing::debug!(?seq, "preempted");
                 }
-                Outcome::Done { seq, reason, ended } => {
+                Outcome::Done { seq, mut reason, mut ended } => {
+                    // When the first token was a stop token, which is none of the stream, the scores are still here.
+                    self.tell_prompt(seq);
+                    if self.clients.get(&seq).is_some_and(|c| c.scoring) {
+                        (reason, ended.usage.completion_tokens) = (FinishReason::Length, 0);
+                    }
                     self.tell(seq, Event::Done { reason, usage: ended.usage });
                     let label = if reason == FinishReason::Stop { "stop" } else { "length" };
                     self.forget(seq, label, ended.preemptions);
@@ -430,12 +445,20 @@ impl Room {
         if let Some(occurrences) = &mut client.occurrences {
             occurrences.add(id);
         }
+        self.tell_prompt(seq);
+        (self.emit)(event);
+        if self.clients.get(&seq).is_some_and(|c| !c.scoring) {
+            self.tell(seq, Event::Token { id, logprob });
+        }
+    }
+
+    /// Hands out the scores of a prompt, once.
+    fn tell_prompt(&mut self, seq: SeqId) {
+        let Some(client) = self.clients.get_mut(&seq) else { return };
         let prompt: Vec<TokenLogprob> = std::mem::take(&mut client.prompt_logprobs).into_iter().flatten().collect();
         if !prompt.is_empty() {
             self.tell(seq, Event::Prompt { logprobs: prompt });
         }
-        (self.emit)(event);
-        self.tell(seq, Event::Token { id, logprob });
     }
 
     /// Hands an event to a client. One that left its channel full stopped reading: its sequence is cancelled.

@@ -43,11 +43,25 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// Every frequency divided by `factor`.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1: low frequencies divided, high ones kept, smooth between.
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_positions: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_positions: f64,
+    },
     /// YaRN: a ramp over the dimensions, and `attention_factor` on cosine and sine.
-    Yarn { factor: f64, beta_fast: f64, beta_slow: f64, original_max_positions: f64, attention_factor: f64, truncate: bool },
+    Yarn {
+        factor: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        original_max_positions: f64,
+        attention_factor: f64,
+        truncate: bool,
+    },
 }
 
 impl ModelConfig {

@@ -340,7 +340,9 @@ impl<'a> Decoder<'a> {
                         let position = ((row.sealed.len() + page) * P) as u32;
                         seals.entry(row.profile.0).or_default().push(SealJob { from, from_offset, to, skip, position });
                     }
-                    Move::Sinks { from, to, n } => copy_sinks(pass.arena, layout, (from, from_offset), (to, layer * layout.sinks_layer_bytes()), n),
+                    Move::Sinks { from, to, n } => {
+                        copy_sinks(pass.arena, layout, (from, from_offset), (to, layer * layout.sinks_layer_bytes()), n)
+                    }
                     Move::Keep { from, to, n: _ } => {
                         // Whole tiles: keys lie channel by channel, so the first positions are not contiguous.
                         let bytes = layout.exact_layer_bytes();

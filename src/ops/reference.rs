@@ -155,7 +155,16 @@ fn element(arena: &Arena, exact: ExactType, page: PageAddr, offset: usize, i: us
 
 /// One position's key (after rope) and value of one head out of an exact page.
 #[expect(clippy::too_many_arguments, reason = "coordinates of one vector in the cache, private to the definition")]
-fn read_exact(arena: &Arena, layout: &PageLayout, page: PageAddr, offset: usize, head: usize, slot: usize, key: &mut [f32], value: &mut [f32]) {
+fn read_exact(
+    arena: &Arena,
+    layout: &PageLayout,
+    page: PageAddr,
+    offset: usize,
+    head: usize,
+    slot: usize,
+    key: &mut [f32],
+    value: &mut [f32],
+) {
     let d = layout.head_dim;
     let keys = offset + 2 * head * exact_head_bytes(layout);
     for c in 0..d {
@@ -215,8 +224,7 @@ fn rebuild(p: &Projection, latent: &[f32]) -> Vec<f32> {
     for group in &p.groups {
         let width = group.channels.len();
         for (i, c) in group.channels.clone().enumerate() {
-            let sum: f64 =
-                group.ranks.clone().enumerate().map(|(r, j)| f64::from(latent[j]) * f64::from(group.up[r * width + i])).sum();
+            let sum: f64 = group.ranks.clone().enumerate().map(|(r, j)| f64::from(latent[j]) * f64::from(group.up[r * width + i])).sum();
             x[c] += sum as f32;
         }
     }
@@ -237,7 +245,8 @@ fn quantise(x: &[f32], bits: u32) -> (f16, f16, Vec<u32>) {
         return (f16::ZERO, f16::ZERO, vec![]);
     }
     let (min, scale) = (to_f16(min), to_f16((max - min) / levels));
-    let code = |v: f32| if scale.to_f32() > 0.0 { ((v - min.to_f32()) / scale.to_f32()).round_ties_even().clamp(0.0, levels) as u32 } else { 0 };
+    let code =
+        |v: f32| if scale.to_f32() > 0.0 { ((v - min.to_f32()) / scale.to_f32()).round_ties_even().clamp(0.0, levels) as u32 } else { 0 };
     (scale, min, x.iter().map(|&v| code(v)).collect())
 }
 
@@ -287,7 +296,8 @@ fn write_values(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents
         let groups = rank.div_ceil(VALUE_GROUP);
         for g in 0..groups {
             let range = g * VALUE_GROUP..((g + 1) * VALUE_GROUP).min(rank);
-            let (scale, min, codes) = if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], sealed.bits) };
+            let (scale, min, codes) =
+                if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], sealed.bits) };
             let dst = arena.slice_mut::<u8>(page, sealed.value_codes + j * stride, stride);
             range.zip(codes).for_each(|(r, code)| put_code(dst, sealed.bits, r, code));
             arena.slice_mut::<f16>(page, sealed.value_meta + 4 * (j * groups + g), 2).copy_from_slice(&[scale, min]);

@@ -30,8 +30,7 @@ use crate::serve::ready::{Bases, Opened, Source};
 use crate::server::{self, Keys, Loaded, Pages, Server};
 use crate::telemetry::{Facts, Telemetry};
 
-const PAGES: Pages =
-    Pages { chat: include_str!("../server/web/chat.html"), dashboard: include_str!("../server/web/dashboard.html") };
+const PAGES: Pages = Pages { chat: include_str!("../server/web/chat.html"), dashboard: include_str!("../server/web/dashboard.html") };
 
 /// `strait serve`: serves `model`, or the demo model, until SIGTERM or SIGINT.
 ///
@@ -163,10 +162,11 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let exact = ready::exact_type(&weights);
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
-    let (profiles, bases) =
-        ready::profiles(&opened, &mut decoder, &*ops, exact, &settings.profiles, settings.compression.as_deref())?;
+    let (profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, &settings.profiles, settings.compression.as_deref())?;
     if let Bases::Computed { tokens, seconds } = &bases {
-        tracing::info!("no compression artifact: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)");
+        tracing::info!(
+            "no compression artifact: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)"
+        );
     }
 
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
@@ -181,7 +181,8 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         // So that a queue of the longest prompts is not hours long; one prompt may always wait.
         max_queued_tokens: 8 * u64::from(context),
         layers: model.layers as u32,
-        max_model_len: context,
+        // A prompt that fills the context may still be scored; its one unheard token is never computed.
+        max_model_len: context + 1,
         arena_bytes,
         profiles: sizes,
         prefix_caching: settings.prefix_caching,
@@ -191,9 +192,12 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     // The least that is worth serving: one prompt of a page and a page of answer.
     let least = (2 * PAGE_TOKENS).min(context);
     if let Err((need, have)) = Fit::new(&config).check(ProfileIndex(settings.default_profile as u8), least.div_ceil(2), least / 2) {
-        bail!("the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile");
+        bail!(
+            "the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile"
+        );
     }
-    let arena = Arena::new(arena_bytes).with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
+    let arena = Arena::new(arena_bytes)
+        .with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
     let backend = ops.describe();
     let telemetry = telemetry.clone();
     let emit = Box::new(move |event| telemetry.emit(event));
@@ -247,7 +251,8 @@ fn secret() -> [u8; 32] {
 
 /// Starts the engine and puts the model behind the edge.
 fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, std::thread::JoinHandle<()>)> {
-    let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } = ready;
+    let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } =
+        ready;
     let config = parts.scheduler.clone();
     let layouts: Vec<PageLayout> = parts.profiles.iter().map(|p: &ReadyProfile| p.layout.clone()).collect();
     let (engine, thread) = start(parts)?;
@@ -317,18 +322,29 @@ fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
     let url = format!("http://{address}");
     let mut line = |text: String| writeln!(out, "{text}").expect("writing to a string");
     line(format!("Strait {} serves {} on {url}", env!("CARGO_PKG_VERSION"), s.name));
-    line(format!("  model    {} ({:.1} MiB of weights, context {}), ready in {:.1} s", s.root, mib(s.weight_bytes), s.context, s.load_seconds));
+    line(format!(
+        "  model    {} ({:.1} MiB of weights, context {}), ready in {:.1} s",
+        s.root,
+        mib(s.weight_bytes),
+        s.context,
+        s.load_seconds
+    ));
     line(format!("  backend  {}", s.backend));
     match &s.bases {
         Bases::None => {}
         Bases::Artifact(from) => line(format!("  bases    from the artifact {from}")),
-        Bases::Computed { tokens, seconds } => line(format!("  bases    computed at start from {tokens} tokens of built-in text in {seconds:.1} s")),
+        Bases::Computed { tokens, seconds } => {
+            line(format!("  bases    computed at start from {tokens} tokens of built-in text in {seconds:.1} s"))
+        }
     }
     line(format!("  cache    {:.1} MiB", mib(s.arena_bytes)));
     for (name, bytes, tokens, is_default) in &s.profiles {
         let full = s.profiles[0].1;
         let mark = if *is_default { " (default)" } else { "" };
-        line(format!("    {name:<10} {bytes:>10.1} bytes per token, {:>5.1}x smaller, one context of up to {tokens} tokens{mark}", full / bytes));
+        line(format!(
+            "    {name:<10} {bytes:>10.1} bytes per token, {:>5.1}x smaller, one context of up to {tokens} tokens{mark}",
+            full / bytes
+        ));
     }
     line(format!("  chat     {url}/        dashboard {url}/dashboard        metrics {url}/metrics"));
     line("Try:".into());

@@ -80,7 +80,10 @@ pub enum Bases {
     None,
     Artifact(String),
     /// Computed now, from so many calibration tokens in so many seconds.
-    Computed { tokens: usize, seconds: f64 },
+    Computed {
+        tokens: usize,
+        seconds: f64,
+    },
 }
 
 /// Lays out `profiles`, with bases from an artifact, or in closed form from calibration text.

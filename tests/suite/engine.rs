@@ -171,7 +171,12 @@ fn a_sequence_does_not_depend_on_what_else_is_in_the_batch() {
     for model in ["llama3", "qwen3"] {
         let prompts: Vec<Vec<TokenId>> = [1, 5, 63, 64, 65, 130, 300].iter().map(|&n| tokens(n, n as u64, 256)).collect();
         let sampled = |i: usize, profile| GenerateRequest {
-            sampling: Sampling { temperature: if i.is_multiple_of(2) { 0.0 } else { 0.8 }, seed: i as u64, top_p: 0.9, ..Sampling::greedy() },
+            sampling: Sampling {
+                temperature: if i.is_multiple_of(2) { 0.0 } else { 0.8 },
+                seed: i as u64,
+                top_p: 0.9,
+                ..Sampling::greedy()
+            },
             ..request(&prompts[i], 20, profile)
         };
         // Each alone, with a cold cache, with steps of another size.
@@ -186,8 +191,10 @@ fn a_sequence_does_not_depend_on_what_else_is_in_the_batch() {
             })
             .collect();
         let together = world(model, ROOMY, cpu);
-        let streams: Vec<_> =
-            (0..4u8).flat_map(|p| (0..prompts.len()).map(move |i| (p, i))).map(|(p, i)| (p, i, together.engine.submit(sampled(i, p)).unwrap())).collect();
+        let streams: Vec<_> = (0..4u8)
+            .flat_map(|p| (0..prompts.len()).map(move |i| (p, i)))
+            .map(|(p, i)| (p, i, together.engine.submit(sampled(i, p)).unwrap()))
+            .collect();
         for (profile, i, stream) in streams {
             let (got, want) = (hear(stream), &alone[profile as usize][i]);
             assert_eq!(got.tokens, want.tokens, "{model}, profile {profile}, prompt {i}");
@@ -218,7 +225,8 @@ fn all_directions_at_16_bits_are_as_good_as_the_exact_cache() {
     let prompt = tokens(500, 3, 256);
     let said = |profile| hear(world.engine.submit(request(&prompt, 100, profile)).unwrap());
     let (full, lossless, fifth) = (said(0), said(1), said(3));
-    let difference = |other: &Said| full.logprobs.iter().zip(&other.logprobs).map(|(a, b)| (a.logprob - b.logprob).abs()).fold(0.0, f32::max);
+    let difference =
+        |other: &Said| full.logprobs.iter().zip(&other.logprobs).map(|(a, b)| (a.logprob - b.logprob).abs()).fold(0.0, f32::max);
     assert_eq!(full.tokens, lossless.tokens);
     assert!(difference(&lossless) < 0.02, "{}", difference(&lossless));
     assert!(difference(&fifth) > 0.02, "a fifth of the directions cannot be exact on random weights: is it compressed at all?");
@@ -237,6 +245,18 @@ fn prompt_log_probabilities_come_through_every_way_of_prefill() {
         all.push(said.prompt);
     }
     assert!(all.iter().all(|p| *p == all[0]));
+}
+
+#[test]
+fn a_prompt_may_be_scored_without_an_answer() {
+    let world = world("qwen2", ROOMY, cpu);
+    let prompt = tokens(100, 5, 256);
+    let score = |max| hear(world.engine.submit(GenerateRequest { prompt_logprobs: Some(1), ..request(&prompt, max, 0) }).unwrap());
+    let (answered, scored) = (score(1), score(0));
+    assert_eq!(scored.prompt, answered.prompt);
+    assert_eq!((scored.prompt.len(), scored.tokens.len()), (99, 0));
+    let (reason, usage) = scored.end.unwrap();
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 0));
 }
 
 #[test]
@@ -364,7 +384,8 @@ fn a_request_that_breaks_the_step_ends_alone() {
     let clean = |n, seed| -> Vec<TokenId> { tokens(n, seed, 250) };
     let world = world("llama2", ROOMY, move || Box::new(Cursed(Cpu::new(1), mark[0])));
     let good: Vec<Vec<TokenId>> = (0..5).map(|i| clean(40 + 30 * i, i as u64 + 1)).collect();
-    let bias: Arc<std::collections::BTreeMap<TokenId, f32>> = Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
+    let bias: Arc<std::collections::BTreeMap<TokenId, f32>> =
+        Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
     let ask = |prompt: &[TokenId], p| GenerateRequest {
         sampling: Sampling { logit_bias: bias.clone(), ..Sampling::greedy() },
         ..request(prompt, 10, p)

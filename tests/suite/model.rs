@@ -85,7 +85,14 @@ impl<'a> Alone<'a> {
         };
         let plan = StepPlan { rows: vec![row], tokens: tokens.to_vec(), pages: self.pages.clone(), moves: vec![] };
         let mut sink = Collected::default();
-        self.decoder.forward(&mut Pass { plan: &plan, arena: &mut self.arena, profiles: &self.profiles, ops, sink: &mut sink, observer: None });
+        self.decoder.forward(&mut Pass {
+            plan: &plan,
+            arena: &mut self.arena,
+            profiles: &self.profiles,
+            ops,
+            sink: &mut sink,
+            observer: None,
+        });
         sink.0
     }
 }
@@ -113,7 +120,11 @@ fn check_goldens(ops: &dyn Ops) {
             for (i, want) in case.logprobs.iter().enumerate() {
                 let got = log_softmax(&got[i].1, case.prompt[i + 1]);
                 worst = worst.max((got - want).abs());
-                assert!((got - want).abs() < 1e-3, "{name}, prompt of {}: log-probability {i} is {got}, transformers say {want}", case.prompt.len());
+                assert!(
+                    (got - want).abs() < 1e-3,
+                    "{name}, prompt of {}: log-probability {i} is {got}, transformers say {want}",
+                    case.prompt.len()
+                );
             }
             let mut continuation = vec![];
             for i in 0..case.continuation.len() {

@@ -14,7 +14,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("step", &["ids"]),
     ("kv", &["ids", "model::config"]),
     ("quant", &[]),
-    ("compress", &["kv", "model::config"]),
+    ("compress", &["ids", "kv", "model::config"]),
     ("ops", &["ids", "kv", "compress", "quant"]),
     ("model", &["ids", "kv", "compress", "ops", "request", "step", "model::config"]),
     ("pages", &["ids", "kv"]),
@@ -30,17 +30,38 @@ const FLOORS: &[(&str, &[&str])] = &[
     (
         "serve",
         &[
-            "admission", "calibrate", "compress", "config", "demo", "engine", "ids", "kv", "model", "ops", "plan", "scheduler", "server",
-            "telemetry", "text",
+            "admission",
+            "calibrate",
+            "compress",
+            "config",
+            "demo",
+            "engine",
+            "ids",
+            "kv",
+            "model",
+            "ops",
+            "plan",
+            "scheduler",
+            "server",
+            "telemetry",
+            "text",
         ],
     ),
 ];
 
 /// Words that never stand in the code of some rooms, and why.
 const NEVERS: &[(&[&str], &[&str], &str)] = &[
-    (&["scheduler", "pages", "step", "request"], &["Instant", "SystemTime", "tokio", "rand::", "std::thread"], "they are pure: time arrives as an argument"),
+    (
+        &["scheduler", "pages", "step", "request"],
+        &["Instant", "SystemTime", "tokio", "rand::", "std::thread"],
+        "they are pure: time arrives as an argument",
+    ),
     (&["scheduler", "pages", "engine", "ops", "model::decoder"], &["tokenizers", "crate::text"], "below admission there is no text"),
-    (&["ids", "request", "step", "pages", "scheduler", "engine", "admission", "ops", "model", "text", "kv"], &["axum", "StatusCode"], "HTTP lives in server"),
+    (
+        &["ids", "request", "step", "pages", "scheduler", "engine", "admission", "ops", "model", "text", "kv"],
+        &["axum", "StatusCode"],
+        "HTTP lives in server",
+    ),
     (&["server", "engine", "scheduler", "admission", "serve"], &["prometheus::"], "metric types live in telemetry"),
 ];
 
