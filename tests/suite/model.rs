@@ -1,9 +1,6 @@
 //! The decoder against Hugging Face transformers: tiny checkpoints of every family, their prompts' log-probabilities
 //! and greedy continuations (made by `tests/golden/make_models.py`), on every backend and every way to cut the work.
 
-use std::path::{Path, PathBuf};
-
-use serde::Deserialize;
 use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId, TokenId};
 use strait::kv::Arena;
 use strait::kv::layout::{ExactType, PageLayout, Profile};
@@ -11,28 +8,11 @@ use strait::model::checkpoint::Checkpoint;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::weights::LoadDtype;
 use strait::ops::Ops;
+use strait::ops::cpu::Cpu;
 use strait::ops::reference::Reference;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
-#[derive(Deserialize)]
-struct Expected {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt: Vec<TokenId>,
-    logprobs: Vec<f32>,
-    continuation: Vec<TokenId>,
-}
-
-fn models() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
-    dirs.sort();
-    assert!(dirs.len() >= 8, "the golden models are committed");
-    dirs
-}
+use crate::golden::{MODELS, expected, folder};
 
 /// Logits of every position asked for, by position.
 #[derive(Default)]
@@ -108,17 +88,15 @@ fn argmax(logits: &[f32]) -> TokenId {
 }
 
 fn check_goldens(ops: &dyn Ops) {
-    for dir in models() {
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        let checkpoint = Checkpoint::open(&dir).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let expected: Expected = serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap();
+    for name in MODELS {
+        let checkpoint = Checkpoint::open(&folder(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut worst = 0.0f32;
-        for case in &expected.cases {
+        for case in &expected(name) {
             let mut alone = Alone::new(&checkpoint, LoadDtype::F32);
             let mut got = alone.run(ops, &case.prompt, 0, Logits::All);
             assert_eq!(got.len(), case.prompt.len());
             for (i, want) in case.logprobs.iter().enumerate() {
-                let got = log_softmax(&got[i].1, case.prompt[i + 1]);
+                let (got, want) = (log_softmax(&got[i].1, case.prompt[i + 1]), *want as f32);
                 worst = worst.max((got - want).abs());
                 assert!(
                     (got - want).abs() < 1e-3,
@@ -141,4 +119,9 @@ fn check_goldens(ops: &dyn Ops) {
 #[test]
 fn the_reference_agrees_with_transformers() {
     check_goldens(&Reference);
+}
+
+#[test]
+fn the_fast_backend_agrees_with_transformers() {
+    check_goldens(&Cpu::new(2));
 }
