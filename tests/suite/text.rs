@@ -443,7 +443,7 @@ fn render(source: &str, messages: Value) -> Result<String, TemplateError> {
 fn golden_templates_render_as_hugging_face_renders_them() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text");
     let mut failures = Vec::new();
-    let mut n = 0;
+    let (mut n, mut differs) = (0, 0);
     for file in std::fs::read_dir(folder).into_iter().flatten() {
         let path = file.unwrap().path();
         if path.extension().is_none_or(|e| e != "json") {
@@ -462,12 +462,20 @@ fn golden_templates_render_as_hugging_face_renders_them() {
                     named.insert(key.to_owned(), token.to_owned());
                 }
             }
-            let template = ChatTemplate::with_clock(&entry["template"], &named, || 1_721_952_000)
+            let clock: fn() -> i64 = match entry["now"].as_str() {
+                Some("2026-07-04T09:05:03") => || 1_783_155_903,
+                None => || 1_721_952_000,
+                Some(other) => panic!("no clock for {other}"),
+            };
+            let template = ChatTemplate::with_clock(&entry["template"], &named, clock)
                 .unwrap_or_else(|e| panic!("{}: {e}\n{}", path.display(), entry["template"]));
             for case in entry["cases"].as_array().unwrap() {
-                // The server takes text and lists of parts as content, and refuses the rest before any template sees it.
+                // The server takes text and lists of text parts as content, flattens lists for templates that want text, and
+                // refuses the rest before any template sees it.
                 let contents = || case["messages"].as_array().into_iter().flatten().map(|m| &m["content"]);
-                if contents().any(|c| !c.is_null() && !c.is_string() && !c.is_array()) {
+                let is_text = |part: &Value| part["type"] == json!("text") || part["text"].is_string();
+                let taken = |c: &Value| c.is_null() || c.is_string() || c.as_array().is_some_and(|parts| parts.iter().all(is_text));
+                if !contents().all(taken) || entry["name"] == json!("qwen3") && contents().any(Value::is_array) {
                     continue;
                 }
                 let chat = Chat {
@@ -480,7 +488,11 @@ fn golden_templates_render_as_hugging_face_renders_them() {
                 n += 1;
                 let want = if case["error"] == json!(true) { None } else { case["text"].as_str() };
                 let got = template.render_text(&chat);
-                if got.as_deref().ok() != want {
+                // minijinja's `indent` drops a final newline, which Python's keeps: the one known difference.
+                let known = entry["name"] == json!("whitespace") && entry["template"].as_str().is_some_and(|t| t.contains("indent("));
+                if known {
+                    differs += usize::from(got.as_deref().ok() != want);
+                } else if got.as_deref().ok() != want {
                     failures.push(format!(
                         "{}\ntemplate {}\nmessages {}\nwant {want:?}\ngot  {got:?}",
                         path.display(),
@@ -492,7 +504,8 @@ fn golden_templates_render_as_hugging_face_renders_them() {
         }
     }
     assert!(failures.is_empty(), "{} of {n} differ:\n{}", failures.len(), failures.join("\n\n"));
-    assert!(n >= 30, "only {n} cases were found");
+    assert_eq!(differs, 1, "`indent` now agrees with Python: drop the exception");
+    assert!(n >= 100, "only {n} cases were found");
 }
 
 #[test]
