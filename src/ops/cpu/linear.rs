@@ -460,7 +460,7 @@ impl Unit<'_> {
                             let ahead = if row == self.rows.0 { 4 * row_bytes } else { 0 };
                             by_rows!(rows, S, |R| {
                                 let mut x = [row_at(0); R];
-                                for r in 1..R {
+                                for r in 0..R {
                                     x[r] = row_at(r);
                                 }
                                 S::enter(Dots::<S, D, R, 1> { x, w, n, ahead, totals: totals.as_mut_ptr() })

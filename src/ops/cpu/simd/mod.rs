@@ -206,7 +206,7 @@ pub(super) trait Lanes: Copy + 'static {
             let x = Self::min(Self::splat(89.0), Self::max(Self::splat(-88.1), x));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             // ln 2 in two parts, the first short enough that its product with n is exact.
-            let r = Self::fma(n, Self::splat(-0.693_359_375), x);
+            let r = Self::fma(n, Self::splat(-355.0 / 512.0), x);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
             // The exponential series: on |r| <= ln(2)/2 the first term left out is below 1.3e-7.
             let mut p = Self::splat(1.0 / 720.0);

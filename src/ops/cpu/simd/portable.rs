@@ -127,8 +127,9 @@ impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
     #[inline(always)]
     unsafe fn keep(a: Self::V, from: usize, to: usize) -> Self::V {
         let mut out = [f32::NEG_INFINITY; N];
-        for i in from..to.min(N) {
-            out[i] = a[i];
+        let to = to.min(N);
+        if from < to {
+            out[from..to].copy_from_slice(&a[from..to]);
         }
         out
     }
