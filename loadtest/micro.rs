@@ -15,6 +15,9 @@ use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::ops::cpu::Cpu;
 use strait::ops::{AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob};
 
+/// Prints a table of a backend, given its peak in FLOP/s.
+type Table = fn(&Cpu, f64);
+
 fn main() {
     // `cargo bench` adds a `--bench` of its own.
     let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -23,7 +26,7 @@ fn main() {
         let cpu = Cpu::new(threads);
         let peak = cpu.peak_flops();
         println!("{}: {:.0} GFLOP/s, memory {:.1} GB/s\n", cpu.describe(), peak / 1e9, cpu.read_bandwidth(1 << 29) / 1e9);
-        let tables: [(&str, fn(&Cpu, f64)); 7] = [
+        let tables: [(&str, Table); 7] = [
             ("calls", calls),
             ("gemv", gemv),
             ("rows", few_rows),

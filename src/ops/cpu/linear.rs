@@ -13,18 +13,19 @@ use half::bf16;
 
 use super::Cpu;
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
-use super::simd::{Element, Isa, Kernel, Lanes, dispatch};
+use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{by_rows, widen};
 use crate::ops::{Linear, MatrixData};
 
-/// Inputs summed in one accumulator before it is added to the total.
-const BLOCK: usize = 1024;
-/// Weight rows of a panel; `PANEL * BLOCK` floats fit the second-level cache beside the input tile.
-const PANEL: usize = 64;
+/// Inputs summed in one accumulator before it is added to the total. Six rows of so many inputs and four of weights
+/// take less than half the first-level cache, as two threads often share a core.
+const BLOCK: usize = 512;
+/// Weight rows of a panel at most; `PANEL * BLOCK` floats fit the second-level cache beside the input tile.
+const PANEL: usize = 128;
 /// Input rows that meet a panel before it is dropped.
 const ROWS: usize = 192;
 /// Up to so many rows, widening weights in registers beats the detour through a panel.
-const FEW: usize = 12;
+const FEW: usize = 24;
 /// Floats of one tile's totals: six rows by four columns as [`Lanes::reduce_add`] lays them out.
 const TOTALS: usize = 32;
 /// Multiplications below which waking other threads costs more than they save.
@@ -36,7 +37,8 @@ const CHUNK_BYTES: usize = 32 * 1024;
 #[derive(Default)]
 pub(super) struct LinearScratch {
     jobs: Vec<Job>,
-    /// The inputs rounded to bf16.
+    /// The inputs, their rows on cache lines, and the same rounded to bf16.
+    lined: Vec<Aligned>,
     halves: Vec<Aligned>,
 }
 
@@ -56,11 +58,13 @@ struct Job {
 
 /// The rows all jobs share.
 struct Input {
-    /// `[rows][width]`.
+    width: usize,
+    /// Rows of `width`, each `x_step` after the one before.
     x: *const f32,
+    x_step: usize,
     /// The same in bf16, where a job needs it; null otherwise.
     rounded: *const bf16,
-    width: usize,
+    rounded_step: usize,
 }
 
 // SAFETY: the pointers are only read while the call lasts.
@@ -80,13 +84,15 @@ unsafe impl Sync for Job {}
 /// `Ops::linear` on `cpu`.
 pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
     let Some(inputs) = jobs.first().map(|job| job.w.in_features) else { return };
-    assert_eq!(x.len(), rows * inputs, "x is not [rows][in_features]");
+    assert!(inputs > 0 && x.len() == rows * inputs, "x is not [rows][in_features]");
     if rows == 0 {
         return;
     }
     let mut scratch = cpu.linear.lock().unwrap_or_else(|e| e.into_inner());
-    let LinearScratch { jobs: list, halves } = &mut *scratch;
+    let LinearScratch { jobs: list, lined, halves } = &mut *scratch;
     list.clear();
+    let row_blocks = if rows <= FEW { 1 } else { rows.div_ceil(ROWS) };
+    let block = rows.div_ceil(row_blocks).next_multiple_of(12);
     let mut work = 0;
     let mut pairs = false;
     for job in jobs {
@@ -105,7 +111,9 @@ pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>])
             let least = CHUNK_BYTES / (inputs * bytes).max(1);
             out.div_ceil(32 * cpu.pool.threads()).max(least).next_multiple_of(8)
         } else {
-            PANEL
+            // Narrower panels where there would be too few for all threads.
+            let panels = (4 * cpu.pool.threads()).div_ceil(row_blocks);
+            out.div_ceil(panels).next_multiple_of(4).clamp(16, PANEL)
         };
         list.push(Job {
             w,
@@ -117,15 +125,19 @@ pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>])
             chunks: out.div_ceil(columns),
         });
     }
-    pairs &= cpu.isa == Isa::Avx512Bf16;
-    let rounded: *const bf16 = if pairs { round_all(cpu, x, halves) } else { std::ptr::null() };
-
-    let row_blocks = if rows <= FEW { 1 } else { rows.div_ceil(ROWS) };
-    let block = rows.div_ceil(row_blocks).next_multiple_of(12);
+    pairs &= cpu.isa.rounds_activations();
+    let mut input = Input { width: inputs, x: x.as_ptr(), x_step: inputs, rounded: std::ptr::null(), rounded_step: 0 };
+    if (3..=FEW).contains(&rows) {
+        // Loads that cross cache lines cost a third of the speed. Beside the weights the copy is nothing; with one
+        // or two rows there is nothing to gain, and many are copied tile by tile.
+        (input.x, input.x_step) = copied(cpu, x, inputs, lined, |v| v);
+    }
+    if pairs {
+        (input.rounded, input.rounded_step) = copied(cpu, x, inputs, halves, bf16::from_f32);
+    }
+    let input = &input;
     let units: usize = list.iter().map(|job| job.chunks * row_blocks).sum();
     let list = &list[..];
-    let input = Input { x: x.as_ptr(), rounded, width: inputs };
-    let input = &input;
     let unit = |i: usize| {
         let mut i = i;
         let mut at = 0;
@@ -148,19 +160,24 @@ pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>])
     if work < WORTH_SHARING { (0..units).for_each(unit) } else { cpu.pool.run(units, &unit) }
 }
 
-/// Rounds `x` to bf16 into `halves`.
-fn round_all(cpu: &Cpu, x: &[f32], halves: &mut Vec<Aligned>) -> *const bf16 {
-    const CHUNK: usize = 16 * 1024;
-    grow(halves, x.len().div_ceil(2));
-    let to = Shares::new(halves.as_mut_slice());
-    cpu.pool.run(x.len().div_ceil(CHUNK), &|i| {
-        let x = &x[i * CHUNK..x.len().min((i + 1) * CHUNK)];
-        for (j, &v) in x.iter().enumerate() {
-            // SAFETY: `grow` made room for `x.len()` elements, and each chunk writes its own.
-            unsafe { to.get().cast::<bf16>().add(i * CHUNK + j).write(bf16::from_f32(v)) }
+/// Copies rows of `width` into `buffer` as `f` of each element, every row on a cache line: where, and how far apart.
+fn copied<T: Copy>(cpu: &Cpu, x: &[f32], width: usize, buffer: &mut Vec<Aligned>, f: fn(f32) -> T) -> (*const T, usize) {
+    let step = width.next_multiple_of(64 / size_of::<T>());
+    let rows = x.len() / width;
+    grow(buffer, rows * step * size_of::<T>() / size_of::<f32>());
+    let to = Shares::new(buffer.as_mut_slice());
+    let row = |i: usize| {
+        for (j, &v) in x[i * width..(i + 1) * width].iter().enumerate() {
+            // SAFETY: `grow` made room for `rows * step` elements, and each row is written by one thread.
+            unsafe { to.get().cast::<T>().add(i * step + j).write(f(v)) }
         }
-    });
-    to.get().cast::<bf16>().cast_const()
+    };
+    if x.len() < WORTH_SHARING {
+        (0..rows).for_each(row)
+    } else {
+        cpu.pool.run(rows, &row)
+    }
+    (to.get().cast::<T>().cast_const(), step)
 }
 
 /// Output rows and columns one thread computes.
@@ -352,17 +369,68 @@ impl<T: Lanes, D: Dot<T>> Kernel for Pack<T, D> {
     }
 }
 
+/// The dot products of `R` inputs with all of a panel, added to `totals`.
+struct Sweep<S: Lanes, D: Dot<S>, const R: usize> {
+    x: [*const D::X; R],
+    n: usize,
+    /// Room for `[R][BLOCK]` inputs: together and on cache lines they stay in the first-level cache.
+    tile: *mut D::X,
+    /// `[4 * groups][BLOCK]`.
+    panel: *const D::W,
+    groups: usize,
+    totals: *mut f32,
+    /// What to fetch meanwhile: the inputs of the next tile, and `lines` cache lines of the weights of the next
+    /// panel in rows of `row_lines`, each `row_step` bytes after the one before.
+    next_x: [*const D::X; R],
+    next_w: *const u8,
+    lines: usize,
+    row_lines: usize,
+    row_step: usize,
+}
+
+impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Sweep<T, D, R> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Sweep { x, n, tile, panel, groups, totals, next_x, next_w, lines, row_lines, row_step } = self;
+        let x_lines = (n * size_of::<D::X>()).div_ceil(64);
+        let (mut x_line, mut line) = (0, 0);
+        // SAFETY: passed on; `S` is `T`, as only `T::enter` runs this. Fetching needs no valid address.
+        unsafe {
+            let mut rows = [tile.cast_const(); R];
+            for r in 0..R {
+                rows[r] = rows[r].add(r * BLOCK);
+                std::ptr::copy_nonoverlapping(x[r], tile.add(r * BLOCK), n);
+            }
+            for group in 0..groups {
+                while x_line * groups < (group + 1) * x_lines {
+                    for next in next_x {
+                        T::prefetch(next.cast::<u8>().wrapping_add(64 * x_line));
+                    }
+                    x_line += 1;
+                }
+                while line * groups < (group + 1) * lines {
+                    T::prefetch(next_w.wrapping_add(line / row_lines * row_step + line % row_lines * 64));
+                    line += 1;
+                }
+                let w = panel.add(group * 4 * BLOCK);
+                let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
+                dots::<T, D, R, 1>(Dots { x: rows, w, n, ahead: 0, totals: totals.add(group * TOTALS) });
+            }
+        }
+    }
+}
+
 impl Unit<'_> {
     /// # Safety
     /// As [`Kernel::run`]; `x` and `w` are those of this unit.
-    unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
+    unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: (*const D::X, usize), w: *const D::W) {
         // SAFETY: passed on.
         unsafe { if self.few { self.few::<S, D>(x, w) } else { self.many::<S, D>(x, w) } }
     }
 
     /// Reads groups of weight rows straight from memory.
-    unsafe fn few<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
-        // SAFETY: rows and columns are in range, and row `i` of either matrix begins at `i * width`.
+    unsafe fn few<S: Lanes, D: Dot<S>>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
+        // SAFETY: rows and columns are in range, and row `i` begins at `i * width` of weights, `i * step` of inputs.
         unsafe {
             let (mut column, last) = self.columns;
             let row_bytes = self.input.width * size_of::<D::W>();
@@ -378,7 +446,7 @@ impl Unit<'_> {
                         let n = BLOCK.min(self.input.width - k);
                         // Columns past the end are computed as the last one and dropped.
                         let at = |c: usize| w.add((column + c).min(last - 1) * self.input.width + k);
-                        let row_at = |r: usize| x.add((row + r) * self.input.width + k);
+                        let row_at = |r: usize| x.add((row + r) * step + k);
                         if wide {
                             let w = [[at(0), at(1), at(2), at(3)], [at(4), at(5), at(6), at(7)]];
                             let ahead = 8 * row_bytes;
@@ -392,7 +460,7 @@ impl Unit<'_> {
                             let ahead = if row == self.rows.0 { 4 * row_bytes } else { 0 };
                             by_rows!(rows, S, |R| {
                                 let mut x = [row_at(0); R];
-                                for r in 1..R {
+                                for r in 0..R {
                                     x[r] = row_at(r);
                                 }
                                 S::enter(Dots::<S, D, R, 1> { x, w, n, ahead, totals: totals.as_mut_ptr() })
@@ -410,20 +478,21 @@ impl Unit<'_> {
     }
 
     /// Widens weights into a panel that all rows meet.
-    unsafe fn many<S: Lanes, D: Dot<S>>(&self, x: *const D::X, w: *const D::W) {
+    unsafe fn many<S: Lanes, D: Dot<S>>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
         type Packed<S, D> = <<D as Dot<S>>::Panel as Dot<S>>::W;
         let (row0, end) = self.rows;
         let columns = self.columns.1 - self.columns.0;
         let groups = columns.div_ceil(4);
         let tiles = (end - row0).div_ceil(S::ROWS);
         let totals_len = tiles * groups * TOTALS;
-        let mut buffer = scratch_take(PANEL * BLOCK + totals_len);
+        let mut buffer = scratch_take((PANEL + S::ROWS) * BLOCK + totals_len);
         let scratch = buffer.as_mut_ptr().cast::<f32>();
         {
-            // SAFETY: the scratch holds a panel and the totals; rows and columns are in range.
+            // SAFETY: the scratch holds a panel, a tile and the totals; rows and columns are in range.
             unsafe {
                 let panel = scratch.cast::<Packed<S, D>>();
-                let totals = scratch.add(PANEL * BLOCK);
+                let inputs = scratch.add(PANEL * BLOCK).cast::<D::X>();
+                let totals = scratch.add((PANEL + S::ROWS) * BLOCK);
                 totals.write_bytes(0, totals_len);
                 let width = self.input.width;
                 let mut k = 0;
@@ -434,24 +503,32 @@ impl Unit<'_> {
                         let from = w.add((self.columns.0 + c.min(columns - 1)) * width + k);
                         S::enter(Pack::<S, D> { from, to: panel.add(c * BLOCK), n });
                     }
+                    // The next panel's rows are fetched a few with every tile.
+                    let row_lines = (BLOCK.min(width.saturating_sub(k + BLOCK)) * size_of::<D::W>()).div_ceil(64);
+                    let each = columns.div_ceil(tiles);
                     for tile in 0..tiles {
                         let row = row0 + tile * S::ROWS;
+                        let fetch = (tile * each).min(columns);
+                        let next_w = w.wrapping_add((self.columns.0 + fetch) * width + k + BLOCK).cast::<u8>();
                         by_rows!((end - row).min(S::ROWS), S, |R| {
-                            let mut rows = [x.add(row * width + k); R];
-                            for r in 1..R {
-                                rows[r] = x.add((row + r) * width + k);
+                            let (mut rows, mut next_x) = ([x.add(row * step + k); R], [x; R]);
+                            for r in 0..R {
+                                rows[r] = rows[r].add(r * step);
+                                next_x[r] = rows[r].wrapping_add(S::ROWS * step);
                             }
-                            for group in 0..groups {
-                                let w = panel.add(group * 4 * BLOCK).cast_const();
-                                let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
-                                S::enter(Dots::<S, D::Panel, R, 1> {
-                                    x: rows,
-                                    w,
-                                    n,
-                                    ahead: 0,
-                                    totals: totals.add((tile * groups + group) * TOTALS),
-                                });
-                            }
+                            S::enter(Sweep::<S, D::Panel, R> {
+                                x: rows,
+                                n,
+                                tile: inputs,
+                                panel,
+                                groups,
+                                totals: totals.add(tile * groups * TOTALS),
+                                next_x,
+                                next_w,
+                                lines: each.min(columns - fetch) * row_lines,
+                                row_lines: row_lines.max(1),
+                                row_step: width * size_of::<D::W>(),
+                            });
                         });
                     }
                     k += BLOCK;
@@ -492,12 +569,13 @@ impl Unit<'_> {
 
 impl Kernel for Unit<'_> {
     unsafe fn run<S: Lanes>(self) {
+        let x = (self.input.x, self.input.x_step);
         // SAFETY: passed on; bf16 inputs are there whenever the instruction set has pairs and a job needs them.
         unsafe {
             match self.job.w {
-                Weights::F32(w) => self.with::<S, Plain<f32>>(self.input.x, w),
-                Weights::Bf16(w) if S::PAIRS => self.with::<S, Pairs>(self.input.rounded, w),
-                Weights::Bf16(w) => self.with::<S, Plain<bf16>>(self.input.x, w),
+                Weights::F32(w) => self.with::<S, Plain<f32>>(x, w),
+                Weights::Bf16(w) if S::PAIRS => self.with::<S, Pairs>((self.input.rounded, self.input.rounded_step), w),
+                Weights::Bf16(w) => self.with::<S, Plain<bf16>>(x, w),
             }
         }
     }

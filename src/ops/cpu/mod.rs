@@ -14,6 +14,8 @@
 //! Invariant: nothing here depends on the number of rows or threads but the order in which independent results
 //! are computed. Instruction sets differ from each other in rounding; one engine uses one.
 
+#![allow(clippy::needless_range_loop, reason = "register tiles are matrices: rows and columns of several at once, by index")]
+
 use std::sync::Mutex;
 
 use crate::kv::Arena;

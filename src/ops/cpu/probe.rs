@@ -70,6 +70,10 @@ impl Kernel for Read<'_> {
             let mut acc = [S::splat(0.0); 8];
             let mut i = 0;
             while i + 8 * S::N <= self.data.len() {
+                for line in 0..8 * S::N / 16 {
+                    // Hardware stops at the ends of pages.
+                    S::prefetch(self.data.as_ptr().wrapping_add(i + line * 16 + 4096).cast());
+                }
                 for (j, acc) in acc.iter_mut().enumerate() {
                     *acc = S::add(*acc, S::load(self.data.as_ptr().add(i + j * S::N)));
                 }

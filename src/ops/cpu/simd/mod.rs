@@ -21,6 +21,9 @@ mod portable;
 pub enum Isa {
     /// Arrays of eight floats, for the compiler to vectorise as the target allows; no fused multiply-add.
     Portable,
+    /// As [`Isa::Portable`], with the bf16 dot products of [`Isa::Avx512Bf16`] spelled out. Never the best: it is
+    /// there to test what they are used for on machines without them.
+    PortableBf16,
     /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
@@ -41,7 +44,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq");
             match self {
-                Isa::Portable => true,
+                Isa::Portable | Isa::PortableBf16 => true,
                 Isa::Avx2 => avx2,
                 Isa::Avx512 => avx512,
                 Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
@@ -49,12 +52,17 @@ impl Isa {
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            self == Isa::Portable
+            matches!(self, Isa::Portable | Isa::PortableBf16)
         }
     }
 
     /// All of them, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 5] = [Isa::PortableBf16, Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+
+    /// Whether weights in bf16 meet activations rounded to bf16.
+    pub fn rounds_activations(self) -> bool {
+        matches!(self, Isa::PortableBf16 | Isa::Avx512Bf16)
+    }
 
     /// The fastest this machine has.
     pub fn best() -> Isa {
@@ -66,6 +74,7 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Isa::Portable => "portable",
+            Isa::PortableBf16 => "portable-bf16",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
@@ -97,7 +106,8 @@ pub(super) unsafe fn dispatch<K: Kernel>(isa: Isa, work: K) {
             Isa::Avx512 => work.run::<avx512::Avx512>(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => work.run::<avx2::Avx2>(),
-            _ => work.run::<portable::Portable>(),
+            Isa::PortableBf16 => work.run::<portable::Portable<true>>(),
+            _ => work.run::<portable::Portable<false>>(),
         }
     }
 }
@@ -196,7 +206,7 @@ pub(super) trait Lanes: Copy + 'static {
             let x = Self::min(Self::splat(89.0), Self::max(Self::splat(-88.1), x));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             // ln 2 in two parts, the first short enough that its product with n is exact.
-            let r = Self::fma(n, Self::splat(-0.693_359_375), x);
+            let r = Self::fma(n, Self::splat(-355.0 / 512.0), x);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
             // The exponential series: on |r| <= ln(2)/2 the first term left out is below 1.3e-7.
             let mut p = Self::splat(1.0 / 720.0);

@@ -1,4 +1,5 @@
-//! Eight lanes as an array: the shape every other instruction set is a faster version of.
+//! Eight lanes as an array: the shape every other instruction set is a faster version of. With `PAIRS`, bf16 dot
+//! products are spelled out too, so that kernels made for them are tested where no processor has them.
 
 use half::{bf16, f16};
 
@@ -7,7 +8,7 @@ use super::{Kernel, Lanes};
 const N: usize = 8;
 
 #[derive(Clone, Copy)]
-pub(super) struct Portable;
+pub(super) struct Portable<const PAIRS: bool>;
 
 #[inline(always)]
 fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
@@ -51,11 +52,12 @@ macro_rules! read {
     };
 }
 
-impl Lanes for Portable {
+impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
     const N: usize = N;
+    const PAIRS: bool = PAIRS;
     const ROWS: usize = 2;
     type V = [f32; N];
-    type P = ();
+    type P = [bf16; 2 * N];
 
     #[inline(never)]
     unsafe fn enter<K: Kernel>(kernel: K) {
@@ -125,8 +127,9 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn keep(a: Self::V, from: usize, to: usize) -> Self::V {
         let mut out = [f32::NEG_INFINITY; N];
-        for i in from..to.min(N) {
-            out[i] = a[i];
+        let to = to.min(N);
+        if from < to {
+            out[from..to].copy_from_slice(&a[from..to]);
         }
         out
     }
@@ -149,13 +152,27 @@ impl Lanes for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn pairs(_: *const bf16) -> Self::P {}
+    unsafe fn pairs(p: *const bf16) -> Self::P {
+        // SAFETY: the caller gives `2 * N` elements.
+        unsafe { p.cast::<Self::P>().read_unaligned() }
+    }
     #[inline(always)]
-    unsafe fn pairs_part(_: *const bf16, _: usize) -> Self::P {}
+    unsafe fn pairs_part(p: *const bf16, n: usize) -> Self::P {
+        let mut out = [bf16::ZERO; 2 * N];
+        // SAFETY: the caller gives `n < 2 * N` elements.
+        unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), n) };
+        out
+    }
     #[inline(always)]
-    unsafe fn pair_dot(acc: Self::V, (): Self::P, (): Self::P) -> Self::V {
-        debug_assert!(Self::PAIRS, "pair_dot without the instruction");
-        acc
+    unsafe fn pair_dot(acc: Self::V, a: Self::P, b: Self::P) -> Self::V {
+        let mut out = acc;
+        for i in 0..N {
+            // The hardware adds the odd element first.
+            for j in [2 * i + 1, 2 * i] {
+                out[i] += bf16_to_f32(a[j]) * bf16_to_f32(b[j]);
+            }
+        }
+        out
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
