@@ -27,7 +27,7 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Serve a model over HTTP.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Say exactly what fits: bytes per token, tokens and requests, per cache profile.
     Plan(Plan),
     /// Calibrate a model and write its compression artifact (closed form).

@@ -180,8 +180,7 @@ fn gather(arena: &Arena, row: &AttendRow<'_>, table: &RopeTable, kv_head: usize,
     let sealed_positions = (row.sealed.len() * P).min(history);
     for j in 0..history {
         let (key, value) = (&mut keys[j * d..(j + 1) * d], &mut values[j * d..(j + 1) * d]);
-        if j < sealed_positions && j < layout.sinks as usize && row.sinks.is_some() {
-            let page = row.sinks.expect("checked");
+        if let Some(page) = row.sinks.filter(|_| j < sealed_positions && j < layout.sinks as usize) {
             let stride = layout.sinks_stride();
             let head_bytes = d * stride * layout.exact.bytes();
             let at = row.view.layer * layout.sinks_layer_bytes() + 2 * kv_head * head_bytes;

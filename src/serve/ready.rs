@@ -137,6 +137,9 @@ pub fn check_basis(profile: &Profile, kv_heads: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Hears how many tokens are done, and of how many.
+pub type Progress<'a> = dyn Fn(usize, usize) + 'a;
+
 /// Bases in closed form for the compressed ones of `profiles`; also how many tokens were seen.
 ///
 /// `text` is calibrated on, or the built-in text (and prompts of its own kind for the demo model). `limit` bounds the
@@ -150,7 +153,7 @@ pub fn compute(
     ops: &dyn Ops,
     profiles: &[Profile],
     text: Option<&str>,
-    limit: Option<(usize, &dyn Fn(usize, usize))>,
+    limit: Option<(usize, &Progress<'_>)>,
 ) -> anyhow::Result<(calibrate::Calibrated, usize)> {
     let model = &opened.checkpoint.config;
     let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref());
