@@ -575,7 +575,19 @@ test('dashboard: a restarted server does not make rates negative', { path: '/das
 
 test('dashboard: a missing field is a dash', { path: '/dashboard', mock: true, once: true }, async ({ page }) => {
   await page.waitForSelector('#profiles-body tr');
-  equal(await page.$eval('#profiles-body tr:last-child td:nth-child(5)', (td) => td.textContent), '–', 'absent max_requests_now');
+  equal(await page.$eval('#profiles-body tr:last-child td:nth-child(5)', (td) => td.textContent), '–', 'absent requests_now');
+});
+
+test('dashboard: capacity is read under either spelling, evictable bytes in the gap', { path: '/dashboard', once: true }, async ({ page }) => {
+  const got = await page.evaluate(() => {
+    const capacity = { arena_bytes: 100, evictable_bytes: 30, profiles: [{ name: 'full', bytes_per_token: 8, max_tokens_now: 5, max_requests_now: 1 }, { profile: 'cskv-80', bytes_per_token: 1.6, tokens_now: 25 }] };
+    const metrics = (window) => parseMetrics(`strait:kv_cache_bytes{branch="window",profile="full"} ${window}\nstrait:kv_cache_bytes{branch="free",profile=""} 20\nstrait:kv_cache_evictable_bytes 30\n`);
+    const branches = () => [...document.querySelectorAll('#memory-legend li')].map((li) => li.dataset.branch).join();
+    const seen = [renderMemory(metrics(50), capacity).used, branches(), renderMemory(metrics(80), capacity).used, branches()];
+    renderProfiles(capacity, new Map([['full', 50]]));
+    return [...seen, ...[...document.querySelectorAll('#profiles-body tr')].map((tr) => tr.innerText.replace(/\s+/g, ' '))];
+  });
+  equal(got, [0.5, 'window,cached,free', 0.5, 'window,free', 'full 8 B exact 5 1 50 B', 'cskv-80 2 B −80 % 25 – 0 B'], 'memory and rows');
 });
 
 test('dashboard: draining and a lost server are said, and both pass', { path: '/dashboard', mock: true, allow: [/status of 503/, /ERR_EMPTY_RESPONSE|ERR_CONNECTION/] }, async ({ page, mock, shot }) => {
