@@ -137,7 +137,7 @@ export async function startMock({ port = 0, load = false } = {}) {
     const lines = [
       '# HELP vllm:num_requests_running Requests in the running batch.', '# TYPE vllm:num_requests_running gauge',
       `vllm:num_requests_running${label} ${running()}`, `vllm:num_requests_waiting${label} ${waiting()}`,
-      `vllm:kv_cache_usage_perc${label} ${1 - free / ARENA}`,
+      `vllm:kv_cache_usage_perc${label} ${1 - (free + rows.find((r) => r[1] === 'cached')[2]) / ARENA}`,
       `vllm:prompt_tokens_total${label} ${metrics.prompt}`, `vllm:generation_tokens_total${label} ${metrics.generated}`,
       `vllm:prefix_cache_queries_total${label} ${metrics.queries}`, `vllm:prefix_cache_hits_total${label} ${metrics.hits}`,
       `vllm:num_preemptions_total${label} ${metrics.preemptions}`,
@@ -248,9 +248,9 @@ export async function startMock({ port = 0, load = false } = {}) {
     }
     if (path === '/v1/capacity') {
       const { free } = branches();
-      const profiles = PROFILES.map((p) => ({ name: p.name, bytes_per_token: p.bytes_per_token, max_tokens_now: Math.floor(free / p.bytes_per_token), max_requests_now: Math.floor(free / p.bytes_per_token / MAX_LEN) }));
-      delete profiles[3].max_requests_now;   // the pages must stand a field that is not there
-      return sendJson(response, 200, { arena_bytes: ARENA, free_bytes: free, profiles });
+      const profiles = PROFILES.map((p) => ({ profile: p.name, default: p.default, bytes_per_token: p.bytes_per_token, tokens_now: Math.min(MAX_LEN, Math.floor(free / p.bytes_per_token)), requests_now: Math.floor(free / p.bytes_per_token / MAX_LEN) }));
+      delete profiles[3].requests_now;   // the pages must stand a field that is not there
+      return sendJson(response, 200, { object: 'capacity', arena_bytes: ARENA, free_bytes: free, request_tokens: MAX_LEN, profiles });
     }
     if (request.method === 'POST') {
       let text = '';
