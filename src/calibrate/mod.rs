@@ -3,9 +3,11 @@
 //! which are the optimum of CSKV's reconstruction loss before quantisation.
 //!
 //! Cost on `n` tokens and `c` channels, per layer and for keys and values each: `n c^2` multiply-adds to watch, in
-//! f64; memory `min(4 n c, 8 c^2)` bytes; then the eigenvectors of a `min(n, c)` square matrix.
-//! On two cores at 2.8 GHz, optimised, joint bases: Llama-3.1-8B (c = 1024, 32 layers, 4096 tokens) 40 s; Llama-2-7B
-//! (c = 4096) 4 min from 2048 tokens, 19 min from 6000, and 1 min in groups of 4 heads; the forward passes come on top.
+//! f64; memory about `4 n c` bytes up to `n = c`, `8 c^2` beyond (Llama-2-7B: 8.6 GB over all layers); then the
+//! eigenvectors of a `min(n, c)` square matrix.
+//! One tensor timed on two shared cores at 2.8 GHz, optimised, on random rows, times 64 for 32 layers: Llama-3.1-8B joint
+//! (c = 1024, 4096 tokens) 40 s; Llama-2-7B (c = 4096) joint 4 min from 2048 tokens and 19 min from 6000, in groups of 4
+//! heads 1 min. The forward passes come on top.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -50,10 +50,12 @@ impl Stream {
 
     /// Takes in rows of finite numbers.
     pub(super) fn push(&mut self, mut rows: &[f32]) {
-        let capacity = self.channels.max(CHUNK) * self.channels;
         while !rows.is_empty() {
+            let keep = if self.folded.is_none() { self.channels.max(CHUNK) } else { CHUNK };
+            let capacity = keep * self.channels;
             if self.pending.len() == capacity {
                 self.fold();
+                continue;
             }
             let (now, later) = rows.split_at(rows.len().min(capacity - self.pending.len()));
             self.pending.extend_from_slice(now);
@@ -70,7 +72,8 @@ impl Stream {
         }
         accumulate(&mut folded.second, &self.pending, c, 0..c, &folded.origin);
         folded.rows += self.pending.len() / c;
-        self.pending.clear();
+        // Given back, not cleared: the first fold frees what the second moment replaces.
+        self.pending = Vec::new();
     }
 
     /// `[channels]`; zero where no row was seen.
