@@ -119,7 +119,7 @@ pub struct ServeFlags {
     /// Type of the weights in memory [default: auto, as stored].
     #[arg(long, value_enum, env = "STRAIT_DTYPE")]
     pub dtype: Option<DtypeArg>,
-    /// auto, cpu or cuda[:n] [default: auto].
+    /// auto, cpu, cuda or cuda:N [default: auto].
     #[arg(long, env = "STRAIT_DEVICE")]
     pub device: Option<DeviceArg>,
     /// Worker threads [default: all cores].

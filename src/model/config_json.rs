@@ -3,8 +3,8 @@
 //!
 //! The rule for keys, in this order:
 //! 1. keys that are *read* (below, by family and in the rope dictionary);
-//! 2. keys known to change nothing at inference ([`INERT`]) are passed over;
-//! 3. keys known to change the computation ([`NEUTRAL`]) pass only with the value that leaves it alone;
+//! 2. keys known to change nothing at inference (`INERT`) are passed over;
+//! 3. keys known to change the computation (`NEUTRAL`) pass only with the value that leaves it alone;
 //! 4. any other key passes if it is null, false or empty, and, with a warning, if it is bookkeeping in form
 //!    (a name that begins with `_` or ends with `_id`, `_version`, `_path`, ... and a plain value);
 //! 5. the rest is refused: a number or a switch nobody here knows cannot be proved harmless.
