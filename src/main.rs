@@ -17,8 +17,14 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            // One sentence: causes are joined, and nothing else is printed.
-            eprintln!("strait: {error:#}");
+            // One sentence: causes are joined, but for those that a message already spells out.
+            let mut message = error.to_string();
+            for cause in error.chain().skip(1).map(ToString::to_string) {
+                if !message.contains(&cause) {
+                    message = format!("{message}: {cause}");
+                }
+            }
+            eprintln!("strait: {message}");
             ExitCode::FAILURE
         }
     }
