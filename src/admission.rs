@@ -8,12 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
-
 use crate::ids::{AdapterGeneration, ProfileIndex, TokenId};
 use crate::kv::layout::Profile;
 use crate::request::{GenerateRequest, Sampling};
 use crate::text::Start;
+pub use crate::text::template::Chat;
 
 pub mod json;
 pub mod wire;
@@ -50,17 +49,6 @@ pub trait Codec: Send + Sync {
 #[error("{message}")]
 pub struct EncodeError {
     pub message: String,
-}
-
-/// A chat to render.
-#[derive(Clone, Copy, Debug)]
-pub struct Chat<'a> {
-    /// An array of objects with `role` and `content`.
-    pub messages: &'a Value,
-    pub tools: Option<&'a Value>,
-    pub add_generation_prompt: bool,
-    pub continue_final_message: bool,
-    pub kwargs: &'a Map<String, Value>,
 }
 
 /// The chat template refused or failed; the message may go to the client (shortened).

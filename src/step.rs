@@ -13,6 +13,11 @@ pub const fn sealed_len(len: u32, window: u32) -> u32 {
     len.saturating_sub(window) / PAGE_TOKENS * PAGE_TOKENS
 }
 
+/// The next length at which more is sealed than at `len`.
+pub const fn next_seal(len: u32, window: u32) -> u32 {
+    sealed_len(len, window) + window + PAGE_TOKENS
+}
+
 /// One forward pass. All ranges of a row index the plan's own flat arrays, so that a plan is reused
 /// from step to step without allocating.
 #[derive(Default, Clone)]
@@ -47,7 +52,8 @@ pub enum ExactStore {
     Workspace,
 }
 
-/// One sequence's share of a step: a prompt chunk or a single decoded token, through some or all layers.
+/// One sequence's share of a step: a prompt chunk, a decoded token, or decoded tokens over again after a preemption, through
+/// some or all layers.
 ///
 /// ```text
 /// positions  [0, sinks)                 exact, in the sinks block (only once page 0 is sealed)
@@ -149,6 +155,8 @@ mod tests {
         {
             assert_eq!(sealed_len(len, window), want, "len {len}, window {window}");
             assert!(len - sealed_len(len, window) >= window.min(len));
+            let next = (len..).find(|&n| sealed_len(n, window) > want);
+            assert_eq!(Some(next_seal(len, window)), next, "len {len}, window {window}");
         }
     }
 }

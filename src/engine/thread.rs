@@ -76,6 +76,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
         sampler: Sampler::default(),
         door: door.clone(),
         outcomes: Vec::new(),
+        logprobs: Vec::new(),
         steps: 0,
         snapshot_at: Instant::now(),
         stalled: true,
@@ -226,6 +227,8 @@ struct Room {
     sampler: Sampler,
     door: Arc<Door>,
     outcomes: Vec<Outcome>,
+    /// Of the rows of the step just computed.
+    logprobs: Vec<Option<TokenLogprob>>,
     steps: u64,
     snapshot_at: Instant,
     /// The latest plan was empty: nothing can run until something comes in, or a deadline passes.
@@ -362,7 +365,9 @@ impl Room {
         let begun = Instant::now();
         results.clear();
         results.resize(plan.rows.len(), RowResult::Nothing);
-        let mut logprobs = vec![None; plan.rows.len()];
+        let mut logprobs = std::mem::take(&mut self.logprobs);
+        logprobs.clear();
+        logprobs.resize(plan.rows.len(), None);
         let computed = catch_unwind(AssertUnwindSafe(|| {
             let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
             self.decoder.forward(&mut Pass {
@@ -386,6 +391,7 @@ impl Room {
         let tokens = plan.rows.iter().map(|r| (r.len() * r.layers.len()) as u64).sum::<u64>() / self.decoder.config().layers as u64;
         (self.emit)(telemetry::Event::Step { seconds: begun.elapsed().as_secs_f64(), tokens: tokens as u32 });
         self.deliver(&logprobs);
+        self.logprobs = logprobs;
     }
 
     /// Tells clients and telemetry what happened. `logprobs` are by row of the plan just settled.

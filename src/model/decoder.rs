@@ -4,8 +4,6 @@
 //! layer-by-layer prefill (decision 5) take their hidden states from the workspace pages and put them back, a
 //! block of positions at a time, so that the scratch memory of a step is bounded by its token budget.
 
-use std::collections::HashMap;
-
 use crate::compress::LayerCompression;
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
@@ -64,7 +62,23 @@ struct Scratch {
     wanted: Vec<usize>,
     wanted_x: Vec<f32>,
     wanted_normed: Vec<f32>,
+    /// As wanted, with the plan row each belongs to, at the output head.
+    heads: Vec<(usize, usize)>,
     logits: Vec<f32>,
+    /// The parts of the batch, and of the wanted positions alone.
+    parts: Vec<Part>,
+    singles: Vec<Part>,
+    /// Hidden states of a quantum.
+    quantum: Vec<f32>,
+    seals: Vec<SealJob>,
+    /// Empty between calls: the memory of a list whose elements borrow from the plan.
+    rows: Vec<AttendRow<'static>>,
+}
+
+/// The memory of a list for elements that live otherwise long: collecting from a list's own iterator keeps its place.
+fn empty_of<'b>(mut rows: Vec<AttendRow<'_>>) -> Vec<AttendRow<'b>> {
+    rows.clear();
+    rows.into_iter().map(|_| unreachable!("the list is empty")).collect()
 }
 
 /// Part of a plan row that is in the current batch.
@@ -116,12 +130,13 @@ impl<'a> Decoder<'a> {
 
     /// Carries out a plan: computes its rows, writes and moves their pages, and hands out the logits they want.
     ///
-    /// One pass over the weights for all rows together. Steady state allocates nothing that grows with the model.
+    /// One pass over the weights for all rows together. A step no larger than those before it allocates nothing.
     pub fn forward(&mut self, pass: &mut Pass<'_>) {
         let plan = pass.plan;
         let mut scratch = std::mem::take(&mut self.scratch);
         let layers = self.config.layers;
-        let through: Vec<Part> = parts(plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() == layers));
+        let mut through = std::mem::take(&mut scratch.parts);
+        into_parts(plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() == layers), &mut through);
         let tokens: usize = through.iter().map(|p| p.n).sum();
         let mut x = std::mem::take(&mut scratch.x);
         x.resize(tokens * self.config.hidden, 0.0);
@@ -134,16 +149,16 @@ impl<'a> Decoder<'a> {
         for layer in 0..layers {
             if !through.is_empty() {
                 self.layer(layer, pass, &through, &mut x, &mut scratch);
-                self.moves(layer, pass, through.iter().map(|p| p.row));
+                self.moves(layer, pass, through.iter().map(|p| p.row), &mut scratch);
             }
             let quanta = plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() < layers && row.layers.contains(&(layer as u32)));
             for (index, row) in quanta {
                 self.quantum(layer, pass, index, row, &mut scratch);
-                self.moves(layer, pass, std::iter::once(index));
+                self.moves(layer, pass, std::iter::once(index), &mut scratch);
             }
         }
         self.emit(pass, &through, &x, &mut scratch);
-        scratch.x = x;
+        (scratch.x, scratch.parts) = (x, through);
         self.scratch = scratch;
     }
 
@@ -159,7 +174,7 @@ impl<'a> Decoder<'a> {
             let at = (position - base) as usize;
             (pages[at / P], offset + (at % P) * hidden * 4)
         };
-        let mut x = Vec::new();
+        let mut x = std::mem::take(&mut scratch.quantum);
         let mut position = row.positions.start;
         while position < row.positions.end {
             let n = ((row.positions.end - position) as usize).min(self.block);
@@ -186,6 +201,7 @@ impl<'a> Decoder<'a> {
             }
             position += n as u32;
         }
+        scratch.quantum = x;
     }
 
     /// One decoder layer over a batch of parts, on the residual stream `x: [tokens][hidden]`.
@@ -263,11 +279,13 @@ impl<'a> Decoder<'a> {
             picked_normed.extend_from_slice(slice(&s.normed, i, 1, c.hidden));
         }
         let of = |i: usize| parts.iter().rev().find(|p| p.first <= i).expect("every position is in a part");
-        let singles: Vec<Part> = picked
-            .iter()
-            .enumerate()
-            .map(|(first, &i)| Part { row: of(i).row, position: of(i).position + (i - of(i).first) as u32, n: 1, first })
-            .collect();
+        let single = |(first, &i): (usize, &usize)| {
+            let part = of(i);
+            Part { row: part.row, position: part.position + (i - part.first) as u32, n: 1, first }
+        };
+        let mut singles = std::mem::take(&mut s.singles);
+        singles.clear();
+        singles.extend(picked.iter().enumerate().map(single));
         s.positions.clear();
         s.positions.extend(singles.iter().map(|p| p.position));
         s.q.resize(picked.len() * c.q_channels(), 0.0);
@@ -276,9 +294,8 @@ impl<'a> Decoder<'a> {
         for (from, &i) in picked.iter().enumerate() {
             slice_mut(x, i, 1, c.hidden).copy_from_slice(slice(&picked_x, from, 1, c.hidden));
         }
-        s.wanted = picked;
-        s.wanted_x = picked_x;
-        s.wanted_normed = picked_normed;
+        (s.wanted, s.singles) = (picked, singles);
+        (s.wanted_x, s.wanted_normed) = (picked_x, picked_normed);
     }
 
     /// From projected queries in `s.q` and positions in `s.positions` to the layer's output, added onto `x`.
@@ -292,25 +309,24 @@ impl<'a> Decoder<'a> {
             std::mem::swap(&mut s.q, &mut s.attended);
         }
         ops.rope(&mut s.q, c.heads, &self.rope, &s.positions);
-        let rows: Vec<AttendRow<'_>> = parts
-            .iter()
-            .map(|part| {
-                let row = &plan.rows[part.row];
-                let profile = &pass.profiles[row.profile.0 as usize];
-                AttendRow {
-                    view: profile.view(layer),
-                    first: part.first,
-                    n: part.n,
-                    position: part.position,
-                    sealed: &plan.pages[row.sealed.clone()],
-                    sinks: row.sinks,
-                    exact: &plan.pages[row.exact.clone()],
-                    exact_offset: exact_offset(profile, row.store, layer),
-                }
-            })
-            .collect();
+        let mut rows = empty_of(std::mem::take(&mut s.rows));
+        rows.extend(parts.iter().map(|part| {
+            let row = &plan.rows[part.row];
+            let profile = &pass.profiles[row.profile.0 as usize];
+            AttendRow {
+                view: profile.view(layer),
+                first: part.first,
+                n: part.n,
+                position: part.position,
+                sealed: &plan.pages[row.sealed.clone()],
+                sinks: row.sinks,
+                exact: &plan.pages[row.exact.clone()],
+                exact_offset: exact_offset(profile, row.store, layer),
+            }
+        }));
         s.attended.resize(tokens * c.q_channels(), 0.0);
         ops.attend(pass.arena, self.heads, &self.rope, &rows, &s.q, &mut s.attended);
+        s.rows = empty_of(rows);
         ops.linear(&s.attended, tokens, &mut [residual(&w.o, x)]);
 
         s.normed.resize(tokens * c.hidden, 0.0);
@@ -323,36 +339,36 @@ impl<'a> Decoder<'a> {
     }
 
     /// Carries out the moves of `rows` in one layer.
-    fn moves(&self, layer: usize, pass: &mut Pass<'_>, rows: impl Iterator<Item = usize>) {
+    fn moves(&self, layer: usize, pass: &mut Pass<'_>, rows: impl Iterator<Item = usize> + Clone, s: &mut Scratch) {
         let plan = pass.plan;
-        // Seals of one profile go to the backend together, so that it can spread pages over threads.
-        let mut seals: HashMap<u8, Vec<SealJob>> = HashMap::new();
-        for index in rows {
-            let row = &plan.rows[index];
-            let profile = &pass.profiles[row.profile.0 as usize];
+        for (index, profile) in pass.profiles.iter().enumerate() {
             let layout = &profile.layout;
-            let from_offset = exact_offset(profile, row.store, layer);
-            let exact = &plan.pages[row.exact.clone()];
-            for m in &plan.moves[row.moves.clone()] {
-                match *m {
-                    Move::Seal { from, to, skip } => {
-                        let page = exact.iter().position(|&p| p == from).expect("a row seals one of its own exact pages");
-                        let position = ((row.sealed.len() + page) * P) as u32;
-                        seals.entry(row.profile.0).or_default().push(SealJob { from, from_offset, to, skip, position });
-                    }
-                    Move::Sinks { from, to, n } => {
-                        copy_sinks(pass.arena, layout, (from, from_offset), (to, layer * layout.sinks_layer_bytes()), n)
-                    }
-                    Move::Keep { from, to, n: _ } => {
-                        // Whole tiles: keys lie channel by channel, so the first positions are not contiguous.
-                        let bytes = layout.exact_layer_bytes();
-                        pass.arena.copy((from, from_offset), (to, layer * bytes), bytes);
+            // Seals of one profile go to the backend together, so that it can spread pages over threads.
+            s.seals.clear();
+            for row in rows.clone().map(|row| &plan.rows[row]).filter(|row| row.profile.0 as usize == index) {
+                let from_offset = exact_offset(profile, row.store, layer);
+                let exact = &plan.pages[row.exact.clone()];
+                for m in &plan.moves[row.moves.clone()] {
+                    match *m {
+                        Move::Seal { from, to, skip } => {
+                            let page = exact.iter().position(|&p| p == from).expect("a row seals one of its own exact pages");
+                            let position = ((row.sealed.len() + page) * P) as u32;
+                            s.seals.push(SealJob { from, from_offset, to, skip, position });
+                        }
+                        Move::Sinks { from, to, n } => {
+                            copy_sinks(pass.arena, layout, (from, from_offset), (to, layer * layout.sinks_layer_bytes()), n)
+                        }
+                        Move::Keep { from, to, n: _ } => {
+                            // Whole tiles: keys lie channel by channel, so the first positions are not contiguous.
+                            let bytes = layout.exact_layer_bytes();
+                            pass.arena.copy((from, from_offset), (to, layer * bytes), bytes);
+                        }
                     }
                 }
             }
-        }
-        for (profile, jobs) in seals {
-            pass.ops.seal(pass.arena, pass.profiles[profile as usize].view(layer), &self.rope, &jobs);
+            if !s.seals.is_empty() {
+                pass.ops.seal(pass.arena, profile.view(layer), &self.rope, &s.seals);
+            }
         }
     }
 
@@ -360,8 +376,10 @@ impl<'a> Decoder<'a> {
     fn emit(&self, pass: &mut Pass<'_>, parts: &[Part], x: &[f32], s: &mut Scratch) {
         const AT_ONCE: usize = 64;
         let (c, plan, ops) = (self.config, pass.plan, pass.ops);
-        let wanted: Vec<(usize, usize)> = parts.iter().flat_map(|p| wanted(plan, p).map(|i| (p.row, i))).collect();
-        for some in wanted.chunks(AT_ONCE) {
+        let mut heads = std::mem::take(&mut s.heads);
+        heads.clear();
+        heads.extend(parts.iter().flat_map(|p| wanted(plan, p).map(|i| (p.row, i))));
+        for some in heads.chunks(AT_ONCE) {
             s.wanted_x.clear();
             some.iter().for_each(|&(_, i)| s.wanted_x.extend_from_slice(slice(x, i, 1, c.hidden)));
             s.wanted_normed.resize(s.wanted_x.len(), 0.0);
@@ -374,18 +392,19 @@ impl<'a> Decoder<'a> {
                 pass.sink.logits(row, part.position + (i - part.first) as u32, logits);
             }
         }
+        s.heads = heads;
     }
 }
 
 /// Rows as parts of one batch, in order.
-fn parts<'p>(rows: impl Iterator<Item = (usize, &'p Row)>) -> Vec<Part> {
+fn into_parts<'p>(rows: impl Iterator<Item = (usize, &'p Row)>, parts: &mut Vec<Part>) {
+    parts.clear();
     let mut first = 0;
-    rows.map(|(index, row)| {
+    parts.extend(rows.map(|(index, row)| {
         let part = Part { row: index, position: row.positions.start, n: row.len(), first };
         first += part.n;
         part
-    })
-    .collect()
+    }));
 }
 
 /// Rows of the batch whose logits the plan wants.

@@ -300,6 +300,13 @@ impl PagePool {
         }
     }
 
+    /// Empties the index: what is cached becomes free. Those who hold indexed pages keep them.
+    pub fn forget_all(&mut self) {
+        while let Some(leaf) = self.index.oldest(self.classes.len()) {
+            self.drop_entry(leaf);
+        }
+    }
+
     /// Where every byte is.
     pub fn bytes(&self) -> Bytes {
         let (held, cached) = (self.held_bytes.iter().sum(), self.cached_bytes.iter().sum());

@@ -76,7 +76,7 @@ impl Scheduler {
         let n = |pages: &[PageAddr]| pages.len() as u32;
         let (written_sealed, written_exact, tables) = match phase {
             Phase::Prefill { layer, at } => {
-                if at < reused || at >= target || *layer >= self.config.layers || *target != sequence.len() {
+                if at < reused || at >= target || *layer >= self.config.layers || *target != sequence.prefill_target(profile.compressed) {
                     return Err(format!("prefill of {reused}..{target} stands at {at} of layer {layer}"));
                 }
                 let need = profile.prefill_need(*target, *reused);
@@ -86,13 +86,14 @@ impl Scheduler {
                 (sealed.get(shared as usize..).unwrap_or_default(), written_exact, (s, e, need.workspace))
             }
             Phase::Decode => {
-                if *computed + 1 != sequence.len() || sequence.generated.is_empty() {
+                let end = profile.decode_end(*computed, sequence.len());
+                if *computed >= end || (!profile.compressed && *computed + 1 != end) || sequence.generated.is_empty() {
                     return Err(format!("decodes {} positions and computed {computed}", sequence.len()));
                 }
                 let s = profile.sealed_len(*computed) / PAGE_TOKENS;
                 let grown = sealing.is_some() || n(exact) + n(sealed) > pages_for(*computed);
                 let written = if profile.compressed { 0 } else { (computed / PAGE_TOKENS) as usize };
-                let e = pages_for(*computed + u32::from(grown)) - s;
+                let e = pages_for(if grown { end } else { *computed }) - s;
                 (&sealed[..0], &exact[written.min(exact.len())..], (s, e, 0))
             }
         };

@@ -5,6 +5,12 @@ use super::profile::ProfileSizes;
 use crate::ids::ProfileIndex;
 use crate::pages::PagePool;
 
+/// Whether a request could run alone in a pool: `(need, have)` in bytes of whole slabs when it could not.
+pub(super) fn alone(pool: &PagePool, profile: ProfileIndex, sizes: &ProfileSizes, prompt: u32, max_new: u32) -> Result<(), (u64, u64)> {
+    let at_peak = sizes.peaks(prompt, max_new).map(|need| pool.alone(&need.of(profile)));
+    at_peak.into_iter().find(|(need, have)| need > have).map_or(Ok(()), Err)
+}
+
 /// Answers whether a request could run alone in the whole cache. Never lends a page.
 pub struct Fit {
     pool: PagePool,
@@ -18,7 +24,7 @@ impl Fit {
         Fit { pool: PagePool::new(config.arena_bytes, &sizes), profiles: config.profiles.clone() }
     }
 
-    /// Exact in bytes of whole slabs. O(1).
+    /// In bytes of whole slabs, each kind of page at its peak. O(1).
     ///
     /// # Errors
     /// `(need, have)` in bytes when it can never run.
@@ -26,13 +32,7 @@ impl Fit {
     /// # Panics
     /// For a profile that is not in the configuration.
     pub fn check(&self, profile: ProfileIndex, prompt: u32, max_new: u32) -> Result<(), (u64, u64)> {
-        for need in self.profiles[usize::from(profile.0)].peaks(prompt, max_new) {
-            let (need, have) = self.pool.alone(&need.of(profile));
-            if need > have {
-                return Err((need, have));
-            }
-        }
-        Ok(())
+        alone(&self.pool, profile, &self.profiles[usize::from(profile.0)], prompt, max_new)
     }
 
     /// Bytes that a prompt of `positions - 1` tokens and one more need at their largest, in whole slabs.
@@ -41,7 +41,7 @@ impl Fit {
     /// For a profile that is not in the configuration.
     pub fn need(&self, profile: ProfileIndex, positions: u32) -> u64 {
         let peaks = self.profiles[usize::from(profile.0)].peaks(positions.saturating_sub(1).max(1), 1);
-        peaks.map(|need| self.pool.alone(&need.of(profile)).0).max().unwrap_or(0)
+        peaks.map(|need| self.pool.alone(&need.of(profile)).0).into_iter().max().unwrap_or(0)
     }
 
     /// The longest prompt, with one token of answer, that could run alone; at most `limit`.

@@ -24,11 +24,12 @@
 //! by them; if its pages are wanted before it computed anything, it loses nothing by giving them back.
 //!
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
-//! cached. It computes prompt and generated tokens again later; nothing is emitted twice. What was preempted
+//! cached. It computes prompt and generated tokens again later; nothing is emitted twice, and it goes on as if nothing had
+//! been: an exact cache is the same however it was filled, and a compressed sequence prefills its prompt and then decodes
+//! what it said over again, up to a page in one row, each position from the pages it met the first time. What was preempted
 //! [`SHIELD`] times goes last among victims. The first in rank of those can always take what others hold, so there is
-//! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again on packed ones.
-//! `enqueue` promised that it fits, so [`Failure::OutOfPages`] takes a preempted compressed sequence whose prompt and generated
-//! tokens would need more workspace together than there is; one that can be resumed is preempted rather.
+//! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again in an emptied
+//! arena, and while it runs nobody else starts. There `enqueue` promised it every page it will need.
 //!
 //! Priority orders who is admitted and who is preempted for want of pages; nobody is preempted just to let another start.
 
@@ -269,12 +270,8 @@ impl Scheduler {
             return Err(Refused::TooLong { tokens, max_model_len: self.config.max_model_len });
         }
         let prompt = request.prompt.len() as u32;
-        for need in profile.peaks(prompt, request.max_new_tokens) {
-            let (need, have) = self.pool.alone(&need.of(request.profile));
-            if need > have {
-                return Err(Refused::TooLarge { need, have });
-            }
-        }
+        fit::alone(&self.pool, request.profile, profile, prompt, request.max_new_tokens)
+            .map_err(|(need, have)| Refused::TooLarge { need, have })?;
         let (requests, tokens) = self.queued;
         let too_many = requests >= self.config.max_queued_requests;
         if too_many || (requests > 0 && tokens + u64::from(prompt) > self.config.max_queued_tokens) {
@@ -549,13 +546,12 @@ impl Scheduler {
     fn plan_rows(&mut self, plan: &mut StepPlan, out: &mut Vec<Outcome>) {
         let preempted = self.grow_decodes(out);
         let layers = u64::from(self.config.layers);
-        let mut spare = u64::from(self.config.max_num_batched_tokens) * layers;
-        for at in 0..self.running.len() {
-            if self.running[at].is_decoding() && self.takes_part(at) {
-                self.running[at].decode_row(self.profile(at), self.config.layers, plan);
-                spare -= layers;
-            }
+        let decodes = (0..self.running.len()).filter(|&at| self.running[at].is_decoding() && self.takes_part(at));
+        let mut spare = self.config.max_num_batched_tokens - decodes.clone().count() as u32;
+        for at in decodes {
+            spare -= self.running[at].decode_row(self.profile(at), self.config.layers, 1 + spare, plan) - 1;
         }
+        let spare = u64::from(spare) * layers;
         if (!preempted || self.running.is_empty()) && self.suspects.is_empty() {
             self.admit(out);
         }
@@ -573,8 +569,8 @@ impl Scheduler {
             }
             let victim = self.victim();
             let alone = self.running.len() == 1;
-            let hopeless = alone && self.running[victim].preemptions >= 2 * SHIELD;
-            if hopeless || !self.can_resume(victim) {
+            if alone && self.running[victim].compact {
+                // `enqueue` was promised otherwise; rather one sequence without an end than a server without one.
                 let seq = self.running[victim].id;
                 let ended = self.remove(victim, false);
                 out.push(Outcome::Failed { seq, failure: Failure::OutOfPages, ended });
@@ -613,23 +609,16 @@ impl Scheduler {
         true
     }
 
-    /// Who gives back its pages: one that is not shielded and could be computed again, the last in rank of those.
+    /// Who gives back its pages: one that is not shielded, the last in rank of those.
     fn victim(&self) -> usize {
-        let score = |at: usize| (self.can_resume(at), self.running[at].preemptions < SHIELD, self.running[at].rank);
+        let score = |at: usize| (self.running[at].preemptions < SHIELD, self.running[at].rank);
         (0..self.running.len()).max_by_key(|&at| score(at)).expect("somebody failed to grow")
-    }
-
-    /// Whether the arena could take its prompt and generated tokens again, were it alone.
-    fn can_resume(&self, at: usize) -> bool {
-        let sequence = &self.running[at];
-        let (need, have) = self.pool.alone(&self.profile(at).prefill_need(sequence.len(), 0).of(sequence.request.profile));
-        need <= have
     }
 
     /// Starts waiting sequences while there is room.
     fn admit(&mut self, out: &mut Vec<Outcome>) {
         let mut after = Bound::Unbounded;
-        while self.running.len() < self.config.max_num_seqs {
+        while self.running.len() < self.config.max_num_seqs && !self.running.iter().any(|s| s.compact) {
             let Some((&rank, _)) = self.waiting.range((after, Bound::Unbounded)).next() else { break };
             match self.try_start(rank, out) {
                 Admission::Started | Admission::Failed => {}
@@ -651,8 +640,15 @@ impl Scheduler {
         let mut sequence = self.stop_waiting(rank).expect("the caller found it there");
         let profile = self.config.profiles[usize::from(sequence.request.profile.0)];
         self.scratch.hits.clear();
+        if sequence.compact && self.running.is_empty() {
+            self.pool.forget_all();
+        }
         if self.config.prefix_caching && !sequence.compact && !sequence.wants_prompt_logits() {
-            let usable = profile.reusable_pages(sequence.len());
+            let mut usable = profile.reusable_pages(sequence.prefill_target(profile.compressed));
+            if profile.compressed && sequence.times.started.is_some() {
+                // What it read compressed the first time, and nothing else, or it would go on differently.
+                usable = usable.min(sequence.cached_tokens / PAGE_TOKENS);
+            }
             for page in 0..usable {
                 let (key, tokens) = sequence.page(page, &self.keys);
                 match self.pool.find(&key, &tokens) {
@@ -689,7 +685,7 @@ impl Scheduler {
             return Admission::NoRoom;
         }
         let first = sequence.times.started.is_none();
-        let need = profile.prefill_need(sequence.len(), self.scratch.hits.len() as u32 * PAGE_TOKENS);
+        let need = profile.prefill_need(sequence.prefill_target(profile.compressed), self.scratch.hits.len() as u32 * PAGE_TOKENS);
         let pages = Start { hits: &self.scratch.hits, leased: &self.scratch.pages, need };
         let sequence = sequence.start(pages, profile.compressed, self.now);
         if first {
@@ -710,7 +706,7 @@ impl Scheduler {
         let Scheduler { pool, scratch, .. } = self;
         // Held first, or the lease might evict them.
         scratch.hits.iter().flat_map(|hit| hit.pages()).for_each(|page| pool.retain(page));
-        let need = profile.prefill_need(sequence.len(), scratch.hits.len() as u32 * PAGE_TOKENS);
+        let need = profile.prefill_need(sequence.prefill_target(profile.compressed), scratch.hits.len() as u32 * PAGE_TOKENS);
         scratch.pages.clear();
         let leased = pool.lease(&need.of(sequence.request.profile), &mut scratch.pages);
         if !leased {

@@ -3,7 +3,7 @@
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::layout::{PageLayout, PageSizes, SealedSplit};
 use crate::pages::{Kind, Tag};
-use crate::step::sealed_len;
+use crate::step::{next_seal, sealed_len};
 
 /// What the scheduler knows of a cache profile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -60,6 +60,12 @@ impl ProfileSizes {
         if self.compressed { sealed_len(len, self.window) } else { 0 }
     }
 
+    /// How far a decode step goes with `computed` positions done and the tokens of `known`: to the next seal, so that what is
+    /// decoded over again meets, position by position, the pages it met the first time.
+    pub(super) fn decode_end(&self, computed: u32, known: u32) -> u32 {
+        if self.compressed { known.min(next_seal(computed, self.window)) } else { known }
+    }
+
     /// Pages of the prefix index that a prompt of `n` positions may use. The last position is always computed, for its
     /// logits, and a compressed prompt takes no page that would not be sealed anyway.
     pub(super) fn reusable_pages(&self, n: u32) -> u32 {
@@ -84,14 +90,21 @@ impl ProfileSizes {
         Need { exact: pages_for(len - before), sealed: after / PAGE_TOKENS, sinks: u32::from(self.sinks > 0 && after > 0), workspace: 0 }
     }
 
-    /// The most a request ever holds, if it is never preempted: any of these may be the largest in bytes.
+    /// The most a request ever holds, in its prefill and while it decodes: what fits both, in an arena of its own, always
+    /// finds its next page.
     ///
+    /// Each kind of page counts at its own peak, for slabs that were full of one kind may keep a page each when it needs fewer.
     /// The last token generated is never computed. A decode step at `len` needs no less than the one at `len - 64`,
     /// so the last 64 lengths stand for all.
-    pub(super) fn peaks(&self, prompt: u32, max_new: u32) -> impl Iterator<Item = Need> + '_ {
+    pub(super) fn peaks(&self, prompt: u32, max_new: u32) -> [Need; 2] {
         let last = prompt + max_new - 1;
-        let decodes = (prompt + 1).max(last.saturating_sub(PAGE_TOKENS - 1))..=last;
-        std::iter::once(self.prefill_need(prompt, 0)).chain(decodes.map(|len| self.decode_need(len)))
+        let mut decode = Need::default();
+        for len in (prompt + 1).max(last.saturating_sub(PAGE_TOKENS - 1))..=last {
+            let Need { exact, sealed, sinks, workspace: _ } = self.decode_need(len);
+            decode =
+                Need { exact: decode.exact.max(exact), sealed: decode.sealed.max(sealed), sinks: decode.sinks.max(sinks), workspace: 0 };
+        }
+        [self.prefill_need(prompt, 0), decode]
     }
 
     /// Why these sizes cannot be served, if they cannot.
@@ -125,11 +138,13 @@ mod tests {
         for (window, sinks, prompt, max_new) in [(64, 4, 10, 700), (0, 0, 64, 300), (100, 16, 500, 1), (256, 4, 1, 90), (32, 4, 200, 200)] {
             let profile = ProfileSizes { window, sinks, compressed: true, ..ProfileSizes::default() };
             let all: Vec<Need> = (prompt + 1..prompt + max_new).map(|len| profile.decode_need(len)).collect();
-            let peaks: Vec<Need> = profile.peaks(prompt, max_new).collect();
+            let [_, peak] = profile.peaks(prompt, max_new);
             for need in &all {
-                let covers = |p: &&Need| p.exact >= need.exact && p.sealed >= need.sealed && p.sinks >= need.sinks;
-                assert!(peaks.iter().any(|p| covers(&p)), "{need:?} is not covered, window {window}, prompt {prompt}");
+                let covers = peak.exact >= need.exact && peak.sealed >= need.sealed && peak.sinks >= need.sinks;
+                assert!(covers, "{need:?} is not covered, window {window}, prompt {prompt}");
             }
+            let reached = |f: fn(&Need) -> u32| all.iter().map(f).max().unwrap_or(0);
+            assert_eq!((peak.exact, peak.sealed, peak.sinks), (reached(|n| n.exact), reached(|n| n.sealed), reached(|n| n.sinks)));
         }
     }
 }

@@ -45,8 +45,8 @@ pub(super) struct Sequence<State> {
     pub(super) preemptions: u32,
     /// Prompt positions its first start read from the prefix index.
     pub(super) cached_tokens: u32,
-    /// Starts without shared pages, so that its own are packed: the way out when, alone, it cannot grow because pages
-    /// are scattered over slabs.
+    /// Starts in an empty arena and shares it with nobody: the way out when, alone, it cannot grow because pages are
+    /// scattered over slabs.
     pub(super) compact: bool,
     pub(super) state: State,
 }
@@ -122,6 +122,12 @@ impl<State> Sequence<State> {
 
     pub(super) fn prompt_len(&self) -> u32 {
         self.request.prompt.len() as u32
+    }
+
+    /// Where its prefill ends. An exact cache takes generated tokens like prompt tokens: they come out the same. A compressed
+    /// one decodes them over again, for the first time they were computed from latents.
+    pub(super) fn prefill_target(&self, compressed: bool) -> u32 {
+        if compressed { self.prompt_len() } else { self.len() }
     }
 
     /// The token at a position.
@@ -207,7 +213,7 @@ impl Sequence<Waiting> {
         let running = Running {
             phase: Phase::Prefill { layer: 0, at: reused },
             reused,
-            target: self.len(),
+            target: self.prefill_target(compressed),
             computed: reused,
             sealed,
             exact,
@@ -273,15 +279,15 @@ impl Sequence<Running> {
         self.state.phase == Phase::Decode
     }
 
-    /// Pages that computing one more position needs and that are not here yet: one for it to be written to, and where it
-    /// makes a page leave the window, one for that to be sealed into.
+    /// Pages that the next decode step needs and that are not here yet: for its positions to be written to, and where they
+    /// make a page leave the window, one for that to be sealed into.
     pub(super) fn growth(&self, profile: &ProfileSizes) -> Need {
         let Running { computed, sealed, exact, sinks, sealing, .. } = &self.state;
         let sealed = sealed.len() as u32;
-        let after = profile.sealed_len(computed + 1) / PAGE_TOKENS;
-        let seals = after > sealed && sealing.is_none();
+        let end = profile.decode_end(*computed, self.len());
+        let seals = profile.sealed_len(end) / PAGE_TOKENS > sealed && sealing.is_none();
         Need {
-            exact: pages_for(computed + 1) - sealed - exact.len() as u32,
+            exact: pages_for(end) - sealed - exact.len() as u32,
             sealed: u32::from(seals),
             sinks: u32::from(seals && sealed == 0 && profile.sinks > 0 && sinks.is_none()),
             workspace: 0,
@@ -361,17 +367,23 @@ impl Sequence<Running> {
         budget - left
     }
 
-    /// Adds the row of a decode step. Its pages are leased already.
-    pub(super) fn decode_row(&self, profile: &ProfileSizes, layers: u32, plan: &mut StepPlan) {
+    /// Adds the row of a decode step of at most so many tokens, and says how many it has. Its pages are leased already.
+    ///
+    /// It has one, but for a compressed sequence that was preempted and decodes over again what it said: there, as many as are
+    /// known up to the next seal. Each of them sees what it saw the first time, so the sequence goes on as if nothing had been.
+    pub(super) fn decode_row(&self, profile: &ProfileSizes, layers: u32, tokens: u32, plan: &mut StepPlan) -> u32 {
         let Running { computed, sealed, exact, sinks, sealing, .. } = &self.state;
+        let end = profile.decode_end(*computed, self.len()).min(computed + tokens);
         let first_move = plan.moves.len();
-        if let Some(to) = sealing {
+        if let Some(to) = sealing.filter(|_| profile.sealed_len(end) / PAGE_TOKENS > sealed.len() as u32) {
             let skip = self.push_sinks(profile, sealed.is_empty(), exact[0], to.sinks, plan);
             plan.moves.push(Move::Seal { from: exact[0], to: to.page, skip });
         }
-        let quantum = Quantum { positions: *computed..*computed + 1, layers: 0..layers };
-        let view = View { sealed, exact, store: ExactStore::Exact, sinks: *sinks, moves: first_move, logits: Logits::Last };
-        self.push_row(quantum, view, plan);
+        let exact = &exact[..pages_for(end) as usize - sealed.len()];
+        let logits = if end == self.len() { Logits::Last } else { Logits::None };
+        let view = View { sealed, exact, store: ExactStore::Exact, sinks: *sinks, moves: first_move, logits };
+        self.push_row(Quantum { positions: *computed..end, layers: 0..layers }, view, plan);
+        end - computed
     }
 
     /// Adds the row of a prefill quantum.
@@ -380,7 +392,7 @@ impl Sequence<Running> {
         let ends = quantum.positions.end == *target;
         let logits = match quantum.layers.end == layers {
             true if self.wants_prompt_logits() => Logits::All,
-            true if ends => Logits::Last,
+            true if ends && *target == self.len() => Logits::Last,
             _ => Logits::None,
         };
         let first_move = plan.moves.len();
@@ -450,7 +462,7 @@ impl Sequence<Running> {
         match s.phase {
             Phase::Decode => {
                 s.computed = row.positions.end;
-                if let Some(hit) = s.sealing.take() {
+                if let Some(hit) = s.sealing.take_if(|_| !row.moves.is_empty()) {
                     pool.release(s.exact.remove(0));
                     s.sealed.push(hit.page);
                     s.sinks = s.sinks.or(hit.sinks);

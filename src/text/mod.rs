@@ -17,6 +17,7 @@ use crate::model::json::{self, shown};
 use crate::text::specials::Specials;
 use crate::text::template::{ChatTemplate, TemplateError};
 
+mod jinja;
 mod specials;
 pub mod stream;
 pub mod template;

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Real clients against the real server: the openai packages of Python and Node, and headless Chromium.
-# Needs a release build. Installs the clients into target/clients and Debian's chromium when it is missing.
+# Needs a release build. Installs the clients into target/clients, and from Debian what is missing: chromium, node, curl, python.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 work=$root/target/clients
 mkdir -p "$work"
 
-if ! command -v chromium >/dev/null; then
-  apt-get update -qq && apt-get install -y -qq chromium
+missing=()
+for need in chromium:chromium node:nodejs npm:npm curl:curl python3:python3; do
+  command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
+done
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "installing ${missing[*]}"
+  sudo=; [ "$(id -u)" = 0 ] || sudo=sudo
+  $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 if [ ! -x "$work/venv/bin/python" ]; then
   python3 -m venv "$work/venv"

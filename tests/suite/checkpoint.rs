@@ -375,6 +375,21 @@ fn folders_and_files_that_are_not_models_are_refused() {
     refused(Checkpoint::open(Path::new("/nonexistent")), &["is not a folder"]);
 }
 
+/// As a hub's cache has it: the snapshot's files are links to blobs named by their hashes.
+#[cfg(unix)]
+#[test]
+fn files_may_be_links() {
+    let (blobs, snapshot) = (Folder::new(), Folder::new());
+    let config = config();
+    blobs.put("1a2b", config.to_string()).put("3c4d", file(&tensors(&config, "BF16")));
+    for (blob, name) in [("1a2b", "config.json"), ("3c4d", "model.safetensors")] {
+        std::os::unix::fs::symlink(blobs.0.join(blob), snapshot.0.join(name)).unwrap();
+    }
+    assert_eq!(Checkpoint::open(&snapshot.0).unwrap().config.layers, 2);
+    std::fs::remove_file(blobs.0.join("3c4d")).unwrap();
+    refused(Checkpoint::open(&snapshot.0), &["model.safetensors"]);
+}
+
 #[test]
 fn tensors_must_be_those_of_the_configuration() {
     let config = config();

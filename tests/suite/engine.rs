@@ -2,22 +2,24 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
 use strait::compress::artifact::Fingerprint;
 use strait::engine::thread::{Parts, start};
 use strait::engine::{EngineHandle, SubmitError, TokenStream};
-use strait::ids::{AdapterGeneration, ProfileIndex, TokenId};
+use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
-use strait::model::decoder::{Decoder, ReadyProfile};
+use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
 use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
 use strait::request::{Event, Failure, FinishReason, GenerateRequest, Sampling, TokenLogprob, Usage};
-use strait::scheduler::{self, ProfileSizes};
+use strait::scheduler::{self, ProfileSizes, RowResult};
+use strait::step::StepPlan;
 
 const POSITIONS: usize = 768;
 
@@ -56,6 +58,11 @@ struct Size {
 const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64 };
 
 fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
+    let (engine, thread) = start(parts(model, size, ops)).unwrap();
+    World { engine, thread: Some(thread) }
+}
+
+fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(model);
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&dir).unwrap()));
     let config = &checkpoint.config;
@@ -74,7 +81,7 @@ fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
         })
         .collect();
     let arena_bytes = ready[0].layout.sizes().exact * size.arena_pages;
-    let parts = Parts {
+    Parts {
         scheduler: scheduler::Config {
             max_num_seqs: size.seqs,
             max_num_batched_tokens: size.budget,
@@ -93,9 +100,7 @@ fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
         profiles: ready,
         ops,
         emit: Box::new(|_| ()),
-    };
-    let (engine, thread) = start(parts).unwrap();
-    World { engine, thread: Some(thread) }
+    }
 }
 
 fn cpu() -> Box<dyn Ops> {
@@ -271,15 +276,31 @@ fn an_equal_beginning_is_read_from_the_cache_and_changes_nothing() {
 }
 
 #[test]
-fn preempted_sequences_of_an_exact_cache_say_the_same() {
-    let prompts: Vec<Vec<TokenId>> = (0..6).map(|i| tokens(100 + 20 * i, 40 + i as u64, 256)).collect();
-    let say = |size| -> Vec<Vec<TokenId>> {
-        let world = world("llama3", size, cpu);
-        let streams: Vec<_> = prompts.iter().map(|p| world.engine.submit(request(p, 200, 0)).unwrap()).collect();
-        streams.into_iter().map(|s| hear(s).tokens).collect()
-    };
-    // Six sequences grow to some 5 pages each; ten pages force preemption again and again.
-    assert_eq!(say(Size { arena_pages: 10, ..ROOMY }), say(ROOMY));
+fn preempted_sequences_say_the_same() {
+    let prompts: Vec<Vec<TokenId>> = (0..12).map(|i| tokens(100 + i, 40 + i as u64, 256)).collect();
+    // Twelve sequences grow to some 9 pages each; few pages force preemption, again and again in an exact cache.
+    for (profile, arena_pages) in [(0, 14), (1, 8), (2, 6)] {
+        let say = |size| {
+            let preemptions = Arc::new(AtomicU32::new(0));
+            let counter = preemptions.clone();
+            let parts = Parts {
+                emit: Box::new(move |event| {
+                    if matches!(event, strait::telemetry::Event::Preempted) {
+                        counter.fetch_add(1, Ordering::Relaxed);
+                    }
+                }),
+                ..parts("llama3", size, cpu)
+            };
+            let (engine, thread) = start(parts).unwrap();
+            let world = World { engine, thread: Some(thread) };
+            let streams: Vec<_> = prompts.iter().map(|p| world.engine.submit(request(p, 450, profile)).unwrap()).collect();
+            let said: Vec<_> = streams.into_iter().map(hear).map(|said| (said.tokens, said.logprobs)).collect();
+            (said, preemptions.load(Ordering::Relaxed))
+        };
+        let ((cramped, preemptions), (roomy, none)) = (say(Size { arena_pages, ..ROOMY }), say(ROOMY));
+        assert!(preemptions > 0 && none == 0, "profile {profile}: {preemptions} and {none} preemptions");
+        assert!(cramped == roomy, "profile {profile}: preempted sequences went on differently");
+    }
 }
 
 #[test]
@@ -402,4 +423,36 @@ fn a_request_that_breaks_the_step_ends_alone() {
         assert!(matches!(hear(stream).end, Err(Failure::Internal(_))));
     }
     settled(&world);
+}
+
+/// Wants no logits.
+struct Deaf;
+
+impl LogitsSink for Deaf {
+    fn logits(&mut self, _: usize, _: u32, _: &mut [f32]) {}
+}
+
+#[test]
+fn a_decode_step_allocates_nothing() {
+    for model in ["llama3", "qwen3"] {
+        let Parts { scheduler, mut decoder, mut arena, profiles, ops, .. } = parts(model, ROOMY, || Box::new(Cpu::new(1)));
+        let mut scheduler = scheduler::Scheduler::new(scheduler).unwrap();
+        for profile in 0..4u8 {
+            let request = request(&tokens(60 + usize::from(profile), 7, 256), 400, profile);
+            scheduler.enqueue(SeqId(profile.into()), request, Duration::ZERO).unwrap();
+        }
+        let (mut plan, mut outcomes, mut allocated) = (StepPlan::default(), vec![], vec![]);
+        for step in 0..380 {
+            scheduler.plan(Duration::ZERO, &mut plan, &mut outcomes);
+            assert_eq!(plan.rows.len(), 4, "{model}, step {step}");
+            let before = crate::allocations();
+            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops: &*ops, sink: &mut Deaf, observer: None });
+            allocated.push(crate::allocations() - before);
+            scheduler.commit(&plan, &[const { RowResult::Token(1) }; 4], Duration::ZERO, &mut outcomes);
+        }
+        // Pages are sealed first after some 130 positions; from then on everything has happened once.
+        assert!(allocated[0] > 0, "the counter counts");
+        let late: Vec<_> = allocated.iter().enumerate().skip(140).filter(|(_, n)| **n > 0).collect();
+        assert!(late.is_empty(), "{model}: allocations by step: {late:?}");
+    }
 }

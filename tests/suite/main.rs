@@ -1,5 +1,8 @@
 //! One binary of integration tests; each module is a room of `src`.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
 mod artifact;
 mod calibrate;
 mod checkpoint;
@@ -14,5 +17,35 @@ mod pages;
 mod plan;
 mod scheduler;
 mod sim;
+mod template;
 mod text;
 mod tidy;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Allocations this thread has made so far.
+fn allocations() -> u64 {
+    ALLOCATIONS.get()
+}
+
+/// The system's allocator, with a count for each thread.
+struct Counting;
+
+// SAFETY: everything is passed on; the count is a thread's own and needs no memory.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: as promised by the caller.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as promised by the caller.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;

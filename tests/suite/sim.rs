@@ -181,6 +181,16 @@ impl Memory {
         if row.profile != live.request.profile || row.adapter != live.request.adapter || end as usize > live.tokens.len() {
             return Err("the row is not of this request".into());
         }
+        // However often it is preempted, a compressed sequence computes its prompt from exact pages but for those it found
+        // sealed the first time, and each later position from the pages that were sealed when it was first decoded.
+        let prompt = live.request.prompt.len() as u32;
+        let as_first = match row.store {
+            ExactStore::Exact => !profile.compressed || start >= prompt && (start..end).all(|p| sealed_len(p, profile.window) == first),
+            ExactStore::Workspace => end <= prompt && first <= live.cached,
+        };
+        if !as_first {
+            return Err(format!("{start}..{end} after {prompt} prompt tokens sees {first} sealed positions"));
+        }
         // Where a position's keys and values of this layer are in its page.
         let slot = |p: u32| match row.store {
             ExactStore::Exact => layer * P + p % P,
@@ -318,20 +328,6 @@ fn world(rng: &mut Rng) -> World {
 }
 
 impl World {
-    /// Whether a prompt of `n` positions has room for its prefill in an empty arena.
-    fn fits_alone(&self, n: u32, profile: &ProfileSizes) -> bool {
-        let sizes = self.config.profiles.iter().flat_map(|p| [p.sizes.exact, p.sizes.sealed, p.sizes.sinks, p.sizes.workspace]);
-        let slab = sizes.max().unwrap_or(1);
-        let sealed = if profile.compressed { sealed_len(n, profile.window) } else { 0 };
-        let PageSizes { exact, sealed: sealed_bytes, sinks, workspace } = profile.sizes;
-        let mut pages = BTreeMap::new();
-        let kinds =
-            [(exact, (n - sealed).div_ceil(P)), (sealed_bytes, sealed / P), (sinks, u32::from(sealed > 0)), (workspace, n.div_ceil(P))];
-        kinds.iter().filter(|(bytes, _)| *bytes > 0).for_each(|&(bytes, n)| *pages.entry(bytes).or_insert(0) += u64::from(n));
-        let slabs: u64 = pages.iter().map(|(&bytes, &n)| n.div_ceil(slab / bytes)).sum();
-        slabs <= self.config.arena_bytes / slab
-    }
-
     fn request(&self, rng: &mut Rng) -> GenerateRequest {
         let document = rng.below(self.documents);
         let (shared, own) = (rng.below(self.prompt_max), rng.below(self.prompt_max / 2 + 1));
@@ -379,7 +375,7 @@ struct Tally {
     layered_rows: u64,
     seals: u64,
     timeouts: u64,
-    out_of_pages: u64,
+    replayed_rows: u64,
     refused: u64,
     cancelled_in_flight: u64,
     failed_steps: u64,
@@ -559,6 +555,8 @@ impl Sim {
         seqs.sort_unstable();
         seqs.dedup();
         self.tally.layered_rows += plan.rows.iter().filter(|row| row.layers.end - row.layers.start < config.layers).count() as u64;
+        let again = |row: &&Row| row.store == ExactStore::Exact && !row.sealed.is_empty() && row.logits == Logits::None;
+        self.tally.replayed_rows += plan.rows.iter().filter(again).count() as u64;
         self.tally.seals += plan.moves.iter().filter(|m| matches!(m, Move::Seal { .. })).count() as u64;
         let over = cost > u64::from(config.max_num_batched_tokens) * u64::from(config.layers) || seqs.len() > config.max_num_seqs;
         self.check(over, &format!("a step of {cost} token-layers for {} sequences", seqs.len()))?;
@@ -626,18 +624,14 @@ impl Sim {
                 }
                 Outcome::Failed { seq, failure, .. } => {
                     let Some(live) = self.live.remove(seq) else { return wrong("unknown sequence") };
-                    let profile = &self.world.config.profiles[usize::from(live.request.profile.0)];
                     let fair = match failure {
                         Failure::Numerical | Failure::Internal(_) => live.may_fail,
                         Failure::QueueTimeout => {
                             self.tally.timeouts += 1;
                             self.world.timeouts && live.generated() == 0
                         }
-                        // Only what was taken and could not be resumed, as its workspace is larger than what decoding took.
-                        Failure::OutOfPages => {
-                            self.tally.out_of_pages += 1;
-                            live.generated() > 0 && !self.world.fits_alone(live.tokens.len() as u32, profile)
-                        }
+                        // What was taken fits, whatever happens to it.
+                        Failure::OutOfPages => false,
                         Failure::Draining => true,
                     };
                     if !fair {
@@ -682,7 +676,7 @@ fn every_sequence_says_what_it_would_say_alone() {
             layered_rows,
             seals,
             timeouts,
-            out_of_pages,
+            replayed_rows,
             refused,
             cancelled_in_flight,
             failed_steps,
@@ -694,14 +688,25 @@ fn every_sequence_says_what_it_would_say_alone() {
             layered_rows: total.layered_rows + layered_rows,
             seals: total.seals + seals,
             timeouts: total.timeouts + timeouts,
-            out_of_pages: total.out_of_pages + out_of_pages,
+            replayed_rows: total.replayed_rows + replayed_rows,
             refused: total.refused + refused,
             cancelled_in_flight: total.cancelled_in_flight + cancelled_in_flight,
             failed_steps: total.failed_steps + failed_steps,
         };
     }
     eprintln!("{steps} steps, {seed} seeds, {:.1?}: {total:?}", began.elapsed());
-    let Tally { done, cached_tokens, preemptions, layered_rows, seals, timeouts, refused, cancelled_in_flight, failed_steps, .. } = total;
+    let Tally {
+        done,
+        cached_tokens,
+        preemptions,
+        layered_rows,
+        seals,
+        timeouts,
+        replayed_rows,
+        refused,
+        cancelled_in_flight,
+        failed_steps,
+    } = total;
     for (what, n) in [
         ("sequences done", done),
         ("tokens from the prefix cache", cached_tokens),
@@ -709,6 +714,7 @@ fn every_sequence_says_what_it_would_say_alone() {
         ("layer-by-layer rows", layered_rows),
         ("seals", seals),
         ("timeouts", timeouts),
+        ("tokens decoded over again", replayed_rows),
         ("refusals", refused),
         ("cancels in flight", cancelled_in_flight),
         ("failed steps", failed_steps),

@@ -1,0 +1,310 @@
+//! What completions say, in one piece and as streams, and how they end.
+
+use super::*;
+
+#[tokio::test]
+async fn a_chat_in_one_piece() {
+    let app = app(vec![Ok(vec![Say("Hello"), Tell(Event::Token { id: EOS, logprob: None }), Done(FinishReason::Stop)])]);
+    let answer = app.post(CHAT, &hello()).await;
+    check_pretty(
+        &answer,
+        &expect![[r#"
+        {
+          "id": "chatcmpl-r1",
+          "object": "chat.completion",
+          "created":0,
+          "model": "demo",
+          "choices": [
+            {
+              "index": 0,
+              "message": {
+                "role": "assistant",
+                "content": "Hello",
+                "refusal": null
+              },
+              "logprobs": null,
+              "finish_reason": "stop"
+            }
+          ],
+          "usage": {
+            "prompt_tokens": 18,
+            "completion_tokens": 6,
+            "total_tokens": 24,
+            "prompt_tokens_details": {
+              "cached_tokens": 2
+            },
+            "kv_cache": {
+              "profile": "cskv-80",
+              "bytes": 4096,
+              "sealed_tokens": 64,
+              "window_tokens": 10
+            }
+          }
+        }"#]],
+    );
+    assert_eq!(answer.headers["x-request-id"], "r1");
+    assert_eq!(app.fake.seen().requests[0].prompt.len(), "user:hi\nassistant:".len());
+}
+
+#[tokio::test]
+async fn a_chat_as_a_stream() {
+    let app = app(vec![Ok(vec![Say("Hé"), Done(FinishReason::Length)])]);
+    let answer = app.post(CHAT, &with(hello(), &json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
+    assert_eq!(answer.headers["content-type"], "text/event-stream; charset=utf-8");
+    assert_eq!(answer.headers["cache-control"], "no-store");
+    check(
+        &answer,
+        &expect![[r#"
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"H"},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[],"usage":{"prompt_tokens":18,"completion_tokens":3,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":2},"kv_cache":{"profile":"cskv-80","bytes":4096,"sealed_tokens":64,"window_tokens":10}}}
+
+        data: [DONE]
+
+    "#]],
+    );
+}
+
+#[tokio::test]
+async fn a_stream_with_running_counts_token_ids_and_logprobs() {
+    let app = app(vec![Ok(ends("ab"))]);
+    let extra = json!({"stream": true, "stream_options": {"continuous_usage_stats": true}, "return_token_ids": true, "logprobs": true, "top_logprobs": 1});
+    check(
+        &app.post(CHAT, &with(hello(), &extra)).await,
+        &expect![[r#"
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19},"prompt_token_ids":[117,115,101,114,58,104,105,10,97,115,115,105,115,116,97,110,116,58]}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-0.5,"bytes":[97]}]}],"refusal":null},"finish_reason":null,"token_ids":[97]}],"usage":{"prompt_tokens":18,"completion_tokens":1,"total_tokens":19}}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{"content":"b"},"logprobs":{"content":[{"token":"b","logprob":-0.5,"bytes":[98],"top_logprobs":[{"token":"b","logprob":-0.5,"bytes":[98]}]}],"refusal":null},"finish_reason":null,"token_ids":[98]}],"usage":{"prompt_tokens":18,"completion_tokens":2,"total_tokens":20}}
+
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":18,"completion_tokens":2,"total_tokens":20}}
+
+        data: [DONE]
+
+    "#]],
+    );
+}
+
+#[tokio::test]
+async fn two_choices_are_two_sequences_with_their_own_seeds() {
+    let app = app(vec![
+        Ok(vec![Say("a"), Wait(40), Say("A"), Done(FinishReason::Stop)]),
+        Ok(vec![Wait(20), Say("b"), Done(FinishReason::Length)]),
+    ]);
+    let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "seed": 7, "stream": true})).await;
+    check(
+        &answer,
+        &expect![[r#"
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":1,"text":"b","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":1,"text":"","logprobs":null,"finish_reason":"length"}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"A","logprobs":null,"finish_reason":null}]}
+
+        data: {"id":"cmpl-r1","object":"text_completion","created":0,"model":"demo","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop"}]}
+
+        data: [DONE]
+
+    "#]],
+    );
+    let seeds: Vec<_> = app.fake.seen().requests.iter().map(|r| r.sampling.seed).collect();
+    assert_eq!(seeds[0], 7);
+    assert_ne!(seeds[1], 7);
+}
+
+#[tokio::test]
+async fn prompts_and_choices_are_indexed_prompt_by_prompt() {
+    let app = app(["a", "b", "c", "d"].map(|t| Ok(ends(t))).into());
+    let answer = app.post(TEXT, &json!({"prompt": ["x", "yy"], "n": 2, "seed": -1, "echo": true, "max_tokens": 3})).await.json();
+    let told: Vec<_> =
+        answer["choices"].as_array().expect("choices").iter().map(|c| c["text"].as_str().expect("text").to_owned()).collect();
+    assert_eq!(told, ["xa", "xb", "yyc", "yyd"]);
+    // BOS and the text, each prompt once; cached tokens once per prompt; every choice's cache.
+    assert_eq!(answer["usage"]["prompt_tokens"], 2 + 3);
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 4);
+    assert_eq!(answer["usage"]["kv_cache"]["bytes"], 4 * 4096);
+    let seeds: Vec<_> = app.fake.seen().requests.iter().map(|r| r.sampling.seed).collect();
+    assert_eq!((seeds[0], seeds[1]), (seeds[2], seeds[3]), "a prompt's seeds do not depend on its neighbours");
+    assert_eq!(seeds[0], u64::MAX);
+}
+
+#[tokio::test]
+async fn echo_with_logprobs_scores_a_prompt_as_evaluation_harnesses_ask() {
+    for stream in [false, true] {
+        let app = app(vec![Ok(vec![Done(FinishReason::Length)])]);
+        let body = json!({"prompt": "hé!", "echo": true, "logprobs": 1, "max_tokens": 0, "add_special_tokens": false, "stream": stream});
+        let answer = app.post(TEXT, &body).await;
+        let frames = if stream { frames(&answer.text) } else { vec![answer.json()] };
+        let json = &frames[0];
+        assert_eq!(json["choices"][0]["text"], "hé!");
+        assert_eq!(frames[frames.len() - 1]["choices"][0]["finish_reason"], "length");
+        expect![[r#"{"text_offset":[0,1,2,2],"token_logprobs":[null,-0.5,-0.5,-0.5],"tokens":["h","bytes:\\xc3","bytes:\\xa9","!"],"top_logprobs":[null,{"bytes:\\xc3":-0.5},{"bytes:\\xa9":-0.5},{"!":-0.5}]}"#]].assert_eq(&json["choices"][0]["logprobs"].to_string());
+        let seen = app.fake.seen();
+        assert_eq!((seen.requests[0].max_new_tokens, seen.requests[0].prompt_logprobs), (0, Some(1)));
+    }
+}
+
+#[tokio::test]
+async fn a_harness_finds_one_logprob_per_token_also_when_the_last_is_eos() {
+    let app = app(vec![Ok(vec![Tell(Event::Token { id: EOS, logprob: None }), Done(FinishReason::Stop)])]);
+    let answer = app.post(TEXT, &json!({"prompt": [104, 105], "echo": true, "logprobs": 0, "max_tokens": 1})).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["text"], "hi");
+    assert_eq!(choice["logprobs"]["tokens"], json!(["h", "i", "</s>"]));
+    assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -0.5, -0.5]));
+    // Without alternatives the token itself is still listed.
+    assert_eq!(choice["logprobs"]["top_logprobs"], json!([null, {"i": -0.5}, {"</s>": -0.5}]));
+}
+
+#[tokio::test]
+async fn offsets_are_places_in_the_text() {
+    let app = app(vec![Ok(ends("é!"))]);
+    let answer = app.post(TEXT, &json!({"prompt": "a<s>", "echo": true, "logprobs": 0})).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["text"], "a<s>é!");
+    // BOS was added by the tokenizer and is not in the text; what the client wrote is.
+    assert_eq!(choice["logprobs"]["tokens"], json!(["<s>", "a", "<", "s", ">", "bytes:\\xc3", "bytes:\\xa9", "!"]));
+    assert_eq!(choice["logprobs"]["text_offset"], json!([0, 0, 1, 2, 3, 4, 5, 5]));
+}
+
+#[tokio::test]
+async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
+    let deep = TokenLogprob { logprob: f32::NEG_INFINITY, top: vec![(0xc3, f32::NEG_INFINITY), (0xa9, -1.0)] };
+    let token = |id| Event::Token { id, logprob: Some(deep.clone()) };
+    // The player replaces log-probabilities of `Token`s, so the stream is made by hand.
+    struct Raw(Mutex<Vec<Event>>);
+    impl Engine for Raw {
+        fn submit(&self, _: GenerateRequest) -> Result<TokenStream, SubmitError> {
+            let (tx, rx) = mpsc::channel(8);
+            self.0.lock().expect("unshared").drain(..).for_each(|event| tx.try_send(event).expect("room"));
+            Ok(TokenStream::new(SeqId(1), rx, || {}))
+        }
+        fn finish(&self, _: SeqId) {}
+        fn snapshot(&self) -> Arc<Snapshot> {
+            Arc::default()
+        }
+        fn heartbeat_age(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn drain(&self) {}
+        fn stop(&self) {}
+    }
+    for (path, key) in [(TEXT, "prompt"), (CHAT, "messages")] {
+        let done = Event::Done { reason: FinishReason::Stop, usage: Usage::default() };
+        let engine = EngineHandle::new(Arc::new(Raw(Mutex::new(vec![token(0xc3), token(0xa9), done]))));
+        let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
+        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0) });
+        let app = App { router: server.router(), server, fake: Fake::new(vec![]) };
+        let logprobs = if path == TEXT { json!(2) } else { json!(true) };
+        let prompt = if path == TEXT { json!("x") } else { hello()["messages"].clone() };
+        let answer = app.post(path, &json!({key: prompt, "logprobs": logprobs})).await.json();
+        let choice = &answer["choices"][0];
+        match path {
+            TEXT => expect![[r#"{"index":0,"text":"é","logprobs":{"text_offset":[0,1],"token_logprobs":[-9999.0,-9999.0],"tokens":["bytes:\\xc3","bytes:\\xa9"],"top_logprobs":[{"bytes:\\xc3":-9999.0,"bytes:\\xa9":-1.0},{"bytes:\\xc3":-9999.0,"bytes:\\xa9":-1.0}]},"finish_reason":"stop"}"#]].assert_eq(&choice.to_string()),
+            _ => expect![[r#"{"index":0,"message":{"role":"assistant","content":"é","refusal":null},"logprobs":{"content":[{"token":"�","logprob":-9999.0,"bytes":[195],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[195]},{"token":"�","logprob":-1.0,"bytes":[169]}]},{"token":"�","logprob":-9999.0,"bytes":[169],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[195]},{"token":"�","logprob":-1.0,"bytes":[169]}]}],"refusal":null},"finish_reason":"stop"}"#]].assert_eq(&choice.to_string()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
+    for (say, extra, text, completion_tokens) in [
+        ("one two three", json!({"stop": "two"}), "one ", 7),
+        ("one two three", json!({"stop": ["x", "two"], "include_stop_str_in_output": true}), "one two", 7),
+        ("aaab", json!({"stop": ["aab"]}), "a", 4),
+        ("Ünd", json!({"stop": ["nd"]}), "Ü", 4),
+    ] {
+        for stream in [false, true] {
+            let app = app(vec![Ok(vec![Say(say), UntilFinish])]);
+            let body = with(
+                with(json!({"prompt": "x", "stream": stream}), &extra),
+                &json!({"stream_options": stream.then(|| json!({"include_usage": true}))}),
+            );
+            let answer = app.post(TEXT, &body).await;
+            let (told, usage) = match stream {
+                false => (answer.json()["choices"][0]["text"].as_str().expect("text").to_owned(), answer.json()["usage"].clone()),
+                true => {
+                    let frames = frames(&answer.text);
+                    (texts(&frames), frames[frames.len() - 1]["usage"].clone())
+                }
+            };
+            assert_eq!(told, text);
+            assert_eq!(usage["completion_tokens"], completion_tokens, "{say}");
+            assert_eq!(usage["kv_cache"], json!({"profile": "cskv-80", "bytes": 4096, "sealed_tokens": 64, "window_tokens": 10}));
+            assert_eq!(app.fake.seen().finished, [SeqId(1)]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stop_token_is_not_text_unless_generation_went_on() {
+    let dot = TokenId::from(b'.');
+    let token = |id| Tell(Event::Token { id, logprob: None });
+    for (steps, extra, text) in [
+        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({}), "a"),
+        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({"include_stop_str_in_output": true}), "a."),
+        (vec![Say("a"), token(dot), Say("b"), Done(FinishReason::Stop)], json!({"min_tokens": 3}), "a.b"),
+        (vec![Say("a"), token(dot), Done(FinishReason::Length)], json!({"min_tokens": 2}), "a."),
+        (vec![token(EOS), Done(FinishReason::Stop)], json!({}), ""),
+    ] {
+        let app = app(vec![Ok(steps)]);
+        let body = with(json!({"prompt": "x", "stop_token_ids": [dot]}), &extra);
+        let answer = app.post(TEXT, &body).await.json();
+        assert_eq!(answer["choices"][0]["text"], text, "{extra}");
+    }
+}
+
+#[tokio::test]
+async fn an_abnormal_end_is_a_status_or_an_error_event_without_done() {
+    for (failure, verdict) in [
+        (Failure::Numerical, "500 numerical_error -"),
+        (Failure::OutOfPages, "503 out_of_pages -"),
+        (Failure::QueueTimeout, "503 deadline_exceeded -"),
+        (Failure::Internal("canary".into()), "500 internal_error -"),
+        (Failure::Draining, "503 draining -"),
+    ] {
+        let failed = || vec![Ok(vec![Say("abc"), Tell(Event::Failed { failure: failure.clone() })])];
+        let answer = app(failed()).post(CHAT, &hello()).await;
+        assert_eq!(answer.verdict(), verdict);
+        assert_eq!(answer.headers.contains_key("retry-after"), answer.status == 503);
+        assert!(!answer.text.contains("canary"));
+
+        let answer = app(failed()).post(CHAT, &with(hello(), &json!({"stream": true}))).await;
+        assert_eq!(answer.status, 200);
+        let frames = frames(&answer.text);
+        let code = frames[frames.len() - 1]["error"]["code"].as_str().expect("an error event last");
+        assert!(verdict.contains(code), "{code}");
+        assert!(!answer.text.contains("[DONE]") && !answer.text.contains("canary"));
+    }
+    // An engine that dies leaves a sequence without an end.
+    let app = app(vec![Ok(vec![Say("abc")])]);
+    assert_eq!(app.post(CHAT, &hello()).await.verdict(), "500 internal_error -");
+}
+
+#[tokio::test]
+async fn a_failed_choice_ends_its_siblings() {
+    let app = app(vec![Ok(vec![Hang]), Ok(vec![Tell(Event::Failed { failure: Failure::Numerical })])]);
+    assert_eq!(app.post(CHAT, &with(hello(), &json!({"n": 2}))).await.verdict(), "500 numerical_error -");
+    assert_eq!(app.fake.cancelled(2).await.len(), 2);
+}
+
+#[tokio::test]
+async fn panics_end_one_request() {
+    let app = app(vec![Ok(vec![Say("a\0")])]);
+    assert_eq!(app.post(TEXT, &json!({"prompt": "panic"})).await.verdict(), "500 internal_error -");
+    let answer = app.post(TEXT, &json!({"prompt": "x", "stream": true})).await;
+    assert!(answer.text.contains("\"internal_error\"") && !answer.text.contains("[DONE]"), "{}", answer.text);
+    app.fake.seen().plays.push_back(Ok(vec![Say("\0")]));
+    assert_eq!(app.post(TEXT, &json!({"prompt": "x"})).await.verdict(), "500 internal_error -");
+    assert_eq!(app.post(TEXT, &json!({"prompt": "x"})).await.status, 200);
+    assert!(app.server.telemetry.render().contains("strait:panics_total 3\n"));
+}
