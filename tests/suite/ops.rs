@@ -12,7 +12,7 @@ use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::ops::cpu::{Cpu, Isa};
 use strait::ops::reference::Reference;
 use strait::ops::{Append, AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob, append};
-use strait::quant::unpack;
+use strait::quant::get;
 
 /// Seeded numbers.
 struct Rng(u64);
@@ -569,18 +569,18 @@ fn sealed_bytes_are_those_of_the_definition_but_for_ties() {
                     }
                     continue;
                 }
-                for (at, n) in [(layer.key_meta, 2 * k), (layer.value_meta, 64 * v.div_ceil(32) * 2)] {
+                for (at, n) in [(layer.key_meta, 2 * k), (layer.value_meta, 2 * 64 * layer.value_groups())] {
                     assert_near(&halves(&mine, at, n), &halves(&theirs, at, n), 1e-3, format_args!("{isa} {profile:?} scales"));
                 }
                 let sections = [
-                    (layer.key_codes, k, SealedLayer::key_stride(bits), 64),
-                    (layer.value_codes, 64, SealedLayer::value_stride(v, bits), v),
+                    (layer.key_codes, SealedLayer::key_code_bytes(k, bits), k, 64),
+                    (layer.value_codes, SealedLayer::value_code_bytes(v, bits), 64, v),
                 ];
-                for (at, rows, stride, codes) in sections {
-                    for row in 0..rows {
+                for (at, bytes, n, lanes) in sections {
+                    for i in 0..n {
                         let read = |cache: &Cache| {
-                            let mut out = vec![0; codes];
-                            unpack(cache.arena.slice(page, at + row * stride, stride), bits, 0, &mut out);
+                            let mut out = vec![0; lanes];
+                            get(cache.arena.slice(page, at, bytes / 4), n, bits, i, &mut out);
                             out
                         };
                         for (a, b) in read(&mine).into_iter().zip(read(&theirs)) {

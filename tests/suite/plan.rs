@@ -62,12 +62,13 @@ fn a_sealed_page_is_its_keys_values_metadata_and_padding() {
     assert_eq!(p[2].sealed_page, Some(SealedPage { bytes: 1_638_400, keys: 819_200, values: 819_200, metadata: 0, padding: 0 }));
     let metadata = 32 * (200 * 4 + 64 * 7 * 4);
     assert_eq!(p[3].sealed_page, Some(SealedPage { bytes: 493_568, keys: 204_800, values: 204_800, metadata, padding: 32 * 32 }));
-    // Three bits: 24 bytes per key channel, 75 per token of values.
+    // Three bits: 13 words of low bits and 7 of third bits per position for 200 channels; 4 and 2 per value channel.
     let three = p[4].sealed_page.unwrap();
-    assert_eq!((three.keys, three.values), (32 * 200 * 24, 32 * 64 * 75));
+    assert_eq!((three.keys, three.values), (32 * 64 * 20 * 4, 32 * 200 * 6 * 4));
     let qwen = planned(&qwen_25_7b(), 1 << 34, &[]).profiles[3].sealed_page.unwrap();
-    let (keys, values, metadata) = (28 * 3200, 28 * 3200, 28 * (400 + 1024));
-    assert_eq!(qwen, SealedPage { bytes: 28 * 7872, keys, values, metadata, padding: 28 * 48 });
+    // 100 channels fill 12.5 words.
+    let (keys, values, metadata) = (28 * 13 * 256, 28 * 3200, 28 * (400 + 1024));
+    assert_eq!(qwen, SealedPage { bytes: 28 * 8000, keys, values, metadata, padding: 28 * 48 });
     for p in p.iter().filter_map(|p| p.sealed_page) {
         assert_eq!(p.keys + p.values + p.metadata + p.padding, p.bytes);
     }

@@ -14,6 +14,7 @@
 use half::{bf16, f16};
 
 use super::Cpu;
+use super::codes::{Codes, Numbers};
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::rows::turned;
 use super::simd::{Element, Kernel, Lanes, dispatch};
@@ -23,7 +24,6 @@ use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
 use crate::ops::{AttendRow, Heads, RopeTable, exact_head_bytes};
-use crate::quant::{Scale, dequantise, unpack};
 
 /// Positions of a page.
 const P: usize = PAGE_TOKENS as usize;
@@ -773,14 +773,11 @@ impl Unit<'_> {
                 let codes = arena.slice::<f16>(page, layer.key_codes + group.ranks.start * 2 * P, rank * P);
                 S::enter(Widen { from: codes.as_ptr(), to: room.key_latents, n: rank * P });
             } else {
-                let stride = SealedLayer::key_stride(layer.bits);
-                let codes = arena.slice::<u8>(page, layer.key_codes + group.ranks.start * stride, rank * stride);
-                let meta = arena.slice::<f16>(page, layer.key_meta + group.ranks.start * 4, rank * 2);
-                let mut row = [0u8; P];
-                for (r, (codes, meta)) in codes.chunks_exact(stride).zip(meta.chunks_exact(2)).enumerate() {
-                    unpack(codes, layer.bits, 0, &mut row);
-                    let to = std::slice::from_raw_parts_mut(room.key_latents.add(r * P), P);
-                    dequantise(&row, Scale { scale: meta[0], min: meta[1] }, to);
+                let codes = key_codes(arena, page, &layer);
+                let (scales, minima) = arena.slice::<f16>(page, layer.key_meta, 2 * layer.key_rank).split_at(layer.key_rank);
+                for (r, i) in group.ranks.clone().enumerate() {
+                    let (scale, min, to) = (scales[i].to_f32(), minima[i].to_f32(), room.key_latents.add(r * P));
+                    S::enter(Numbers { codes, i, lane: 0, width: P, scale, min, to });
                 }
             }
             let up = group.up.as_ptr().add(basis.key_channel);
@@ -816,21 +813,18 @@ impl Unit<'_> {
                 unsafe { S::enter(Widen { from: codes.as_ptr(), to, n: ranks.len() }) }
                 continue;
             }
-            let (stride, groups) = (SealedLayer::value_stride(layer.value_rank, layer.bits), layer.value_rank.div_ceil(VALUE_GROUP));
-            let codes = arena.slice::<u8>(page, layer.value_codes + p * stride, stride);
-            let meta = arena.slice::<f16>(page, layer.value_meta + p * groups * 4, groups * 2);
-            // SAFETY: as above.
-            let to = unsafe { std::slice::from_raw_parts_mut(to, ranks.len()) };
-            let mut row = [0u8; VALUE_GROUP];
-            let mut r = ranks.start;
-            while r < ranks.end {
-                let group = r / VALUE_GROUP;
+            let codes = value_codes(arena, page, &layer);
+            let groups = layer.value_groups();
+            let (scales, minima) = arena.slice::<f16>(page, layer.value_meta, 2 * groups * P).split_at(groups * P);
+            let mut lane = ranks.start;
+            while lane < ranks.end {
+                let group = lane / VALUE_GROUP;
                 let next = ranks.end.min((group + 1) * VALUE_GROUP);
-                let row = &mut row[..next - r];
-                unpack(codes, layer.bits, r, row);
-                let scale = Scale { scale: meta[2 * group], min: meta[2 * group + 1] };
-                dequantise(row, scale, &mut to[r - ranks.start..next - ranks.start]);
-                r = next;
+                let (scale, min) = (scales[group * P + p].to_f32(), minima[group * P + p].to_f32());
+                let to = to.wrapping_add(lane - ranks.start);
+                // SAFETY: the codes have every lane of the ranks, and `to` room for them.
+                unsafe { S::enter(Numbers { codes, i: p, lane, width: next - lane, scale, min, to }) };
+                lane = next;
             }
         }
     }
@@ -861,6 +855,19 @@ impl Unit<'_> {
             }
         }
     }
+}
+
+/// Key codes of a sealed page, below 16 bits.
+pub(super) fn key_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let (n, bits) = (layer.key_rank, layer.bits);
+    Codes { words: arena.slice::<u32>(page, layer.key_codes, SealedLayer::key_code_bytes(n, bits) / 4).as_ptr(), lanes: P, n, bits }
+}
+
+/// Value codes of a sealed page, below 16 bits.
+pub(super) fn value_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let (lanes, bits) = (layer.value_rank, layer.bits);
+    let words = arena.slice::<u32>(page, layer.value_codes, SealedLayer::value_code_bytes(lanes, bits) / 4).as_ptr();
+    Codes { words, lanes, n: P, bits }
 }
 
 /// Turns keys, `n` elements in either half, by tables that lie alike.

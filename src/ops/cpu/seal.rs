@@ -17,7 +17,7 @@ use crate::ids::PAGE_TOKENS;
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
 use crate::ops::{LayerView, RopeTable, SealJob, exact_head_bytes};
-use crate::quant::{Scale, pack, packed_len, quantise_group, to_f16};
+use crate::quant::{put, quantise_group, to_f16};
 
 const P: usize = PAGE_TOKENS as usize;
 
@@ -37,11 +37,13 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
         }
         assert_eq!(channel, p.channels(), "groups do not tile the channels");
     }
+    // Sections begin on 8-byte boundaries.
     let bytes = layer.end - layer.key_codes;
     let mut pages = cpu.seal.lock().unwrap_or_else(|e| e.into_inner());
     pages.clear();
-    pages.resize(jobs.len() * bytes, 0);
-    let to = Shares::new(&mut pages[..]);
+    pages.resize(jobs.len() * bytes / 8, 0);
+    let pages: &mut [u8] = bytemuck::cast_slice_mut(&mut pages[..]);
+    let to = Shares::new(&mut *pages);
     {
         let arena = &*arena;
         cpu.pool.run(jobs.len(), &|i| {
@@ -133,46 +135,43 @@ impl Page<'_> {
         }
     }
 
-    /// Bytes `[from, from + n)` of the page, which lie in this layer.
-    fn bytes(&mut self, from: usize, n: usize) -> &mut [u8] {
-        &mut self.to[from - self.layer.key_codes..][..n]
+    /// `n` elements at byte `from` of the page, which lie in this layer.
+    fn part<T: bytemuck::Pod>(&mut self, from: usize, n: usize) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.to[from - self.layer.key_codes..][..n * size_of::<T>()])
     }
 
     /// `latents: [key_rank][64]`.
     fn write_keys(&mut self, latents: &[f32]) {
-        let (layer, skip) = (self.layer, self.job.skip as usize);
-        let stride = SealedLayer::key_stride(layer.bits);
+        let (SealedLayer { key_rank: rank, bits, key_codes, key_meta, .. }, skip) = (self.layer, self.job.skip as usize);
         let mut codes = [0u8; P];
         for (r, row) in latents.chunks_exact(P).enumerate() {
-            if layer.bits == 16 {
-                write_halves(self.bytes(layer.key_codes + (r * P + skip) * 2, (P - skip) * 2), &row[skip..]);
-            } else {
-                let scale = quantise_group(&row[skip..], layer.bits, &mut codes[skip..]);
-                pack(&codes, layer.bits, self.bytes(layer.key_codes + r * stride, stride));
-                write_scale(self.bytes(layer.key_meta + r * 4, 4), scale);
+            if bits == 16 {
+                write_halves(self.part(key_codes + (r * P + skip) * 2, P - skip), &row[skip..]);
+                continue;
             }
+            let shared = quantise_group(&row[skip..], bits, &mut codes[skip..]);
+            put(self.part(key_codes, SealedLayer::key_code_bytes(rank, bits) / 4), rank, bits, r, &codes);
+            let meta = self.part(key_meta, 2 * rank);
+            (meta[r], meta[rank + r]) = (shared.scale, shared.min);
         }
     }
 
     /// `latents: [64][value_rank]`.
     fn write_values(&mut self, latents: &[f32]) {
-        let layer = self.layer;
-        let (rank, groups) = (layer.value_rank, layer.value_rank.div_ceil(VALUE_GROUP));
-        let stride = SealedLayer::value_stride(rank, layer.bits);
-        let mut codes = [0u8; VALUE_GROUP];
+        let SealedLayer { value_rank: rank, bits, value_codes, value_meta, .. } = self.layer;
+        let groups = self.layer.value_groups();
+        let mut codes = vec![0u8; rank];
         for (p, row) in latents.chunks_exact(rank).enumerate().skip(self.job.skip as usize) {
-            if layer.bits == 16 {
-                write_halves(self.bytes(layer.value_codes + p * rank * 2, rank * 2), row);
+            if bits == 16 {
+                write_halves(self.part(value_codes + p * rank * 2, rank), row);
                 continue;
             }
-            // A whole group of 32 codes is a whole number of bytes at any width, so groups are packed apart.
-            for (g, x) in row.chunks(VALUE_GROUP).enumerate() {
-                let codes = &mut codes[..x.len()];
-                let scale = quantise_group(x, layer.bits, codes);
-                let at = layer.value_codes + p * stride + packed_len(g * VALUE_GROUP, layer.bits);
-                pack(codes, layer.bits, self.bytes(at, packed_len(x.len(), layer.bits)));
-                write_scale(self.bytes(layer.value_meta + (p * groups + g) * 4, 4), scale);
+            for (g, (x, codes)) in row.chunks(VALUE_GROUP).zip(codes.chunks_mut(VALUE_GROUP)).enumerate() {
+                let shared = quantise_group(x, bits, codes);
+                let meta = self.part(value_meta, 2 * groups * P);
+                (meta[g * P + p], meta[(groups + g) * P + p]) = (shared.scale, shared.min);
             }
+            put(self.part(value_codes, SealedLayer::value_code_bytes(rank, bits) / 4), P, bits, p, &codes);
         }
     }
 }
@@ -210,16 +209,8 @@ impl Kernel for Unturn<'_> {
     }
 }
 
-fn write_halves(to: &mut [u8], from: &[f32]) {
-    for (to, &x) in to.chunks_exact_mut(2).zip(from) {
-        to.copy_from_slice(&to_f16(x).to_ne_bytes());
-    }
-}
-
-fn write_scale(to: &mut [u8], scale: Scale) {
-    let [a, b]: [f16; 2] = [scale.scale, scale.min];
-    to[..2].copy_from_slice(&a.to_ne_bytes());
-    to[2..].copy_from_slice(&b.to_ne_bytes());
+fn write_halves(to: &mut [f16], from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, &x)| *to = to_f16(x));
 }
 
 /// `latents[r][p] = sum over c of x[c][p] * down[c][r]`, lanes along positions.
