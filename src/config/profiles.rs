@@ -61,9 +61,14 @@ impl ProfileFile {
         }
         let basis = match self.basis.as_deref().unwrap_or("joint") {
             "joint" => BasisKind::Joint,
+            "frequency" => BasisKind::Frequency,
             other => match other.strip_prefix("grouped:").and_then(|n| n.parse().ok()) {
                 Some(n) if n > 0 => BasisKind::Grouped(n),
-                _ => return Err(bad(format!("basis is {other:?}; choose \"joint\" or \"grouped:N\" with N KV heads to a group"))),
+                _ => {
+                    return Err(bad(format!(
+                        "basis is {other:?}; choose \"joint\", \"frequency\" or \"grouped:N\" with N KV heads to a group"
+                    )));
+                }
             },
         };
         let cskv = Cskv { key_rank: self.key_rank, value_rank: self.value_rank, bits: self.bits, window, sinks, basis };

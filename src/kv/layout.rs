@@ -74,13 +74,15 @@ pub enum BasisKind {
     Joint,
     /// Groups of `n` neighbouring KV heads; `n` divides the number of KV heads.
     Grouped(usize),
+    /// Keys by rope frequency over all KV heads, so that no key is rebuilt; values as `Joint`.
+    Frequency,
 }
 
 impl BasisKind {
-    /// KV heads in one group.
+    /// KV heads that share a basis.
     pub fn heads_per_group(self, kv_heads: usize) -> usize {
         match self {
-            BasisKind::Joint => kv_heads,
+            BasisKind::Joint | BasisKind::Frequency => kv_heads,
             BasisKind::Grouped(n) => n,
         }
     }
@@ -89,8 +91,17 @@ impl BasisKind {
 impl Cskv {
     /// Latent width of a layer for a share of the channels: whole channels per head, at least one
     /// (CSKV code: `int(density * head_dim) * n_kv_heads`).
-    pub fn rank(share: f64, model: &ModelConfig) -> usize {
+    fn rank(share: f64, model: &ModelConfig) -> usize {
         ((share * model.head_dim as f64) as usize).clamp(1, model.head_dim) * model.kv_heads
+    }
+
+    /// (key, value) latent widths of a layer for its shares. Those of frequency keys are pairs, hence even.
+    pub fn ranks(&self, model: &ModelConfig) -> (usize, usize) {
+        let (keys, values) = (Self::rank(self.key_rank, model), Self::rank(self.value_rank, model));
+        match self.basis {
+            BasisKind::Frequency => (keys.next_multiple_of(2), values),
+            BasisKind::Joint | BasisKind::Grouped(_) => (keys, values),
+        }
     }
 }
 
@@ -188,7 +199,7 @@ impl PageLayout {
             for layer in 0..model.layers {
                 let (k, v) = match ranks {
                     Some(ranks) => ranks[layer],
-                    None => (Cskv::rank(cskv.key_rank, model), Cskv::rank(cskv.value_rank, model)),
+                    None => cskv.ranks(model),
                 };
                 let one = SealedLayer::at(at, k, v, cskv.bits);
                 at = one.end.next_multiple_of(64);

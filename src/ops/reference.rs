@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use crate::compress::Projection;
+use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, PageLayout, SealedLayer, VALUE_GROUP};
@@ -111,11 +111,17 @@ impl Ops for Reference {
                     let at = slot * width + head * d;
                     let key = &mut keys[at..at + d];
                     read_exact(arena, layout, job.from, job.from_offset, head, slot, key, &mut values[at..at + d]);
-                    rotate_back(key, table, job.position + slot as u32);
+                    if let KeyMap::Channels(_) = compression.keys {
+                        rotate_back(key, table, job.position + slot as u32);
+                    }
                 }
             }
             let skip = job.skip as usize;
-            let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(|k| project(&compression.keys, k)).collect();
+            let latent = |k| match &compression.keys {
+                KeyMap::Channels(p) => project(p, k),
+                KeyMap::Frequencies(map) => frequency_latent(map, k),
+            };
+            let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(latent).collect();
             let values: Vec<Vec<f32>> = values.chunks_exact(width).map(|v| project(&compression.values, v)).collect();
             write_keys(arena, job.to, &sealed, &keys, skip);
             write_values(arena, job.to, &sealed, &values, skip);
@@ -192,8 +198,13 @@ fn gather(arena: &Arena, row: &AttendRow<'_>, table: &RopeTable, kv_head: usize,
             let compression = row.view.compression.expect("sealed pages belong to a compressed profile");
             let sealed = &layout.sealed[row.view.layer];
             let (k, v) = read_sealed(arena, row.sealed[j / P], sealed, j % P);
-            key.copy_from_slice(&rebuild(&compression.keys, &k)[kv_head * d..][..d]);
-            rotate(key, table, j as u32);
+            match &compression.keys {
+                KeyMap::Channels(p) => {
+                    key.copy_from_slice(&rebuild(p, &k)[kv_head * d..][..d]);
+                    rotate(key, table, j as u32);
+                }
+                KeyMap::Frequencies(map) => key.copy_from_slice(&frequency_key(map, &k, kv_head)),
+            }
             value.copy_from_slice(&rebuild(&compression.values, &v)[kv_head * d..][..d]);
         } else {
             let page = row.exact[(j - row.sealed.len() * P) / P];
@@ -228,6 +239,33 @@ fn rebuild(p: &Projection, latent: &[f32]) -> Vec<f32> {
         }
     }
     x
+}
+
+/// `c[j] = sum over h of down[j][h] z[h]`, of a key after rope.
+fn frequency_latent(map: &FrequencyMap, key: &[f32]) -> Vec<f32> {
+    let mut latent = Vec::new();
+    for (j, &f) in map.frequencies.iter().enumerate() {
+        let (mut re, mut im) = (0.0f64, 0.0f64);
+        for h in 0..map.kv_heads {
+            let [a, b] = [0, map.half].map(|half| f64::from(key[2 * map.half * h + half + f as usize]));
+            let [c, d] = map.down[j * map.kv_heads + h].map(f64::from);
+            (re, im) = (re + c * a - d * b, im + c * b + d * a);
+        }
+        latent.extend([re as f32, im as f32]);
+    }
+    latent
+}
+
+/// `z[h] = sum over j of up[j][h] c[j]`: a turned key of one head.
+fn frequency_key(map: &FrequencyMap, latent: &[f32], kv_head: usize) -> Vec<f32> {
+    let mut key = vec![0.0f64; 2 * map.half];
+    for (j, &f) in map.frequencies.iter().enumerate() {
+        let [a, b] = [latent[2 * j], latent[2 * j + 1]].map(f64::from);
+        let [c, d] = map.up[j * map.kv_heads + kv_head].map(f64::from);
+        key[f as usize] += c * a - d * b;
+        key[map.half + f as usize] += c * b + d * a;
+    }
+    key.into_iter().map(|x| x as f32).collect()
 }
 
 /// A latent as 16 bits store it: f16, saturating.

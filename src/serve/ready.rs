@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 
-use crate::calibrate::{self, Moments, calibration_text, demo_prompts, tokens_needed};
+use crate::calibrate::{self, Moments, Weighting, calibration_text, demo_prompts, tokens_needed};
 use crate::compress::artifact::{Artifact, Fingerprint};
 use crate::demo;
 use crate::ids::TokenId;
@@ -158,7 +158,7 @@ pub fn compute(
     let model = &opened.checkpoint.config;
     let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref());
     let need = cskv()
-        .flat_map(|c| [c.key_rank, c.value_rank].map(|share| tokens_needed(c.basis, Cskv::rank(share, model), model)))
+        .flat_map(|c| <[usize; 2]>::from(c.ranks(model)).map(|rank| tokens_needed(c.basis, rank, model)))
         .max()
         .context("no cache profile compresses, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
@@ -172,7 +172,9 @@ pub fn compute(
         }
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
-    Ok((calibrate::artifact(&moments, model, fingerprint, profiles)?, total))
+    let metrics: Vec<Vec<f64>> = decoder.weights().layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
+    let weighting = Weighting::Weighted(&metrics);
+    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &weighting)?, total))
 }
 
 /// Sequences of at most `longest` tokens, at most `want` tokens together.

@@ -9,17 +9,17 @@
 //! so that it is widened or rebuilt once for all of them. A "line" below is one (query, head) of the unit.
 //!
 //! Keys of a sealed tile are rebuilt and turned by rope. Values are not: the softmax sums their latents, and the sum
-//! is expanded once, after the last sealed tile of the span.
+//! is expanded once, after the last sealed tile of the span. Sealed tiles of a frequency basis are met in `latent`.
 
 use half::{bf16, f16};
 
-use super::Cpu;
 use super::codes::{Codes, Numbers};
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::rows::turned;
 use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
-use crate::compress::{Group, LayerCompression, Projection};
+use super::{Cpu, latent};
+use crate::compress::{Group, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
@@ -28,15 +28,16 @@ use crate::ops::{AttendRow, Heads, RopeTable, exact_head_bytes};
 /// Positions of a page.
 const P: usize = PAGE_TOKENS as usize;
 /// Tiles of a span.
-const SPAN: usize = 16;
+pub(super) const SPAN: usize = 16;
 /// Lines a unit aims at, so that a widened tile is used often and everything stays in the second-level cache.
 const LINES: usize = 96;
 /// From so many lines a tile is worth widening into memory rather than in registers each time.
 const WIDEN: usize = 13;
 /// Multiply-adds below which waking other threads costs more than they save.
-const WORTH_SHARING: usize = 64 * 1024;
+pub(super) const WORTH_SHARING: usize = 64 * 1024;
 
 /// The arguments of `Ops::attend` but the output.
+#[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
     pub(super) arena: &'a Arena,
     pub(super) shape: Heads,
@@ -48,6 +49,7 @@ pub(super) struct Call<'a> {
 /// Memory kept from call to call.
 #[derive(Default)]
 pub(super) struct AttendScratch {
+    latent: latent::LatentScratch,
     rows: Vec<RowPlan>,
     /// Spans computed apart, until they are merged.
     partials: Vec<Aligned>,
@@ -77,14 +79,19 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
     let lines = LINES / group;
 
     let mut scratch = cpu.attend.lock().unwrap_or_else(|e| e.into_inner());
-    let AttendScratch { rows: plans, partials } = &mut *scratch;
+    let AttendScratch { latent: latent_scratch, rows: plans, partials } = &mut *scratch;
     plans.clear();
     let (mut blocks, mut work, mut end, mut longest) = (0, 0, 0, 0);
     for row in call.rows {
         check(row, call, &mut end);
+        if latent::absorbs(row) {
+            // No unit of its own here.
+            plans.push(RowPlan { units: 0, blocks, queries: 0, query_blocks: 0, spans: 0, partials: 0 });
+            continue;
+        }
         let queries = lines.clamp(1, row.n.max(1));
         let query_blocks = row.n.div_ceil(queries);
-        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1);
+        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1, false);
         let spans = tiles.div_ceil(SPAN);
         plans.push(RowPlan { units: 0, blocks, queries, query_blocks, spans, partials: 0 });
         blocks += query_blocks * kv_heads;
@@ -92,6 +99,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         longest = longest.max(spans);
     }
     assert!(end * heads * head_dim <= out.len(), "rows beyond q");
+    latent::attend(cpu, call, latent_scratch, out);
     let threads = cpu.pool.threads();
     // Blocks alone keep the threads busy, or spans must be shared out too.
     let split = threads > 1 && longest > 1 && blocks < 4 * threads && work >= WORTH_SHARING;
@@ -124,7 +132,8 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         let each = State::floats(plan.queries * group, head_dim);
         let partial = partials.get().cast::<f32>().wrapping_add(plan.partials + (block * plan.spans + span) * each);
         let n = plan.queries.min(row.n - first);
-        let unit = Unit { call, row, kv_head, first, n, phase, span, partial, each, out: out.get() };
+        let parts = if phase == Phase::Merge { tiles(row, row.position as usize + first + n - 1, false).div_ceil(SPAN) } else { 0 };
+        let unit = Unit { call, row, kv_head, first, n, phase, skips: false, span, partial, each, parts, out: out.get() };
         // SAFETY: `Cpu` holds only instruction sets this machine has; rows were checked, no two of them overlap, and
         // units write lines, or partials, of their own.
         unsafe { dispatch(cpu.isa, unit) }
@@ -143,7 +152,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
 
 /// What a unit does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     /// All spans, and the result.
     Whole,
     /// One span, into its partial.
@@ -171,29 +180,29 @@ fn check(row: &AttendRow<'_>, call: &Call<'_>, end: &mut usize) {
     }
 }
 
-/// Tiles the query at `position` sees.
-fn tiles(row: &AttendRow<'_>, position: usize) -> usize {
-    usize::from(row.sinks.is_some()) + position / P + 1
+/// Tiles the query at `position` sees, without the sealed ones if those are skipped.
+pub(super) fn tiles(row: &AttendRow<'_>, position: usize, skips: bool) -> usize {
+    usize::from(row.sinks.is_some()) + position / P + 1 - if skips { row.sealed.len() } else { 0 }
 }
 
 /// Running softmax of some lines: maxima, sums, and outputs `[lines][stride]`.
 #[derive(Clone, Copy)]
-struct State {
-    m: *mut f32,
-    l: *mut f32,
-    o: *mut f32,
-    stride: usize,
+pub(super) struct State {
+    pub(super) m: *mut f32,
+    pub(super) l: *mut f32,
+    pub(super) o: *mut f32,
+    pub(super) stride: usize,
     lines: usize,
 }
 
 impl State {
-    const fn floats(lines: usize, width: usize) -> usize {
+    pub(super) const fn floats(lines: usize, width: usize) -> usize {
         2 * lines.next_multiple_of(16) + lines * width.next_multiple_of(16)
     }
 
     /// # Safety
     /// `at` is valid for [`State::floats`].
-    unsafe fn at(at: *mut f32, lines: usize, width: usize) -> State {
+    pub(super) unsafe fn at(at: *mut f32, lines: usize, width: usize) -> State {
         let each = lines.next_multiple_of(16);
         State { m: at, l: at.wrapping_add(each), o: at.wrapping_add(2 * each), stride: width.next_multiple_of(16), lines }
     }
@@ -285,21 +294,21 @@ impl Kernel for Scaled {
 }
 
 /// A tile's scores of some lines, and where their softmax stands.
-struct Softmax<'a> {
-    /// `[lines][64]`: scores of `width` positions become weights.
-    scores: *mut f32,
-    width: usize,
-    lines: usize,
+pub(super) struct Softmax<'a> {
+    /// `[lines][64]`: scores of `width` positions become weights. At most 6 lines.
+    pub(super) scores: *mut f32,
+    pub(super) width: usize,
+    pub(super) lines: usize,
     /// Line `r` sees positions `[from, to[r])`.
-    from: usize,
-    to: [usize; 6],
-    gain: f32,
+    pub(super) from: usize,
+    pub(super) to: [usize; 6],
+    pub(super) gain: f32,
     /// Maxima and sums of the lines, to be moved on.
-    m: *mut f32,
-    l: *mut f32,
+    pub(super) m: *mut f32,
+    pub(super) l: *mut f32,
     /// What outputs so far are to be scaled by, and sums of the weights.
-    scale: &'a mut [f32; 16],
-    sums: &'a mut [f32; 16],
+    pub(super) scale: &'a mut [f32; 16],
+    pub(super) sums: &'a mut [f32; 16],
 }
 
 impl Kernel for Softmax<'_> {
@@ -348,20 +357,23 @@ impl Kernel for Softmax<'_> {
 }
 
 /// A block of queries of one sequence, under one KV head.
-struct Unit<'a> {
-    call: &'a Call<'a>,
-    row: &'a AttendRow<'a>,
-    kv_head: usize,
+pub(super) struct Unit<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) row: &'a AttendRow<'a>,
+    pub(super) kv_head: usize,
     /// Queries, counted in the row.
-    first: usize,
-    n: usize,
-    phase: Phase,
+    pub(super) first: usize,
+    pub(super) n: usize,
+    pub(super) phase: Phase,
+    /// Sealed tiles are met elsewhere; spans count the others.
+    pub(super) skips: bool,
     /// The span of [`Phase::Span`].
-    span: usize,
-    /// The partial of `span`; those of the block's other spans follow `each` floats apart.
-    partial: *mut f32,
-    each: usize,
-    out: *mut f32,
+    pub(super) span: usize,
+    /// The partial of `span`, or for [`Phase::Merge`] the first of `parts`, which are `each` floats apart.
+    pub(super) partial: *mut f32,
+    pub(super) each: usize,
+    pub(super) parts: usize,
+    pub(super) out: *mut f32,
 }
 
 /// Positions of one tile, ready to be multiplied: keys `[head_dim][key_step]`, values `[positions][value_step]`.
@@ -415,16 +427,19 @@ struct Basis<'a> {
     layer: SealedLayer,
 }
 
+/// The group of a projection that the head at `channel` belongs to, the head's mean, and its first channel in the group.
+pub(super) fn group_of(p: &Projection, channel: usize, d: usize) -> (&Group, &[f32], usize) {
+    let group = p.groups.iter().find(|g| g.channels.contains(&channel)).unwrap_or_else(|| panic!("channel {channel} has no group"));
+    assert!(channel + d <= group.channels.end, "a group of channels ends inside a head");
+    assert_eq!(group.up.len(), group.ranks.len() * group.channels.len(), "up is not [ranks][channels]");
+    (group, &p.mean[channel..channel + d], channel - group.channels.start)
+}
+
 impl<'a> Basis<'a> {
     fn new(compression: &'a LayerCompression, layer: SealedLayer, kv_head: usize, d: usize) -> Self {
-        fn group(p: &Projection, channel: usize, d: usize) -> (&Group, &[f32], usize) {
-            let group = p.groups.iter().find(|g| g.channels.contains(&channel)).unwrap_or_else(|| panic!("channel {channel} has no group"));
-            assert!(channel + d <= group.channels.end, "a group of channels ends inside a head");
-            assert_eq!(group.up.len(), group.ranks.len() * group.channels.len(), "up is not [ranks][channels]");
-            (group, &p.mean[channel..channel + d], channel - group.channels.start)
-        }
-        let (keys, key_mean, key_channel) = group(&compression.keys, kv_head * d, d);
-        let (values, value_mean, value_channel) = group(&compression.values, kv_head * d, d);
+        let KeyMap::Channels(keys) = &compression.keys else { panic!("keys of a frequency basis are never rebuilt") };
+        let (keys, key_mean, key_channel) = group_of(keys, kv_head * d, d);
+        let (values, value_mean, value_channel) = group_of(&compression.values, kv_head * d, d);
         assert!(keys.ranks.end <= layer.key_rank && values.ranks.end <= layer.value_rank, "basis wider than the page");
         Basis { keys, key_mean, key_channel, values, value_mean, value_channel, layer }
     }
@@ -435,7 +450,7 @@ impl Kernel for Unit<'_> {
         let d = self.call.shape.head_dim;
         let lines = self.n * self.group();
         let basis = match self.row.view.compression {
-            Some(c) if !self.row.sealed.is_empty() => {
+            Some(c) if !self.row.sealed.is_empty() && !self.skips => {
                 Some(Basis::new(c, self.row.view.layout.sealed[self.row.view.layer], self.kv_head, d))
             }
             _ => None,
@@ -478,7 +493,7 @@ impl Kernel for Unit<'_> {
                 cos,
                 sin,
             };
-            let spans = tiles(self.row, self.position(self.n - 1)).div_ceil(SPAN);
+            let spans = tiles(self.row, self.position(self.n - 1), self.skips).div_ceil(SPAN);
             match self.phase {
                 Phase::Span if self.span < spans => self.span::<S>(&room, basis.as_ref(), self.span),
                 // A span only later queries of the row reach.
@@ -493,8 +508,8 @@ impl Kernel for Unit<'_> {
                 }
                 Phase::Merge => {
                     room.total.clear();
-                    for span in 0..spans {
-                        room.total.merge::<S>(State::at(self.partial.add(span * self.each), lines, d));
+                    for part in 0..self.parts {
+                        room.total.merge::<S>(State::at(self.partial.add(part * self.each), lines, d));
                     }
                     self.finish::<S>(&room.total);
                 }
@@ -538,7 +553,8 @@ impl Unit<'_> {
         let (layout, d) = (row.view.layout, self.call.shape.head_dim);
         let sinks = usize::from(row.sinks.is_some());
         let n_sinks = if sinks == 1 { layout.sinks as usize } else { 0 };
-        let last = tiles(row, self.position(self.n - 1));
+        let last = tiles(row, self.position(self.n - 1), self.skips);
+        let skipped = if self.skips { row.sealed.len() } else { 0 };
         let range = span * SPAN..last.min((span + 1) * SPAN);
         // SAFETY: passed on; tiles point into slices of the arena that hold them whole.
         unsafe {
@@ -552,7 +568,7 @@ impl Unit<'_> {
                     self.exact::<S>(room, (page, at, 0), stride, Place { base: 0, from: 0, to: n_sinks });
                     continue;
                 }
-                let page = tile - sinks;
+                let page = tile - sinks + skipped;
                 let base = page * P;
                 match (row.sealed.get(page), basis) {
                     (Some(&addr), Some(basis)) => {

@@ -27,15 +27,9 @@ impl Codes {
         16 / self.low() as usize
     }
 
-    /// Pairs of a lane, those beyond its last code included.
+    /// Pairs of a lane, those beyond its last code included: pair `t` is of codes `t / half * 2 half + t % half` and `half` more.
     pub(super) const fn pairs(&self) -> usize {
         words(self.n, self.low()) * self.half()
-    }
-
-    /// The first codes of the pairs `[0, pairs)`: pair `t` is `first(t)` and `first(t) + half`.
-    pub(super) const fn first(&self, t: usize) -> usize {
-        let half = self.half();
-        t / half * 2 * half + t % half
     }
 }
 

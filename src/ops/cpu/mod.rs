@@ -6,6 +6,7 @@
 //! linear   matrix products, weights read in place
 //! tile     the register tile attention and sealing are made of
 //! attend   attention over exact and sealed pages, in spans of tiles
+//! latent   attention over sealed pages of a frequency basis, straight on their codes
 //! codes    codes of latents to numbers, and integer products with them
 //! seal     exact pages to sealed pages
 //! rows     norm, rope, activation
@@ -24,6 +25,7 @@ use crate::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
 
 mod attend;
 mod codes;
+mod latent;
 mod linear;
 mod pool;
 mod probe;

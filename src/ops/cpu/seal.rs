@@ -12,7 +12,7 @@ use super::attend::turn_tables;
 use super::pool::{Shares, scratch_back, scratch_take};
 use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
-use crate::compress::{LayerCompression, Projection};
+use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
@@ -26,9 +26,19 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
     let Some(compression) = view.compression else { panic!("a profile without compression seals nothing") };
     let layer = view.layout.sealed[view.layer];
     assert_eq!(2 * table.half, view.layout.head_dim, "rope table of another model");
-    for (p, rank) in [(&compression.keys, layer.key_rank), (&compression.values, layer.value_rank)] {
-        assert_eq!(p.channels(), view.layout.kv_heads * view.layout.head_dim, "basis of another model");
-        assert_eq!(p.rank(), rank, "basis of another width than the page");
+    let channels = view.layout.kv_heads * view.layout.head_dim;
+    assert_eq!((compression.keys.channels(), compression.keys.rank()), (channels, layer.key_rank), "basis of another model or width");
+    assert_eq!((compression.values.channels(), compression.values.rank()), (channels, layer.value_rank), "basis of another model or width");
+    let keys = match &compression.keys {
+        KeyMap::Channels(p) => Some(p),
+        KeyMap::Frequencies(map) => {
+            assert_eq!(map.kv_heads, view.layout.kv_heads, "basis of another model");
+            assert!(map.frequencies.iter().all(|&f| (f as usize) < map.half), "a frequency beyond the head");
+            assert_eq!(map.down.len(), map.frequencies.len() * map.kv_heads, "down is not [pairs][kv_heads]");
+            None
+        }
+    };
+    for p in keys.into_iter().chain([&compression.values]) {
         let (mut channel, mut at) = (0, 0);
         for g in &p.groups {
             assert_eq!((g.channels.start, g.ranks.start), (channel, at), "groups do not tile channels and ranks");
@@ -77,10 +87,10 @@ impl Kernel for Page<'_> {
         let (d, heads) = (self.view.layout.head_dim, self.view.layout.kv_heads);
         let channels = heads * d;
         let (key_rank, value_rank) = (self.layer.key_rank, self.layer.value_rank);
-        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P];
+        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P, value_rank.div_ceil(4)];
         let mut buffer = scratch_take(sizes.iter().sum());
         let mut at = buffer.as_mut_ptr().cast::<f32>();
-        let [x, latents, cos, sin] = sizes.map(|n| {
+        let [x, latents, cos, sin, codes] = sizes.map(|n| {
             let here = at;
             at = at.wrapping_add(n);
             here
@@ -88,13 +98,19 @@ impl Kernel for Page<'_> {
         // SAFETY: the parts of the scratch have the sizes their use names; projections were checked to tile
         // channels and ranks.
         unsafe {
-            turn_tables(self.table, self.job.position as usize, cos, sin);
             for head in 0..heads {
                 self.load::<S>(head, 0, x.add(head * d * P));
-                let mean = &self.compression.keys.mean[head * d..][..d];
-                S::enter(Unturn { x: x.add(head * d * P), cos, sin, mean });
             }
-            project_keys::<S>(&self.compression.keys, x, latents);
+            match &self.compression.keys {
+                KeyMap::Channels(projection) => {
+                    turn_tables(self.table, self.job.position as usize, cos, sin);
+                    for head in 0..heads {
+                        S::enter(Unturn { x: x.add(head * d * P), cos, sin, mean: &projection.mean[head * d..][..d] });
+                    }
+                    project_keys::<S>(projection, x, latents);
+                }
+                KeyMap::Frequencies(map) => S::enter(Combine { map, x, latents }),
+            }
             self.write_keys(std::slice::from_raw_parts(latents, key_rank * P));
 
             for head in 0..heads {
@@ -108,7 +124,9 @@ impl Kernel for Page<'_> {
                 }
             }
             project_values::<S>(&self.compression.values, x, (d, value_rank), latents);
-            self.write_values(std::slice::from_raw_parts(latents, value_rank * P));
+            codes.cast::<u8>().write_bytes(0, value_rank);
+            let codes = std::slice::from_raw_parts_mut(codes.cast::<u8>(), value_rank);
+            self.write_values(std::slice::from_raw_parts(latents, value_rank * P), codes);
         }
         scratch_back(buffer);
     }
@@ -156,11 +174,10 @@ impl Page<'_> {
         }
     }
 
-    /// `latents: [64][value_rank]`.
-    fn write_values(&mut self, latents: &[f32]) {
+    /// `latents: [64][value_rank]`, and room for the codes of a position.
+    fn write_values(&mut self, latents: &[f32], codes: &mut [u8]) {
         let SealedLayer { value_rank: rank, bits, value_codes, value_meta, .. } = self.layer;
         let groups = self.layer.value_groups();
-        let mut codes = vec![0u8; rank];
         for (p, row) in latents.chunks_exact(rank).enumerate().skip(self.job.skip as usize) {
             if bits == 16 {
                 write_halves(self.part(value_codes + p * rank * 2, rank), row);
@@ -171,7 +188,7 @@ impl Page<'_> {
                 let meta = self.part(value_meta, 2 * groups * P);
                 (meta[g * P + p], meta[(groups + g) * P + p]) = (shared.scale, shared.min);
             }
-            put(self.part(value_codes, SealedLayer::value_code_bytes(rank, bits) / 4), P, bits, p, &codes);
+            put(self.part(value_codes, SealedLayer::value_code_bytes(rank, bits) / 4), P, bits, p, codes);
         }
     }
 }
@@ -204,6 +221,39 @@ impl Kernel for Unturn<'_> {
                     S::store(b, S::sub(y, S::splat(mean[half + i])));
                     j += S::N;
                 }
+            }
+        }
+    }
+}
+
+/// `c[j] = sum over h of down[j][h] z[h]` of turned keys `x: [kv_heads][head_dim][64]`, into `latents: [2 * pairs][64]`.
+struct Combine<'a> {
+    map: &'a FrequencyMap,
+    x: *const f32,
+    latents: *mut f32,
+}
+
+impl Kernel for Combine<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Combine { map: FrequencyMap { kv_heads, half, frequencies, down, .. }, x, latents } = self;
+        for (j, &f) in frequencies.iter().enumerate() {
+            let mut p = 0;
+            while p < P {
+                // SAFETY: frequencies are below `half`; rows have 64 positions.
+                unsafe {
+                    let (mut re, mut im) = (S::splat(0.0), S::splat(0.0));
+                    for h in 0..*kv_heads {
+                        let at = x.add((2 * half * h + f as usize) * P + p);
+                        let (a, b) = (S::load(at), S::load(at.add(half * P)));
+                        let [c, d] = down[j * kv_heads + h].map(|x| S::splat(x));
+                        re = S::sub(S::fma(c, a, re), S::mul(d, b));
+                        im = S::fma(d, a, S::fma(c, b, im));
+                    }
+                    S::store(latents.add(2 * j * P + p), re);
+                    S::store(latents.add((2 * j + 1) * P + p), im);
+                }
+                p += S::N;
             }
         }
     }
