@@ -47,8 +47,8 @@ fn bytes_per_token_are_what_the_formats_say() {
     assert_eq!(bytes[3], 32.0 * 15_424.0 / 64.0);
     let qwen = planned(&qwen_25_7b(), 1 << 34, &[]);
     let bytes: Vec<f64> = qwen.profiles.iter().map(|p| p.bytes_per_token).collect();
-    // The 4-bit layer of rank 100 is 3200 + 400 + 3200 + 1024 = 7824 bytes, of which layers begin 7872 apart.
-    assert_eq!(bytes[..4], [57_344.0, 28_672.0, 11_200.0, 28.0 * 7872.0 / 64.0]);
+    // The 4-bit layer of rank 100, whose keys fill 13 words, is 3328 + 400 + 3200 + 1024 = 7952 bytes; layers begin 8000 apart.
+    assert_eq!(bytes[..4], [57_344.0, 28_672.0, 11_200.0, 28.0 * 8000.0 / 64.0]);
     let llama2 = planned(&llama_2_7b(), 1 << 34, &[]);
     let bytes: Vec<f64> = llama2.profiles.iter().map(|p| p.bytes_per_token).collect();
     assert_eq!(bytes[..4], [524_288.0, 262_144.0, 102_400.0, 32.0 * (400.0 + 50.0 + 400.0 + 100.0)]);

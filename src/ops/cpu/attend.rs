@@ -207,9 +207,15 @@ impl State {
         State { m: at, l: at.wrapping_add(each), o: at.wrapping_add(2 * each), stride: width.next_multiple_of(16), lines }
     }
 
+    /// Lines `[first, first + n)`.
+    pub(super) fn part(&self, first: usize, n: usize) -> State {
+        let o = self.o.wrapping_add(first * self.stride);
+        State { m: self.m.wrapping_add(first), l: self.l.wrapping_add(first), o, stride: self.stride, lines: n }
+    }
+
     /// # Safety
     /// As promised by [`State::at`].
-    unsafe fn clear(&self) {
+    pub(super) unsafe fn clear(&self) {
         // SAFETY: the ranges of `at`.
         unsafe {
             for i in 0..self.lines {
@@ -224,7 +230,7 @@ impl State {
     ///
     /// # Safety
     /// Both as promised by [`State::at`], and apart.
-    unsafe fn merge<S: Lanes>(self, next: State) {
+    pub(super) unsafe fn merge<S: Lanes>(self, next: State) {
         // SAFETY: passed on.
         unsafe { S::enter(Merge { to: self, next }) }
     }
@@ -536,7 +542,7 @@ impl Unit<'_> {
         (row * shape.heads + self.kv_head * group + line % group) * shape.head_dim
     }
 
-    unsafe fn finish<S: Lanes>(&self, total: &State) {
+    pub(super) unsafe fn finish<S: Lanes>(&self, total: &State) {
         let d = self.call.shape.head_dim;
         // SAFETY: the output row is this line's own.
         unsafe {

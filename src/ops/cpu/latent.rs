@@ -1,7 +1,7 @@
 //! Attention over sealed pages of a frequency basis: no key and no value is rebuilt.
 //!
 //! A query is absorbed once into `key_rank` numbers ([`FrequencyMap`]), and its score of a position is their dot product with
-//! the position's key latent; the softmax sums value latents, and the sum is expanded once per span. All heads meet the same
+//! the position's key latent; the softmax sums value latents, and the sum is expanded once, at the end. All heads meet the same
 //! latents, so a unit of work is a span of pages and every head of a block of queries: a "line" is one (query, head), in the
 //! order `[kv_head][query][head of the group]`.
 //!
@@ -103,7 +103,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let (sealed_spans, exact) = (row.sealed.len().div_ceil(SPAN), tiles(row, row.position as usize + first + n - 1, true));
             let spans = exact.div_ceil(SPAN);
             let each = State::floats(n * group, shape.head_dim);
-            let floats = (sealed_spans + spans) * shape.kv_heads * each;
+            let floats = sealed_spans * State::floats(n * shape.heads, layer.value_rank) + spans * shape.kv_heads * each;
             if !scratch.blocks.is_empty() && partials + floats > MEMORY {
                 break;
             }
@@ -135,20 +135,19 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let block = blocks[blocks.partition_point(|b| b.units <= i) - 1];
             let row = &call.rows[block.row];
             let unit = i - block.units;
+            let Some((_, _, layer)) = map_of(row) else { unreachable!("blocks are of absorbing rows") };
             let each = State::floats(block.n * group, shape.head_dim);
-            let part = |part: usize, kv_head: usize| {
-                partials.get().cast::<f32>().wrapping_add(block.partials + (part * shape.kv_heads + kv_head) * each)
-            };
+            let sealed = State::floats(block.n * shape.heads, layer.value_rank);
+            let partial = partials.get().cast::<f32>().wrapping_add(block.partials);
             if unit < block.sealed_spans {
-                let Some((_, values, layer)) = map_of(row) else { unreachable!("blocks are of absorbing rows") };
                 let absorbed = absorbed.get().cast::<f32>().wrapping_add(block.absorbed);
-                let span = Span { call, row, values, layer, block, span: unit, absorbed, partial: part(unit, 0), each };
+                let span = Span { call, row, layer, block, span: unit, absorbed, partial: partial.wrapping_add(unit * sealed) };
                 // SAFETY: `Cpu` holds only instruction sets this machine has; rows were checked, and the partials of a
                 // span are its own.
                 unsafe { dispatch(cpu.isa, span) }
             } else {
                 let (span, kv_head) = ((unit - block.sealed_spans) / shape.kv_heads, (unit - block.sealed_spans) % shape.kv_heads);
-                let partial = part(block.sealed_spans + span, kv_head);
+                let partial = partial.wrapping_add(block.sealed_spans * sealed + (span * shape.kv_heads + kv_head) * each);
                 let unit = Unit {
                     call,
                     row,
@@ -169,23 +168,28 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
         });
         all(blocks.len() * shape.kv_heads, &|i| {
             let (block, kv_head) = (blocks[i / shape.kv_heads], i % shape.kv_heads);
+            let row = &call.rows[block.row];
+            let Some((_, values, layer)) = map_of(row) else { unreachable!("blocks are of absorbing rows") };
             let each = State::floats(block.n * group, shape.head_dim);
+            let sealed = State::floats(block.n * shape.heads, layer.value_rank);
+            let partial = partials.get().cast::<f32>().wrapping_add(block.partials);
             let unit = Unit {
                 call,
-                row: &call.rows[block.row],
+                row,
                 kv_head,
                 first: block.first,
                 n: block.n,
                 phase: Phase::Merge,
                 skips: true,
                 span: 0,
-                partial: partials.get().cast::<f32>().wrapping_add(block.partials + kv_head * each),
+                partial: partial.wrapping_add(block.sealed_spans * sealed + kv_head * each),
                 each: shape.kv_heads * each,
-                parts: block.sealed_spans + block.spans,
+                parts: block.spans,
                 out: out.get(),
             };
+            let merge = Merge { unit, values, width: layer.value_rank, latents: partial, spans: block.sealed_spans };
             // SAFETY: as above; each unit writes the lines of its own heads.
-            unsafe { dispatch(cpu.isa, unit) }
+            unsafe { dispatch(cpu.isa, merge) }
         });
     }
 }
@@ -243,24 +247,22 @@ unsafe fn absorb(call: &Call<'_>, block: &Block, to: *mut f32) {
 struct Span<'a> {
     call: &'a Call<'a>,
     row: &'a AttendRow<'a>,
-    values: &'a Projection,
     layer: SealedLayer,
     block: Block,
     span: usize,
     absorbed: *const f32,
-    /// `[kv_heads]` states, `each` floats apart.
+    /// The state of all lines, whose outputs are latents.
     partial: *mut f32,
-    each: usize,
 }
 
 /// Scratch of a span. `L` lines, `T` pairs rounded up to 16, `V` value latents rounded up to 16, `G` value groups.
 struct Room {
-    /// `[L]` each: maxima, sums, and of the page at hand what outputs so far are scaled by.
-    m: *mut f32,
-    l: *mut f32,
+    /// Maxima, sums, and latents `[L][V]`.
+    state: State,
+    /// `[L]`: of the page at hand, what latents so far are scaled by.
     scale: *mut f32,
-    /// `[L][V]`.
-    latents: *mut f32,
+    /// Scales or minima of the page's keys, or both of its values, as they lie there.
+    line: *mut f32,
     /// `[L][64]`.
     scores: *mut f32,
     /// Scales and minima of the page's key channels: first and second codes of the pairs, `[T]` each.
@@ -296,9 +298,7 @@ impl Kernel for Span<'_> {
         let narrow = |n: usize| if wide { 0 } else { pad(n) };
         let sizes = [
             pad(lines),
-            pad(lines),
-            pad(lines),
-            lines * v,
+            narrow((2 * t).max(2 * groups * P)),
             lines * P,
             t,
             t,
@@ -324,13 +324,14 @@ impl Kernel for Span<'_> {
             at = at.wrapping_add(n);
             here
         });
-        let [m, l, scale, latents, scores, k0, k1, k2, k3, weights, back, bias, spread, sums, rest @ ..] = parts;
+        let [scale, line, scores, k0, k1, k2, k3, weights, back, bias, spread, sums, rest @ ..] = parts;
         let [halves, greatest, v0, v1, value_bias, wide_keys, wide_values] = rest;
+        // SAFETY: the partial has so many floats.
+        let state = unsafe { State::at(self.partial, lines, self.layer.value_rank) };
         let room = Room {
-            m,
-            l,
+            state,
             scale,
-            latents,
+            line,
             scores,
             key_meta: [k0, k1, k2, k3],
             weights: weights.cast(),
@@ -347,11 +348,7 @@ impl Kernel for Span<'_> {
         };
         // SAFETY: each part of the scratch has the size it is used with; maps and pages were checked.
         unsafe {
-            for line in 0..lines {
-                *room.m.add(line) = f32::NEG_INFINITY;
-                *room.l.add(line) = 0.0;
-            }
-            room.latents.write_bytes(0, lines * v);
+            room.state.clear();
             let sinks = if self.row.sinks.is_some() { self.row.view.layout.sinks as usize } else { 0 };
             let pages = self.span * SPAN..self.row.sealed.len().min((self.span + 1) * SPAN);
             for page in pages {
@@ -360,15 +357,15 @@ impl Kernel for Span<'_> {
                     continue;
                 }
                 let addr = self.row.sealed[page];
+                let next = self.row.sealed.get(page + 1).copied();
                 if wide {
                     self.wide_page::<S>(&room, addr, from, v);
                 } else {
-                    self.score::<S>(&room, addr, t);
+                    self.score::<S>(&room, addr, t, next);
                     self.softmax::<S>(&room, from);
-                    self.gather::<S>(&room, addr, v);
+                    self.gather::<S>(&room, addr, v, next);
                 }
             }
-            self.expand::<S>(&room, v);
         }
         scratch_back(buffer);
     }
@@ -381,14 +378,19 @@ impl Span<'_> {
     }
 
     /// Scores of the page's positions into `room.scores`.
-    unsafe fn score<S: Lanes>(&self, room: &Room, page: PageAddr, t: usize) {
+    unsafe fn score<S: Lanes>(&self, room: &Room, page: PageAddr, t: usize, next: Option<PageAddr>) {
         let (lines, layer) = (self.lines(), self.layer);
         let codes = key_codes(self.call.arena, page, &layer);
         let (scales, minima) = self.call.arena.slice::<f16>(page, layer.key_meta, 2 * layer.key_rank).split_at(layer.key_rank);
         // SAFETY: the room has `t` floats for each part, no fewer than there are pairs.
         unsafe {
             for (k, meta) in [scales, minima].into_iter().enumerate() {
-                split_halves(meta, codes.half(), room.key_meta[2 * k], room.key_meta[2 * k + 1], t);
+                room.line.add(meta.len()).write_bytes(0, 2 * t - meta.len());
+                S::enter(Widen { from: meta.as_ptr(), to: room.line, n: meta.len() });
+                split(room.line, codes.half(), (room.key_meta[2 * k], room.key_meta[2 * k + 1]), codes.pairs());
+                for part in &room.key_meta[2 * k..2 * k + 2] {
+                    part.add(codes.pairs()).write_bytes(0, t - codes.pairs());
+                }
             }
             // The sum of `rank` products stays within 31 bits.
             let top = ((1u32 << layer.bits) - 1) as f32;
@@ -398,6 +400,7 @@ impl Span<'_> {
             let mut from = 0;
             while from < pairs {
                 let to = pairs.min(from + CHUNK);
+                self.ask::<S>(next, from / CHUNK);
                 S::enter(Spread { codes, lane: 0, width: P, from, to, out: room.spread, stride: P });
                 let mut line = 0;
                 while line < lines {
@@ -419,6 +422,19 @@ impl Span<'_> {
         }
     }
 
+    /// Asks for a part of the next page, one for each chunk of keys and group of values: all at once would fill the queues that
+    /// this page's own bytes come through.
+    unsafe fn ask<S: Lanes>(&self, next: Option<PageAddr>, part: usize) {
+        let (layer, parts) = (&self.layer, pairs(&self.layer).div_ceil(CHUNK) + self.layer.value_groups());
+        if let Some(next) = next {
+            let each = (layer.end - layer.key_codes).div_ceil(parts).next_multiple_of(64);
+            let bytes = self.call.arena.slice::<u8>(next, layer.key_codes, layer.end - layer.key_codes);
+            let bytes = &bytes[(part * each).min(bytes.len())..((part + 1) * each).min(bytes.len())];
+            // SAFETY: passed on.
+            unsafe { S::enter(Prefetch { from: bytes.as_ptr(), bytes: bytes.len() }) }
+        }
+    }
+
     /// Scores to weights; maxima and sums move on.
     unsafe fn softmax<S: Lanes>(&self, room: &Room, from: usize) {
         let lines = self.lines();
@@ -435,8 +451,8 @@ impl Span<'_> {
                     from,
                     to: [P; 6],
                     gain: self.call.shape.scale,
-                    m: room.m.add(line),
-                    l: room.l.add(line),
+                    m: room.state.m.add(line),
+                    l: room.state.l.add(line),
                     scale: &mut scale,
                     sums: &mut sums,
                 });
@@ -447,24 +463,26 @@ impl Span<'_> {
     }
 
     /// Adds the page's weighted value latents to `room.latents`.
-    unsafe fn gather<S: Lanes>(&self, room: &Room, page: PageAddr, v: usize) {
+    unsafe fn gather<S: Lanes>(&self, room: &Room, page: PageAddr, v: usize, next: Option<PageAddr>) {
         let (lines, layer, groups) = (self.lines(), self.layer, self.layer.value_groups());
         let codes = value_codes(self.call.arena, page, &layer);
-        let (scales, minima) = self.call.arena.slice::<f16>(page, layer.value_meta, 2 * groups * P).split_at(groups * P);
+        let meta = self.call.arena.slice::<f16>(page, layer.value_meta, 2 * groups * P);
         // SAFETY: the room has 64 floats for each group and line, and 32 pairs of 32 lanes.
         unsafe {
-            for g in 0..groups {
-                for (k, meta) in [scales, minima].into_iter().enumerate() {
-                    let to = room.value_meta[k].add(g * P);
-                    split_halves(&meta[g * P..(g + 1) * P], codes.half(), to, to.add(VALUE_PAIRS), VALUE_PAIRS);
+            S::enter(Widen { from: meta.as_ptr(), to: room.line, n: meta.len() });
+            for k in 0..2 {
+                for g in 0..groups {
+                    let (from, to) = (room.line.add((k * groups + g) * P), room.value_meta[k].add(g * P));
+                    split(from, codes.half(), (to, to.add(VALUE_PAIRS)), VALUE_PAIRS);
                 }
             }
             for line in 0..lines {
                 let (from, to) = (room.scores.add(line * P), room.halves.add(line * P));
-                split(from, codes.half(), to, to.add(VALUE_PAIRS));
+                split(from, codes.half(), (to, to.add(VALUE_PAIRS)), VALUE_PAIRS);
             }
             S::enter(ValueBias { room, lines, groups });
             for g in 0..groups {
+                self.ask::<S>(next, pairs(&layer).div_ceil(CHUNK) + g);
                 let (lane, width) = (g * VALUE_GROUP, VALUE_GROUP.min(layer.value_rank - g * VALUE_GROUP));
                 S::enter(Spread { codes, lane, width, from: 0, to: VALUE_PAIRS, out: room.spread, stride: VALUE_GROUP });
                 S::enter(ValueWeights { room, g, lines });
@@ -518,7 +536,7 @@ impl Span<'_> {
             while line < lines {
                 let rows = (lines - line).min(S::ROWS);
                 by_rows!(rows, S, |R| {
-                    let (mut a, mut out, mut scale) = ([room.scores.cast_const(); R], [room.latents; R], [0.0; R]);
+                    let (mut a, mut out, mut scale) = ([room.scores.cast_const(); R], [room.state.o; R], [0.0; R]);
                     for r in 0..R {
                         a[r] = a[r].add((line + r) * P + from);
                         out[r] = out[r].add((line + r) * v);
@@ -531,66 +549,17 @@ impl Span<'_> {
             }
         }
     }
-
-    /// What the latents of the span stand for, into the partial states.
-    unsafe fn expand<S: Lanes>(&self, room: &Room, v: usize) {
-        let (shape, d) = (self.call.shape, self.call.shape.head_dim);
-        let each = self.lines() / shape.kv_heads;
-        for kv_head in 0..shape.kv_heads {
-            let (group, mean, channel) = group_of(self.values, kv_head * d, d);
-            // SAFETY: the partial of this head has room for its lines; the group has `[rank][channels]` and the head's channels.
-            unsafe {
-                let to = State::at(self.partial.add(kv_head * self.each), each, d);
-                std::ptr::copy_nonoverlapping(room.m.add(kv_head * each), to.m, each);
-                std::ptr::copy_nonoverlapping(room.l.add(kv_head * each), to.l, each);
-                let mut line = 0;
-                while line < each {
-                    let rows = (each - line).min(S::ROWS);
-                    by_rows!(rows, S, |R| {
-                        let (mut a, mut sums, mut out) = ([room.latents.cast_const(); R], [to.l.cast_const(); R], [to.o; R]);
-                        for r in 0..R {
-                            a[r] = a[r].add((kv_head * each + line + r) * v + group.ranks.start);
-                            sums[r] = sums[r].add(line + r);
-                            out[r] = out[r].add((line + r) * to.stride);
-                        }
-                        let b = group.up.as_ptr().add(channel);
-                        let latents = Product { a, a_step: 1, b, b_step: group.channels.len(), n: group.ranks.len(), ahead: 0 };
-                        latents.onto::<S>(out, d, None);
-                        let mean = Product { a: sums, a_step: 0, b: mean.as_ptr(), b_step: 0, n: 1, ahead: 0 };
-                        mean.onto::<S>(out, d, Some([1.0; R]));
-                    });
-                    line += rows;
-                }
-            }
-        }
-    }
 }
 
-/// Widens `meta`, of which runs of `half` are in turn first and second codes of pairs; zeros up to `n` of each.
+/// Runs of `half` floats, in turn to the first and to the second codes of pairs, `pairs` of each.
 ///
 /// # Safety
-/// Both are valid for `n`, no less than the pairs of `meta`.
-unsafe fn split_halves(meta: &[f16], half: usize, first: *mut f32, second: *mut f32, n: usize) {
-    // SAFETY: run `i` of `half` goes to run `i / 2`; a run cut short leaves the rest zero.
-    unsafe {
-        first.write_bytes(0, n);
-        second.write_bytes(0, n);
-        for (i, run) in meta.chunks(half).enumerate() {
-            let to = if i % 2 == 0 { first } else { second }.add(i / 2 * half);
-            run.iter().enumerate().for_each(|(k, x)| *to.add(k) = x.to_f32());
-        }
-    }
-}
-
-/// The same for 64 floats.
-///
-/// # Safety
-/// `from` is valid for 64, the others for 32.
-unsafe fn split(from: *const f32, half: usize, first: *mut f32, second: *mut f32) {
+/// `from` is valid for `2 * pairs`, the others for `pairs`, a multiple of `half`.
+unsafe fn split(from: *const f32, half: usize, to: (*mut f32, *mut f32), pairs: usize) {
     #[inline(always)]
-    unsafe fn by<const HALF: usize>(from: *const f32, first: *mut f32, second: *mut f32) {
-        for i in 0..P / (2 * HALF) {
-            // SAFETY: runs `2 i` and `2 i + 1` of 64 floats.
+    unsafe fn by<const HALF: usize>(from: *const f32, (first, second): (*mut f32, *mut f32), pairs: usize) {
+        for i in 0..pairs / HALF {
+            // SAFETY: runs `2 i` and `2 i + 1`.
             unsafe {
                 let from = from.add(2 * i * HALF);
                 first.add(i * HALF).cast::<[f32; HALF]>().write_unaligned(from.cast::<[f32; HALF]>().read_unaligned());
@@ -601,9 +570,87 @@ unsafe fn split(from: *const f32, half: usize, first: *mut f32, second: *mut f32
     // SAFETY: passed on.
     unsafe {
         match half {
-            2 => by::<2>(from, first, second),
-            4 => by::<4>(from, first, second),
-            _ => by::<8>(from, first, second),
+            2 => by::<2>(from, to, pairs),
+            4 => by::<4>(from, to, pairs),
+            _ => by::<8>(from, to, pairs),
+        }
+    }
+}
+
+/// The result of one KV head of a block: latents of all spans merged, expanded once, merged with the other tiles.
+struct Merge<'a> {
+    /// Merges those others.
+    unit: Unit<'a>,
+    values: &'a Projection,
+    /// Width of the value latents, and their states, one after the other.
+    width: usize,
+    latents: *mut f32,
+    spans: usize,
+}
+
+impl Kernel for Merge<'_> {
+    unsafe fn run<S: Lanes>(self) {
+        let Merge { unit, values, width, latents, spans } = self;
+        let (shape, d) = (unit.call.shape, unit.call.shape.head_dim);
+        let each = unit.n * shape.heads / shape.kv_heads;
+        let all = each * shape.kv_heads;
+        let (group, mean, channel) = group_of(values, unit.kv_head * d, d);
+        let (first, total) = (State::floats(each, width), State::floats(each, d));
+        let mut buffer = scratch_take(first + total);
+        let at = buffer.as_mut_ptr().cast::<f32>();
+        // SAFETY: the scratch has both states; those of the spans are of all lines, of which this head's are a part; the group
+        // has `[rank][channels]` and the head's channels.
+        unsafe {
+            let (sum, total) = (State::at(at, each, width), State::at(at.add(first), each, d));
+            sum.clear();
+            for span in 0..spans {
+                let state = State::at(latents.add(span * State::floats(all, width)), all, width);
+                sum.merge::<S>(state.part(unit.kv_head * each, each));
+            }
+            total.clear();
+            std::ptr::copy_nonoverlapping(sum.m, total.m, each);
+            std::ptr::copy_nonoverlapping(sum.l, total.l, each);
+            let mut line = 0;
+            while line < each {
+                let rows = (each - line).min(S::ROWS);
+                by_rows!(rows, S, |R| {
+                    let (mut a, mut sums, mut out) = ([sum.o.cast_const(); R], [sum.l.cast_const(); R], [total.o; R]);
+                    for r in 0..R {
+                        a[r] = a[r].add((line + r) * sum.stride + group.ranks.start);
+                        sums[r] = sums[r].add(line + r);
+                        out[r] = out[r].add((line + r) * total.stride);
+                    }
+                    let b = group.up.as_ptr().add(channel);
+                    let latents = Product { a, a_step: 1, b, b_step: group.channels.len(), n: group.ranks.len(), ahead: 0 };
+                    latents.onto::<S>(out, d, None);
+                    let mean = Product { a: sums, a_step: 0, b: mean.as_ptr(), b_step: 0, n: 1, ahead: 0 };
+                    mean.onto::<S>(out, d, Some([1.0; R]));
+                });
+                line += rows;
+            }
+            for part in 0..unit.parts {
+                total.merge::<S>(State::at(unit.partial.add(part * unit.each), each, d));
+            }
+            unit.finish::<S>(&total);
+        }
+        scratch_back(buffer);
+    }
+}
+
+/// Asks for the bytes of a page while another is met.
+struct Prefetch {
+    from: *const u8,
+    bytes: usize,
+}
+
+impl Kernel for Prefetch {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let mut at = 0;
+        while at < self.bytes {
+            // SAFETY: an address that is only asked for.
+            unsafe { S::prefetch(self.from.wrapping_add(at)) }
+            at += 64;
         }
     }
 }
@@ -780,7 +827,8 @@ struct Latents<'a> {
 impl Kernel for Latents<'_> {
     #[inline(always)]
     unsafe fn run<S: Lanes>(self) {
-        let Latents { room: Room { latents, sums, back, scale, value_bias, .. }, g, groups, lines, v, width } = self;
+        let Latents { room: Room { state: State { o: latents, .. }, sums, back, scale, value_bias, .. }, g, groups, lines, v, width } =
+            self;
         // SAFETY: whole vectors up to `v`, which is a whole number of them.
         unsafe {
             for line in 0..lines {
