@@ -27,6 +27,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("server", &["admission", "engine", "ids", "kv", "request", "telemetry", "text"]),
     ("demo", &["model", "text"]),
     ("config", &["kv", "model"]),
+    ("eval", &["ids", "kv", "model", "ops", "step"]),
     (
         "serve",
         &[
@@ -36,6 +37,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "config",
             "demo",
             "engine",
+            "eval",
             "ids",
             "kv",
             "model",
