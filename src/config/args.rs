@@ -82,6 +82,9 @@ pub struct Compress {
     /// Tokens to calibrate on, at most.
     #[arg(long, default_value_t = 16384)]
     pub tokens: usize,
+    /// What an error of keys and values is worth.
+    #[arg(long, value_enum, default_value_t = InitArg::Weighted)]
+    pub init: InitArg,
     /// Worker threads [default: all cores].
     #[arg(long, env = "STRAIT_THREADS")]
     pub threads: Option<usize>,
@@ -286,7 +289,7 @@ pub struct ServeFlags {
     /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
     #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]
     pub kv_cache_memory_bytes: Option<Bytes>,
-    /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, or one of the config file [default: full].
+    /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, cskv-fast, or one of the config file [default: full].
     #[arg(long, env = "STRAIT_CACHE_PROFILE")]
     pub cache_profile: Option<String>,
     /// Compression artifact of this model [default: computed at start].
@@ -388,6 +391,15 @@ pub enum DtypeArg {
     Bf16,
     #[value(alias = "float32")]
     F32,
+}
+
+/// `--init`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InitArg {
+    /// The same everywhere.
+    Closed,
+    /// As much as the queries that meet a key, and the output projection of a value, make of it.
+    Weighted,
 }
 
 /// `--log-format`.
