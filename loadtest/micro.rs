@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use half::bf16;
-use strait::compress::{Group, LayerCompression, Projection};
+use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
 use strait::ids::PageAddr;
 use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
@@ -237,40 +237,70 @@ fn prefill(cpu: &Cpu, peak: f64) {
 
 /// Sealing pages, and decoding over them, beside the same context exact.
 fn sealed(cpu: &Cpu, _: f64) {
-    let (heads, kv_heads, d, tokens) = (32, 8, 64, 4096);
-    for (bits, basis) in [(16, BasisKind::Joint), (4, BasisKind::Joint), (4, BasisKind::Grouped(1))] {
-        let cskv = Cskv { key_rank: 0.2, value_rank: 0.2, bits, window: 64, sinks: 0, basis };
-        let per_group = basis.heads_per_group(kv_heads);
-        let mut cache = Cache::new(heads, kv_heads, d, tokens + 128, Some(cskv));
-        let side = |rank: usize| {
-            let (channels, ranks) = (per_group * d, rank / (kv_heads / per_group));
-            let groups = (0..kv_heads / per_group).map(|g| Group {
-                channels: g * channels..(g + 1) * channels,
-                ranks: g * ranks..(g + 1) * ranks,
-                down: numbers(channels * ranks),
-                up: numbers(channels * ranks),
+    for (heads, kv_heads, d, tokens) in [(32, 8, 64, 4096), (32, 8, 64, 32768), (16, 16, 64, 32768)] {
+        for (share, bits, basis) in [
+            (0.2, 16, BasisKind::Joint),
+            (0.2, 4, BasisKind::Joint),
+            (0.2, 4, BasisKind::Grouped(1)),
+            (0.35, 16, BasisKind::Frequency),
+            (0.35, 8, BasisKind::Frequency),
+            (0.35, 4, BasisKind::Frequency),
+            (0.35, 3, BasisKind::Frequency),
+            (0.35, 2, BasisKind::Frequency),
+        ] {
+            // Rebuilt keys of long contexts take the tool's patience.
+            if tokens > 4096 && basis != BasisKind::Frequency {
+                continue;
+            }
+            let cskv = Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks: 0, basis };
+            let per_group = basis.heads_per_group(kv_heads);
+            let mut cache = Cache::new(heads, kv_heads, d, tokens + 128, Some(cskv));
+            let side = |rank: usize| {
+                let (channels, ranks) = (per_group * d, rank / (kv_heads / per_group));
+                let groups = (0..kv_heads / per_group).map(|g| Group {
+                    channels: g * channels..(g + 1) * channels,
+                    ranks: g * ranks..(g + 1) * ranks,
+                    down: numbers(channels * ranks),
+                    up: numbers(channels * ranks),
+                });
+                Projection { mean: numbers(kv_heads * d), groups: groups.collect() }
+            };
+            let layer = cache.layout.sealed[0];
+            let (pairs, pair) = (layer.key_rank / 2, |x: &[f32]| x.as_chunks::<2>().0.to_vec());
+            let keys = match basis {
+                BasisKind::Frequency => KeyMap::Frequencies(FrequencyMap {
+                    kv_heads,
+                    half: d / 2,
+                    frequencies: (0..pairs as u32).map(|j| j % (d as u32 / 2)).collect(),
+                    down: pair(&numbers(2 * pairs * kv_heads)),
+                    up: pair(&numbers(2 * pairs * kv_heads)),
+                }),
+                _ => KeyMap::Channels(side(layer.key_rank)),
+            };
+            let compression = LayerCompression { keys, values: side(layer.value_rank) };
+            let pages = tokens / 64;
+            let from = cache.pages[pages];
+            let jobs: Vec<SealJob> =
+                (0..pages).map(|i| SealJob { from, from_offset: 0, to: cache.pages[i], skip: 0, position: 64 * i as u32 }).collect();
+            let seal = best(|| {
+                let view = LayerView { layer: 0, layout: &cache.layout, compression: Some(&compression) };
+                cpu.seal(&mut cache.arena, view, &cache.table, &jobs);
             });
-            Projection { mean: numbers(kv_heads * d), groups: groups.collect() }
-        };
-        let layer = cache.layout.sealed[0];
-        let compression = LayerCompression { keys: side(layer.key_rank), values: side(layer.value_rank) };
-        let pages = tokens / 64;
-        let from = cache.pages[pages];
-        let jobs: Vec<SealJob> =
-            (0..pages).map(|i| SealJob { from, from_offset: 0, to: cache.pages[i], skip: 0, position: 64 * i as u32 }).collect();
-        let seal = best(|| {
-            let view = LayerView { layer: 0, layout: &cache.layout, compression: Some(&compression) };
-            cpu.seal(&mut cache.arena, view, &cache.table, &jobs);
-        });
-        let (q, mut out) = (numbers(heads * d), vec![0.0; heads * d]);
-        let row = cache.row(Some(&compression), pages, tokens + 10, 1);
-        let decode = best(|| cpu.attend(&cache.arena, cache.shape, &cache.table, &[row], &q, &mut out));
-        println!(
-            "  {heads} heads on {kv_heads} of {d}, rank {}, {bits:>2} bits, {basis:?}   seal {:>7.1} us a page   decode over {tokens}: {:>7.2} ms, {:>6.2} us a tile and KV head",
-            layer.key_rank,
-            seal * 1e6 / pages as f64,
-            decode * 1e3,
-            decode * 1e6 / (pages * kv_heads) as f64
-        );
+            let (q, mut out) = (numbers(heads * d), vec![0.0; heads * d]);
+            let row = cache.row(Some(&compression), pages, tokens + 10, 1);
+            let decode = best(|| cpu.attend(&cache.arena, cache.shape, &cache.table, &[row], &q, &mut out));
+            let bytes = (layer.end - layer.key_codes) * pages;
+            let products = heads * (layer.key_rank + layer.value_rank) * tokens;
+            println!(
+                "  {heads} heads on {kv_heads} of {d}, ranks {} and {}, {bits:>2} bits, {basis:?}   seal {:>7.1} us a page   decode over {tokens}: {:>7.2} ms, {:>6.2} us a page, {:>5.2} GB/s, {:>5.1} G products/s",
+                layer.key_rank,
+                layer.value_rank,
+                seal * 1e6 / pages as f64,
+                decode * 1e3,
+                decode * 1e6 / pages as f64,
+                bytes as f64 / decode / 1e9,
+                products as f64 / decode / 1e9,
+            );
+        }
     }
 }

@@ -6,6 +6,7 @@ pub mod compress;
 pub mod config;
 pub mod demo;
 pub mod engine;
+pub mod eval;
 pub mod ids;
 pub mod kv;
 pub mod model;

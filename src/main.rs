@@ -12,6 +12,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(serve)) => strait::serve::serve(serve.model.as_ref(), &serve.flags),
         Some(Command::Plan(plan)) => strait::serve::offline::plan(&plan),
         Some(Command::Compress(compress)) => strait::serve::offline::compress(&compress),
+        Some(Command::Eval(eval)) => strait::serve::eval::eval(&eval),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,9 +1,22 @@
-//! The codec of latents: asymmetric quantisation of a group of numbers to a few bits, and codes to bytes.
+//! The codec of latents: asymmetric quantisation of a group of numbers to a few bits, and codes to words.
 //!
 //! A group shares a step `scale = (max - min) / (2^bits - 1)` and an offset `min`, both kept as f16 and not clamped
 //! to the codes' range, so that a group far from zero keeps its offset. Codes are chosen against the *rounded* scale
-//! and offset, since those are what the reader has. A stream of codes is little-endian: bit `j` of code `i`
-//! is bit `i * bits + j` of the stream.
+//! and offset, since those are what the reader has.
+//!
+//! **Words.** Attention sums over one axis of a tile of codes and has lanes along the other. A lane's codes `0..n` along the
+//! summed axis fill 32-bit words of its own; the same word of all lanes lies side by side, `[words][lanes]`, so that a vector
+//! load takes one word of neighbouring lanes. Codes `j` and `j + half` of a word stand at the same place of its two 16-bit halves,
+//! so that one shift and one mask give a pair for an integer dot product:
+//!
+//! ```text
+//! 2, 4, 8 bits   per = 32 / bits codes to a word, little-endian: code i in word i / per, at bit bits (i % per); half = per / 2
+//! 3 bits         the low two bits as above, in words(n, 2) words; then the third bits, 32 codes to a word, so that they pair
+//!                up as the low bits do:
+//!                code i in word i / 32 of these, at bit 16 (i % 16 / 8) + 8 (i / 16 % 2) + i % 8
+//! ```
+//!
+//! Places of a last word beyond code `n` are zero.
 
 use half::f16;
 
@@ -63,74 +76,69 @@ pub fn dequantise(codes: &[u8], scale: Scale, out: &mut [f32]) {
     }
 }
 
-/// Bytes of `n` codes.
-pub const fn packed_len(n: usize, bits: u32) -> usize {
-    (n * bits as usize).div_ceil(8)
-}
-
-/// Writes `codes` as a stream; the unused high bits of the last byte are zero.
-///
-/// # Panics
-/// When `out` is not of [`packed_len`], or `bits` not of 1 to 8.
-pub fn pack(codes: &[u8], bits: u32, out: &mut [u8]) {
-    assert!((1..=8).contains(&bits), "codes of {bits} bits");
-    assert_eq!(out.len(), packed_len(codes.len(), bits), "a stream of another length");
-    let (mut buffer, mut have) = (0u32, 0);
-    let mut to = out.iter_mut();
-    for &code in codes {
-        buffer |= u32::from(code) << have;
-        have += bits;
-        if have >= 8 {
-            // There is a byte for every eight bits: the length was checked.
-            if let Some(byte) = to.next() {
-                *byte = buffer as u8;
-            }
-            buffer >>= 8;
-            have -= 8;
-        }
-    }
-    if let Some(byte) = to.next() {
-        *byte = buffer as u8;
+/// Words that the `n` codes of a lane fill.
+pub const fn words(n: usize, bits: u32) -> usize {
+    match bits {
+        3 => n.div_ceil(16) + n.div_ceil(32),
+        _ => (n * bits as usize).div_ceil(32),
     }
 }
 
-/// Reads `out.len()` codes of a stream, from code `first`.
-///
-/// # Panics
-/// When the stream is too short, or `bits` not of 1 to 8.
+/// Where a code, or a part of it, stands among the words of its lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    pub word: usize,
+    pub shift: u32,
+}
+
+/// The place of code `i` of 2, 4 or 8 bits; of 3 bits, that of its low two.
 #[inline(always)]
-pub fn unpack(stream: &[u8], bits: u32, first: usize, out: &mut [u8]) {
-    assert!((1..=8).contains(&bits), "codes of {bits} bits");
-    let start = first * bits as usize;
-    let stream = &stream[start / 8..packed_len(first + out.len(), bits)];
-    let skip = (start % 8) as u32;
-    if skip == 0 && bits == 8 {
-        return out.copy_from_slice(stream);
-    }
-    if skip == 0 && bits == 4 {
-        for (pair, &byte) in out.chunks_mut(2).zip(stream) {
-            pair[0] = byte & 15;
-            if let Some(high) = pair.get_mut(1) {
-                *high = byte >> 4;
-            }
+pub const fn place(i: usize, bits: u32) -> Place {
+    let bits = if bits == 3 { 2 } else { bits };
+    let per = 32 / bits as usize;
+    Place { word: i / per, shift: bits * (i % per) as u32 }
+}
+
+/// The place of the third bit of code `i` of `n` codes of 3 bits.
+#[inline(always)]
+pub const fn third(i: usize, n: usize) -> Place {
+    Place { word: n.div_ceil(16) + i / 32, shift: (16 * (i % 16 / 8) + 8 * (i / 16 % 2) + i % 8) as u32 }
+}
+
+/// Writes code `i` of `n` of each of `codes.len()` lanes into `words: [words(n, bits)][lanes]`, whose places for it are zero.
+///
+/// # Panics
+/// When the words are too few, or `bits` not 2, 3, 4 or 8.
+pub fn put(words: &mut [u32], n: usize, bits: u32, i: usize, codes: &[u8]) {
+    assert!(matches!(bits, 2 | 3 | 4 | 8), "codes of {bits} bits");
+    let mut set = |Place { word, shift }: Place, down: u32, mask: u32| {
+        for (to, &code) in words[word * codes.len()..][..codes.len()].iter_mut().zip(codes) {
+            *to |= (u32::from(code) >> down & mask) << shift;
         }
-        return;
+    };
+    if bits == 3 {
+        set(place(i, 2), 0, 3);
+        set(third(i, n), 2, 1);
+    } else {
+        set(place(i, bits), 0, (1 << bits) - 1);
     }
-    let mask = (1u32 << bits) - 1;
-    let mut from = stream.iter();
-    let (mut buffer, mut have) = (0u32, 0);
-    if let Some(&byte) = from.next() {
-        (buffer, have) = (u32::from(byte) >> skip, 8 - skip);
-    }
-    for code in out {
-        while have < bits {
-            // The slice ends with the last code's byte, so there is one.
-            buffer |= u32::from(from.next().copied().unwrap_or(0)) << have;
-            have += 8;
+}
+
+/// Reads what [`put`] wrote.
+///
+/// # Panics
+/// As it does.
+pub fn get(words: &[u32], n: usize, bits: u32, i: usize, codes: &mut [u8]) {
+    assert!(matches!(bits, 2 | 3 | 4 | 8), "codes of {bits} bits");
+    let lanes = codes.len();
+    let low = place(i, bits);
+    let mask = if bits == 3 { 3 } else { (1 << bits) - 1 };
+    for (lane, code) in codes.iter_mut().enumerate() {
+        *code = (words[low.word * lanes + lane] >> low.shift & mask) as u8;
+        if bits == 3 {
+            let high = third(i, n);
+            *code |= ((words[high.word * lanes + lane] >> high.shift & 1) << 2) as u8;
         }
-        *code = (buffer & mask) as u8;
-        buffer >>= bits;
-        have -= bits;
     }
 }
 
@@ -139,31 +147,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_is_little_endian() {
+    fn words_lie_as_documented() {
         for (bits, codes, want) in [
-            (8, &[1u8, 200][..], &[1u8, 200][..]),
-            (4, &[1, 2, 15], &[0x21, 0x0f]),
-            (3, &[1, 2, 3, 4, 5, 6, 7, 0], &[0b1101_0001, 0b0101_1000, 0b0001_1111]),
-            (3, &[7], &[7]),
-            (2, &[0, 1, 2, 3, 1], &[0b11100100, 1]),
+            (8, &[1u8, 2, 3, 200, 5][..], &[0xc803_0201, 5][..]),
+            (4, &[1, 2, 3, 4, 5, 6, 7, 15, 9], &[0xf765_4321, 9]),
+            (2, &[1, 2, 3, 0, 0, 0, 0, 1, 3], &[0x0003_4039]),
+            // Low bits 3, 1; third bits 1 (code 0), 0 (code 1), then 1 of code 17 at bit 8 + 1.
+            (3, &[7, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4], &[0b0111, 0, 0x0201]),
         ] {
-            let mut out = vec![0xff; packed_len(codes.len(), bits)];
-            pack(codes, bits, &mut out);
-            assert_eq!(out, want, "{bits} bits");
+            let mut out = vec![0; words(codes.len(), bits)];
+            for (i, &code) in codes.iter().enumerate() {
+                put(&mut out, codes.len(), bits, i, &[code]);
+            }
+            assert_eq!(out, want, "{bits} bits: {out:x?}");
         }
     }
 
     #[test]
-    fn any_part_of_a_stream_reads_back() {
-        for bits in 1..=8 {
-            let codes: Vec<u8> = (0..131u32).map(|i| ((i * 37 + i / 7) & ((1 << bits) - 1)) as u8).collect();
-            for n in [0, 1, 2, 7, 8, 9, 64, 131] {
-                let mut stream = vec![0; packed_len(n, bits)];
-                pack(&codes[..n], bits, &mut stream);
-                for first in 0..n {
-                    let mut back = vec![0; n - first];
-                    unpack(&stream, bits, first, &mut back);
-                    assert_eq!(back, codes[first..n], "{bits} bits, {n} codes from {first}");
+    fn codes_of_any_number_read_back_in_their_lanes_and_pair_up() {
+        for bits in [2, 3, 4, 8] {
+            for n in [1, 2, 7, 8, 15, 16, 17, 33, 64, 100] {
+                let code = |i: usize, lane: usize| ((i * 37 + lane * 11 + i / 7) & ((1 << bits) - 1)) as u8;
+                let mut all = vec![0; words(n, bits) * 3];
+                for i in 0..n {
+                    put(&mut all, n, bits, i, &[code(i, 0), code(i, 1), code(i, 2)]);
+                }
+                for i in 0..n {
+                    let mut back = [0; 3];
+                    get(&all, n, bits, i, &mut back);
+                    assert_eq!(back, [code(i, 0), code(i, 1), code(i, 2)], "{bits} bits, code {i} of {n}");
+                }
+                // The two halves of a word hold codes `half` apart, and so do those of the third bits.
+                let (per, low) = (32 / if bits == 3 { 2 } else { bits as usize }, if bits == 3 { 2 } else { bits });
+                for i in (0..n).filter(|i| i % per < per / 2 && i + per / 2 < n) {
+                    let (a, b) = (place(i, low), place(i + per / 2, low));
+                    assert_eq!((a.word, a.shift + 16), (b.word, b.shift));
+                    let (a, b) = (third(i, n), third(i + 8, n));
+                    assert!(bits != 3 || (a.word, a.shift + 16) == (b.word, b.shift));
                 }
             }
         }

@@ -75,6 +75,12 @@ impl Observer for Watch<'_> {
             self.failed = self.moments.add(layer, positions[0] as usize, keys, values).err();
         }
     }
+
+    fn queries(&mut self, layer: usize, queries: &[f32]) {
+        if self.failed.is_none() {
+            self.failed = self.moments.add_queries(layer, queries).err();
+        }
+    }
 }
 
 struct Nobody;

@@ -12,15 +12,18 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use faer::{Mat, Side};
 use rayon::prelude::*;
 
 use crate::compress::artifact::{Artifact, ArtifactError, BasisSet, Fingerprint, StoredProfile};
-use crate::compress::{Basis, LayerBasis};
-use crate::kv::layout::{BasisKind, Cskv, Profile};
+use crate::compress::{Basis, KeyBasis, LayerBasis, Up};
+use crate::kv::layout::{BasisKind, Profile};
 use crate::model::config::ModelConfig;
+use crate::ops::{Matrix, MatrixData};
 
 mod collect;
 mod demo;
+mod frequency;
 mod pca;
 mod text;
 
@@ -32,10 +35,67 @@ pub use text::calibration_text;
 ///
 /// The first positions of every text are left out: attention sinks have outlying keys, and stay exact in the cache.
 pub struct Moments {
+    heads: usize,
     kv_heads: usize,
     channels: usize,
     sinks: usize,
     layers: Vec<[pca::Stream; 2]>,
+    /// Per layer: sums over tokens and query heads of the energy of queries, `[kv_heads][head_dim / 2]`.
+    queries: Vec<Vec<f64>>,
+}
+
+/// What errors are worth when bases are found.
+#[derive(Clone, Copy, Debug)]
+pub enum Weighting<'a> {
+    /// The same everywhere: the closed form.
+    Closed,
+    /// The weighted closed form: errors of keys count by the energy of the queries that meet them at their frequency, errors of
+    /// values by what the output projection makes of them: per layer, [`value_metric`].
+    Weighted(&'a [Vec<f64>]),
+}
+
+/// What an error of the values of a layer is worth: per KV head, the sum over its query heads of `W^T W`, `W` being their columns
+/// of the output projection; `[kv_heads][head_dim][head_dim]`.
+///
+/// Cost: `hidden * heads * head_dim^2` multiply-adds.
+pub fn value_metric(model: &ModelConfig, output: Matrix<'_>) -> Vec<f64> {
+    let d = model.head_dim;
+    let mut metric = vec![0.0; model.kv_heads * d * d];
+    let mut row = vec![0.0; output.in_features];
+    for r in 0..output.out_features {
+        match output.data {
+            MatrixData::F32(w) => row.copy_from_slice(&w[r * output.in_features..][..output.in_features]),
+            MatrixData::Bf16(w) => {
+                let from = &w[r * output.in_features..][..output.in_features];
+                row.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
+            }
+        }
+        for (head, w) in row.chunks_exact(d).enumerate() {
+            let to = &mut metric[head * model.kv_heads / model.heads * d * d..][..d * d];
+            for (to, &a) in to.chunks_exact_mut(d).zip(w) {
+                to.iter_mut().zip(w).for_each(|(to, &b)| *to += f64::from(a * b));
+            }
+        }
+    }
+    metric
+}
+
+/// Square roots of `[heads][half]` weights, over both halves of each head.
+fn diagonal(weights: &[f64], d: usize) -> Vec<Mat<f64>> {
+    let heads = weights.chunks_exact(d / 2);
+    heads.map(|w| Mat::from_fn(d, d, |i, j| if i == j { w[i % (d / 2)].sqrt() } else { 0.0 })).collect()
+}
+
+/// `L` of `metric + a little = L L^T`, head by head.
+fn cholesky(metric: &[f64], d: usize) -> Option<Vec<Mat<f64>>> {
+    let one = |m: &[f64]| {
+        let mean = (0..d).map(|i| m[i * d + i]).sum::<f64>() / d as f64;
+        // A direction that the projection ignores may not be ignored by what follows it.
+        let least = if mean > 0.0 { 1e-4 * mean } else { 1.0 };
+        let m = Mat::from_fn(d, d, |i, j| m[i * d + j] + if i == j { least } else { 0.0 });
+        Some(m.llt(Side::Lower).ok()?.L().to_owned())
+    };
+    metric.chunks_exact(d * d).map(one).collect()
 }
 
 /// The bases of all layers, and what they keep.
@@ -100,7 +160,40 @@ impl Moments {
     pub fn new(model: &ModelConfig, sinks: usize) -> Self {
         let channels = model.kv_channels();
         let layers = (0..model.layers).map(|_| [pca::Stream::new(channels), pca::Stream::new(channels)]).collect();
-        Moments { kv_heads: model.kv_heads, channels, sinks, layers }
+        let queries = vec![vec![0.0; channels / 2]; model.layers];
+        Moments { heads: model.heads, kv_heads: model.kv_heads, channels, sinks, layers, queries }
+    }
+
+    /// Takes in the energy of the queries (before rope) that `layer` made: `[n][heads][head_dim]`.
+    ///
+    /// # Errors
+    /// Where a number is not finite. Nothing is taken in then.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    pub fn add_queries(&mut self, layer: usize, queries: &[f32]) -> Result<(), CalibrateError> {
+        if let Some(at) = queries.iter().position(|x| !x.is_finite()) {
+            return Err(CalibrateError::NotFinite { layer, part: "queries", position: at });
+        }
+        let half = self.channels / self.kv_heads / 2;
+        let per_token = self.heads * 2 * half;
+        for token in queries.chunks_exact(per_token) {
+            for (head, q) in token.chunks_exact(2 * half).enumerate() {
+                let kv_head = head * self.kv_heads / self.heads;
+                let to = &mut self.queries[layer][kv_head * half..][..half];
+                let (re, im) = q.split_at(half);
+                to.iter_mut().zip(re).zip(im).for_each(|((to, &a), &b)| *to += f64::from(a * a + b * b));
+            }
+        }
+        Ok(())
+    }
+
+    /// What an error of a key is worth by KV head and frequency, floored at a thousandth of the layer's mean: a frequency that no
+    /// query of the text met may be met yet.
+    fn query_weights(&self, layer: usize) -> Vec<f64> {
+        let sums = &self.queries[layer];
+        let mean = sums.iter().sum::<f64>() / sums.len().max(1) as f64;
+        if mean > 0.0 { sums.iter().map(|s| (s / mean).max(1e-3)).collect() } else { vec![1.0; sums.len()] }
     }
 
     /// Takes in what `layer` made of consecutive tokens of one text, the first of which stands at `position` there.
@@ -146,7 +239,8 @@ pub fn tokens_needed(basis: BasisKind, rank: usize, model: &ModelConfig) -> usiz
 ///
 /// # Errors
 /// Where the ranks do not fit the model, or fewer tokens were seen than [`tokens_needed`].
-pub fn solve(moments: &Moments, basis: BasisKind, max_key_rank: usize, max_value_rank: usize) -> Result<Solution, CalibrateError> {
+pub fn solve(moments: &Moments, basis: BasisKind, init: &Weighting<'_>, max: (usize, usize)) -> Result<Solution, CalibrateError> {
+    let (max_key_rank, max_value_rank) = max;
     let heads = basis.heads_per_group(moments.kv_heads);
     if heads == 0 || !moments.kv_heads.is_multiple_of(heads) {
         return Err(CalibrateError::Groups { heads, kv_heads: moments.kv_heads });
@@ -154,7 +248,11 @@ pub fn solve(moments: &Moments, basis: BasisKind, max_key_rank: usize, max_value
     let groups = moments.kv_heads / heads;
     let channels = moments.channels / groups;
     let first = moments.tokens();
+    let by_frequency = basis == BasisKind::Frequency;
     for (rank, part) in [max_key_rank, max_value_rank].into_iter().zip(PARTS) {
+        if by_frequency && part == PARTS[0] && (!rank.is_multiple_of(2) || rank > channels) {
+            return Err(CalibrateError::Rank { part, rank, groups: 2, channels });
+        }
         if rank == 0 || !rank.is_multiple_of(groups) || rank / groups > channels {
             return Err(CalibrateError::Rank { part, rank, groups, channels });
         }
@@ -167,20 +265,39 @@ pub fn solve(moments: &Moments, basis: BasisKind, max_key_rank: usize, max_value
     }
 
     let one = |(layer, streams): (usize, &[pca::Stream; 2])| -> Result<(LayerBasis, [Spectrum; 2]), CalibrateError> {
-        let part = |i: usize, rank: usize| -> Result<(Basis, Spectrum), CalibrateError> {
+        let d = moments.channels / moments.kv_heads;
+        let query_weights = matches!(init, Weighting::Weighted(_)).then(|| moments.query_weights(layer));
+        let key_metric = query_weights.as_ref().map(|w| diagonal(w, d));
+        let value_metric = match init {
+            Weighting::Closed => None,
+            Weighting::Weighted(metrics) => Some(cholesky(&metrics[layer], d).ok_or(CalibrateError::Eigen { layer, part: PARTS[1] })?),
+        };
+        let part = |i: usize, rank: usize, metric: Option<&[Mat<f64>]>| -> Result<(Basis, Spectrum), CalibrateError> {
             let width = rank / groups;
-            let mut directions = Vec::with_capacity(rank * channels);
+            let (mut directions, mut up) = (Vec::with_capacity(rank * channels), Vec::new());
             let mut spectrum = Spectrum { groups: Vec::with_capacity(groups) };
             for g in 0..groups {
-                let found = streams[i].principal(g * channels..(g + 1) * channels, width);
+                let metric = metric.map(|m| &m[g * heads..(g + 1) * heads]);
+                let found = streams[i].principal(g * channels..(g + 1) * channels, width, metric);
                 let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[i] })?;
                 directions.extend(found.directions);
+                up.extend(found.up.unwrap_or_default());
                 spectrum.groups.push((found.total, found.energies));
             }
             let mean = streams[i].mean().into_iter().map(|x| x as f32).collect();
-            Ok((Basis { mean, groups, directions, up: None }, spectrum))
+            let up = if metric.is_some() { Up::Nested(up) } else { Up::Directions };
+            Ok((Basis { mean, groups, directions, up }, spectrum))
         };
-        let ((keys, of_keys), (values, of_values)) = (part(0, max_key_rank)?, part(1, max_value_rank)?);
+        let (values, of_values) = part(1, max_value_rank, value_metric.as_deref())?;
+        let (keys, of_keys) = if by_frequency {
+            let found = frequency::solve(&streams[0], (moments.kv_heads, d / 2), max_key_rank / 2, query_weights.as_deref());
+            let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[0] })?;
+            let each = found.energies.iter().flat_map(|e| [e / 2.0; 2]).collect();
+            (KeyBasis::Frequencies(found.basis), Spectrum { groups: vec![(found.total, each)] })
+        } else {
+            let (keys, spectrum) = part(0, max_key_rank, key_metric.as_deref())?;
+            (KeyBasis::Channels(keys), spectrum)
+        };
         Ok((LayerBasis { keys, values }, [of_keys, of_values]))
     };
     // Small layers run side by side; a large one keeps every thread busy alone, and its memory is felt.
@@ -198,24 +315,35 @@ pub fn solve(moments: &Moments, basis: BasisKind, max_key_rank: usize, max_value
 ///
 /// # Errors
 /// As [`solve`] and [`Artifact::new`].
-pub fn artifact(moments: &Moments, model: &ModelConfig, base: Fingerprint, profiles: &[Profile]) -> Result<Calibrated, CalibrateError> {
-    let name = |heads: usize| if heads == model.kv_heads { "joint".to_owned() } else { format!("grouped-{heads}") };
-    let mut widest: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
+pub fn artifact(
+    moments: &Moments,
+    model: &ModelConfig,
+    base: Fingerprint,
+    profiles: &[Profile],
+    init: &Weighting<'_>,
+) -> Result<Calibrated, CalibrateError> {
+    let name = |(by_frequency, heads): (bool, usize)| match by_frequency {
+        true => "frequency".to_owned(),
+        false if heads == model.kv_heads => "joint".to_owned(),
+        false => format!("grouped-{heads}"),
+    };
+    let mut widest: BTreeMap<(bool, usize), (usize, usize)> = BTreeMap::new();
     let mut stored = Vec::new();
     for profile in profiles {
         let Some(cskv) = &profile.cskv else { continue };
-        let heads = cskv.basis.heads_per_group(model.kv_heads);
-        let (keys, values) = (Cskv::rank(cskv.key_rank, model), Cskv::rank(cskv.value_rank, model));
-        let (k, v) = widest.entry(heads).or_default();
+        let kind = (cskv.basis == BasisKind::Frequency, cskv.basis.heads_per_group(model.kv_heads));
+        let (keys, values) = cskv.ranks(model);
+        let (k, v) = widest.entry(kind).or_default();
         (*k, *v) = (keys.max(*k), values.max(*v));
-        stored.push(StoredProfile { profile: profile.clone(), basis: name(heads), ranks: vec![(keys, values); model.layers] });
+        stored.push(StoredProfile { profile: profile.clone(), basis: name(kind), ranks: vec![(keys, values); model.layers] });
     }
     let mut sets = Vec::new();
     let mut spectra = BTreeMap::new();
-    for (heads, (keys, values)) in widest {
-        let solution = solve(moments, BasisKind::Grouped(heads), keys, values)?;
-        sets.push(BasisSet { name: name(heads), heads_per_group: heads, layers: solution.layers });
-        spectra.insert(name(heads), solution.spectra);
+    for (kind @ (by_frequency, heads), max) in widest {
+        let basis = if by_frequency { BasisKind::Frequency } else { BasisKind::Grouped(heads) };
+        let solution = solve(moments, basis, init, max)?;
+        sets.push(BasisSet { name: name(kind), heads_per_group: heads, layers: solution.layers });
+        spectra.insert(name(kind), solution.spectra);
     }
     let kept = |s: &StoredProfile| EnergyKept {
         profile: s.profile.name.clone(),

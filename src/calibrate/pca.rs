@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatRef, Side, get_global_parallelism};
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
+use faer::{Accum, Mat, MatRef, Scale, Side, get_global_parallelism};
 
 /// Rows that one update of the second moment takes at once.
 const CHUNK: usize = 512;
@@ -27,11 +28,16 @@ struct Folded {
     second: Mat<f64>,
 }
 
+/// What an error is worth: `L` of the metric `e^T L L^T e`, block by block along the diagonal.
+pub(super) type Metric = [Mat<f64>];
+
 /// The leading principal components of a range of channels.
 pub(super) struct Principal {
-    /// `[rank][channels of the range]`, orthonormal rows in falling order of energy. The element of largest magnitude
-    /// of each row is positive.
+    /// `[rank][channels of the range]`, in falling order of energy. The element of largest magnitude of each row is
+    /// positive. Orthonormal without a metric.
     pub(super) directions: Vec<f32>,
+    /// What turns them back under a metric, in the same shape.
+    pub(super) up: Option<Vec<f32>>,
     /// Variance along each direction.
     pub(super) energies: Vec<f64>,
     /// Variance over all directions.
@@ -90,19 +96,19 @@ impl Stream {
     }
 
     /// The `rank` leading components of `channels`; `rank` is below the number of rows and at most that of channels.
-    /// `None` where the eigenvalue iteration does not converge.
-    pub(super) fn principal(&self, channels: Range<usize>, rank: usize) -> Option<Principal> {
+    /// Under a metric they lose the least of it: those of `L^T x`. `None` where the eigenvalue iteration does not converge.
+    pub(super) fn principal(&self, channels: Range<usize>, rank: usize, metric: Option<&Metric>) -> Option<Principal> {
         let mean = self.mean();
         let n = self.rows();
         match &self.folded {
-            None if n < channels.len() => {
+            None if n < channels.len() && metric.is_none() => {
                 let x = centred(&self.pending, self.channels, channels, &mean);
                 from_rows(x.as_ref(), rank)
             }
             None => {
                 let mut c = Mat::zeros(channels.len(), channels.len());
                 accumulate(&mut c, &self.pending, self.channels, channels, &mean);
-                from_covariance(c, n, rank)
+                from_covariance(c, n, rank, metric)
             }
             Some(f) => {
                 let mut c = f.second.submatrix(channels.start, channels.start, channels.len(), channels.len()).to_owned();
@@ -114,9 +120,30 @@ impl Stream {
                         c[(i, j)] -= n as f64 * shift[i] * shift[j];
                     }
                 }
-                from_covariance(c, n, rank)
+                from_covariance(c, n, rank, metric)
             }
         }
+    }
+
+    /// `E[x x^T]` of some channels, not centred.
+    pub(super) fn second(&self, channels: &[usize]) -> Mat<f64> {
+        let (n, stride) = (self.rows().max(1) as f64, self.channels);
+        let mut sum = Mat::from_fn(channels.len(), channels.len(), |i, j| match &self.folded {
+            None => 0.0,
+            Some(f) => {
+                let (a, b) = (channels[i], channels[j]);
+                let second = f.second[(a.max(b), a.min(b))];
+                second + f.origin[a] * f.sum[b] + f.sum[a] * f.origin[b] + f.rows as f64 * f.origin[a] * f.origin[b]
+            }
+        });
+        for row in self.pending.chunks_exact(stride) {
+            for (j, &b) in channels.iter().enumerate() {
+                for (i, &a) in channels.iter().enumerate() {
+                    sum[(i, j)] += f64::from(row[a]) * f64::from(row[b]);
+                }
+            }
+        }
+        sum / Scale(n)
     }
 }
 
@@ -142,20 +169,51 @@ fn add_square(to: &mut Mat<f64>, accumulation: Accum, x: MatRef<'_, f64>) {
 }
 
 /// From `n` times the covariance (lower half).
-fn from_covariance(mut c: Mat<f64>, n: usize, rank: usize) -> Option<Principal> {
+fn from_covariance(mut c: Mat<f64>, n: usize, rank: usize, metric: Option<&Metric>) -> Option<Principal> {
     let size = c.nrows();
     let n = n.max(1) as f64;
     for j in 0..size {
         for i in j..size {
             c[(i, j)] /= n;
+            c[(j, i)] = c[(i, j)];
         }
+    }
+    if let Some(blocks) = metric {
+        c = by_blocks(blocks, c.as_ref(), |l| l.transpose());
+        c = by_blocks(blocks, c.transpose(), |l| l.transpose());
     }
     let total = (0..size).map(|i| c[(i, i)]).sum();
     let eigen = c.self_adjoint_eigen(Side::Lower).ok()?;
     let leading = |i: usize| size - 1 - i; // they come in rising order
     let energies = (0..rank).map(|i| eigen.S()[leading(i)].max(0.0)).collect();
     let vectors = Mat::from_fn(size, rank, |c, i| eigen.U()[(c, leading(i))]);
-    Some(Principal { directions: directions(vectors.as_ref()), energies, total })
+    let Some(blocks) = metric else {
+        return Some(Principal { directions: directions(vectors.as_ref()), up: None, energies, total });
+    };
+    // The latent of x is u^T L^T x, and stands for L^-T u.
+    let down = by_blocks(blocks, vectors.as_ref(), |l| l);
+    let mut up = vectors;
+    let mut first = 0;
+    for l in blocks {
+        let rows = up.subrows_mut(first, l.nrows());
+        solve_upper_triangular_in_place(l.transpose(), rows, get_global_parallelism());
+        first += l.nrows();
+    }
+    let rows = |m: &Mat<f64>| m.col_iter().flat_map(|c| c.iter().map(|&x| x as f32).collect::<Vec<_>>()).collect();
+    Some(Principal { directions: rows(&down), up: Some(rows(&up)), energies, total })
+}
+
+/// `diag(f(block)...) x`.
+fn by_blocks(blocks: &Metric, x: MatRef<'_, f64>, f: impl Fn(MatRef<'_, f64>) -> MatRef<'_, f64>) -> Mat<f64> {
+    let mut out = Mat::zeros(x.nrows(), x.ncols());
+    let mut first = 0;
+    for l in blocks {
+        let n = l.nrows();
+        let product = f(l.as_ref()) * x.subrows(first, n);
+        out.subrows_mut(first, n).copy_from(product);
+        first += n;
+    }
+    out
 }
 
 /// From centred rows, fewer than channels: an eigenvector `u` of `x^T x` gives the direction `x u`.
@@ -180,7 +238,7 @@ fn from_rows(x: MatRef<'_, f64>, rank: usize) -> Option<Principal> {
         v = v.qr().compute_thin_Q();
     }
     let energies = squares.iter().map(|s| s / n as f64).collect();
-    Some(Principal { directions: directions(v.as_ref()), energies, total })
+    Some(Principal { directions: directions(v.as_ref()), up: None, energies, total })
 }
 
 /// Columns to rows, each with a definite sign, so that calibrating twice gives the same file.

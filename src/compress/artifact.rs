@@ -12,12 +12,13 @@
 //! That is the safetensors format, so any reader of it opens the file. The manifest:
 //!
 //! ```text
-//! { "format": "strait-compression", "version": 1,
+//! { "format": "strait-compression", "version": 2,
 //!   "base": "<64 hex digits>",                    fingerprint of the checkpoint, as the loader computes it
 //!   "layers": L, "kv_heads": H, "head_dim": D,
 //!   "bases": [ { "name": "joint",
-//!                "heads_per_group": H,            KV heads that share one map; divides H
-//!                "trained": false,                whether "up" is stored (below)
+//!                "keys": "channels",              or "frequencies"
+//!                "heads_per_group": H,            KV heads that share one map of channels; divides H
+//!                "up": "directions",              or "nested" or "trained": what turns latents back (below)
 //!                "widths": [[k, v], ...] } ],     per layer: latent elements of keys and values, all groups
 //!   "profiles": [ { "name": "cskv-80", "key_rank": 0.2, "value_rank": 0.2, "bits": 16, "window": 64, "sinks": 4,
 //!                   "basis": "joint",             one of "bases"
@@ -30,15 +31,25 @@
 //! ```text
 //! <basis>.<layer>.keys.mean         [C]
 //! <basis>.<layer>.keys.directions   [G, R / G, C / G]    latent = (x - mean) . directions^T, group by group
-//! <basis>.<layer>.keys.up           [G, R / G, C / G]    x ~ mean + latent . up; only of trained bases,
-//!                                                        else the directions are orthonormal and serve as up
+//! <basis>.<layer>.keys.up           [G, R / G, C / G]    x ~ mean + latent . up; not where "up" is "directions", which
+//!                                                        then are orthonormal and serve for it
+//! ```
+//!
+//! Keys by rope frequency (`"keys": "frequencies"`) have `R / 2` complex latent elements and no mean. With `z[h]` made of channels
+//! `f` and `f + D / 2` of head `h` as real and imaginary part:
+//!
+//! ```text
+//! <basis>.<layer>.keys.frequencies  [R / 2]              f of each latent element, a whole number below D / 2
+//! <basis>.<layer>.keys.directions   [R / 2, H, 2]        latent = sum over h of conj(direction[h]) z[h]
+//! <basis>.<layer>.keys.up           [R / 2, H, 2]        z[h] ~ sum over elements of frequency f of latent * up[h]
 //! ```
 //!
 //! Directions lie row by row in falling order of energy, so a profile of smaller rank reads a prefix of each
-//! group, and profiles that differ in rank, bits or window share every byte. Elements are f32: a bf16 basis turns each
+//! group (unless they are trained, for their own width only), and profiles that differ in rank, bits or window share every byte. Elements are f32: a bf16 basis turns each
 //! direction by about 0.2 %, an error as large as that of the bf16 keys it projects, to save half of a file that is a
 //! hundredth of its model (Llama-3.1-8B up to 50 % rank: 134 MB beside 16 GB).
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Write};
@@ -49,13 +60,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
-use super::{Basis, LayerBasis, LayerCompression, RankError};
+use super::{Basis, FrequencyBasis, KeyBasis, LayerBasis, LayerCompression, RankError, Up};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::{BasisKind, Cskv, Profile};
 use crate::model::config::ModelConfig;
 
 const FORMAT: &str = "strait-compression";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MANIFEST: &str = "strait.manifest";
 const DIGEST: &str = "strait.blake3";
 
@@ -156,9 +167,45 @@ struct Manifest {
 #[serde(deny_unknown_fields)]
 struct ManifestBasis {
     name: String,
+    keys: KeyKind,
     heads_per_group: usize,
-    trained: bool,
+    up: UpKind,
     widths: Vec<(usize, usize)>,
+}
+
+/// What the keys of a basis set are taken by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyKind {
+    Channels,
+    Frequencies,
+}
+
+/// [`Up`] of all layers of a basis set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum UpKind {
+    Directions,
+    Nested,
+    Trained,
+}
+
+impl UpKind {
+    fn of(up: &Up) -> Self {
+        match up {
+            Up::Directions => UpKind::Directions,
+            Up::Nested(_) => UpKind::Nested,
+            Up::Trained(_) => UpKind::Trained,
+        }
+    }
+
+    fn up(self, tensor: impl FnOnce() -> Result<Vec<f32>, Error>) -> Result<Up, Error> {
+        Ok(match self {
+            UpKind::Directions => Up::Directions,
+            UpKind::Nested => Up::Nested(tensor()?),
+            UpKind::Trained => Up::Trained(tensor()?),
+        })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -298,7 +345,7 @@ impl Artifact {
             .map(|(layer, (basis, (keys, values)))| {
                 let at = |part| move |source| Error::Rank { profile: profile.name.clone(), layer, part, source };
                 Ok(LayerCompression {
-                    keys: basis.keys.projection(keys).map_err(at("keys"))?,
+                    keys: basis.keys.map(keys).map_err(at("keys"))?,
                     values: basis.values.projection(values).map_err(at("values"))?,
                 })
             })
@@ -308,29 +355,35 @@ impl Artifact {
     fn choose(&self, name: &str, cskv: &Cskv) -> Result<Choice<'_>, Error> {
         check_spec(name, cskv, &self.model)?;
         let heads_per_group = cskv.basis.heads_per_group(self.model.kv_heads);
+        let kind = KeyKind::of(cskv.basis);
+        let fits = |b: &BasisSet| b.heads_per_group == heads_per_group && b.key_kind() == kind;
         let same = |a: f64, b: f64| (a - b).abs() <= 1e-9;
         for stored in self.profiles.iter().filter(|p| p.profile.name == name) {
             let made = stored.profile.cskv.as_ref().expect("check refuses exact profiles");
             let basis = self.basis(&stored.basis).expect("check finds the basis of every profile");
             if same(made.key_rank, cskv.key_rank)
                 && same(made.value_rank, cskv.value_rank)
-                && basis.heads_per_group == heads_per_group
+                && fits(basis)
                 && (!basis.trained() || made.bits == cskv.bits)
             {
                 return Ok(Choice { basis, ranks: stored.ranks.clone() });
             }
         }
-        let Some(basis) = self.bases.iter().find(|b| b.heads_per_group == heads_per_group && !b.trained()) else {
-            let describe =
-                |b: &BasisSet| format!("{} ({} heads per group{})", b.name, b.heads_per_group, if b.trained() { ", trained" } else { "" });
+        let Some(basis) = self.bases.iter().find(|b| fits(b) && !b.trained()) else {
+            let shape = |kind, heads| match kind {
+                KeyKind::Channels => format!("{heads} heads per group"),
+                KeyKind::Frequencies => "keys by frequency".to_owned(),
+            };
+            let describe = |b: &BasisSet| {
+                format!("{} ({}{})", b.name, shape(b.key_kind(), b.heads_per_group), if b.trained() { ", trained" } else { "" })
+            };
             return Err(Error::NoBasis {
                 profile: name.to_owned(),
-                wanted: format!("{heads_per_group} heads per group"),
+                wanted: shape(kind, heads_per_group),
                 has: self.bases.iter().map(describe).collect::<Vec<_>>().join(", "),
             });
         };
-        let ranks = (Cskv::rank(cskv.key_rank, &self.model), Cskv::rank(cskv.value_rank, &self.model));
-        Ok(Choice { basis, ranks: vec![ranks; self.model.layers] })
+        Ok(Choice { basis, ranks: vec![cskv.ranks(&self.model); self.model.layers] })
     }
 
     fn basis(&self, name: &str) -> Option<&BasisSet> {
@@ -351,15 +404,24 @@ impl Artifact {
             if set.layers.len() != self.model.layers {
                 return Err(Error::Geometry { what: "layers", artifact: set.layers.len(), model: self.model.layers });
             }
-            let trained = set.trained();
             for (layer, one) in set.layers.iter().enumerate() {
-                for (part, basis) in one.parts() {
-                    check_basis(basis, set, &self.model, trained).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
-                    for (tensor, values) in basis.tensors() {
-                        if let Some(index) = values.iter().position(|x| !x.is_finite()) {
-                            return Err(Error::NotFinite { tensor: tensor_name(&set.name, layer, part, tensor), index });
-                        }
+                let at = |part: &str, reason: String| refuse(format!("{part} of layer {layer}: {reason}"));
+                match &one.keys {
+                    KeyBasis::Channels(basis) => check_basis(basis, set, &self.model).map_err(|reason| at("keys", reason))?,
+                    KeyBasis::Frequencies(basis) => check_frequencies(basis, set, &self.model).map_err(|reason| at("keys", reason))?,
+                }
+                check_basis(&one.values, set, &self.model).map_err(|reason| at("values", reason))?;
+                for (part, tensor, _, values) in one.tensors() {
+                    if let Some(index) = values.iter().position(|x| !x.is_finite()) {
+                        return Err(Error::NotFinite { tensor: tensor_name(&set.name, layer, part, tensor), index });
                     }
+                }
+                let first = &set.layers[0];
+                if UpKind::of(one.keys.up()) != set.up_kind() || UpKind::of(&one.values.up) != set.up_kind() {
+                    return Err(refuse("some layers are trained pairs and some are not".to_owned()));
+                }
+                if std::mem::discriminant(&one.keys) != std::mem::discriminant(&first.keys) {
+                    return Err(refuse("some layers have keys by channels and some by frequencies".to_owned()));
                 }
             }
         }
@@ -374,16 +436,16 @@ impl Artifact {
             check_spec(name, cskv, &self.model)?;
             let basis =
                 self.basis(&stored.basis).ok_or_else(|| refuse(format!("it reads the basis {}, which is not there", stored.basis)))?;
-            if cskv.basis.heads_per_group(self.model.kv_heads) != basis.heads_per_group {
+            if cskv.basis.heads_per_group(self.model.kv_heads) != basis.heads_per_group || KeyKind::of(cskv.basis) != basis.key_kind() {
                 return Err(refuse(format!("it is grouped otherwise than its basis {}", basis.name)));
             }
             if stored.ranks.len() != self.model.layers {
                 return Err(refuse(format!("it has ranks for {} of {} layers", stored.ranks.len(), self.model.layers)));
             }
             for (layer, (one, &(keys, values))) in basis.layers.iter().zip(&stored.ranks).enumerate() {
-                for ((part, basis), rank) in one.parts().into_iter().zip([keys, values]) {
-                    basis.check_rank(rank).map_err(|source| Error::Rank { profile: name.clone(), layer, part, source })?;
-                }
+                let at = |part| move |source| Error::Rank { profile: name.clone(), layer, part, source };
+                one.keys.check_rank(keys).map_err(at("keys"))?;
+                one.values.check_rank(values).map_err(at("values"))?;
             }
         }
         Ok(())
@@ -392,8 +454,9 @@ impl Artifact {
     fn manifest(&self) -> Manifest {
         let basis = |set: &BasisSet| ManifestBasis {
             name: set.name.clone(),
+            keys: set.key_kind(),
             heads_per_group: set.heads_per_group,
-            trained: set.trained(),
+            up: set.up_kind(),
             widths: set.layers.iter().map(|l| (l.keys.width(), l.values.width())).collect(),
         };
         let profile = |stored: &StoredProfile| {
@@ -449,11 +512,8 @@ impl Artifact {
     fn for_each_tensor(&self, mut visit: impl FnMut(String, Vec<usize>, &[f32]) -> io::Result<()>) -> io::Result<()> {
         for set in &self.bases {
             for (layer, one) in set.layers.iter().enumerate() {
-                for (part, basis) in one.parts() {
-                    for (tensor, data) in basis.tensors() {
-                        let shape = if tensor == "mean" { vec![data.len()] } else { basis.shape().to_vec() };
-                        visit(tensor_name(&set.name, layer, part, tensor), shape, data)?;
-                    }
+                for (part, tensor, shape, data) in one.tensors() {
+                    visit(tensor_name(&set.name, layer, part, tensor), shape, &data)?;
                 }
             }
         }
@@ -462,27 +522,62 @@ impl Artifact {
 }
 
 impl BasisSet {
-    /// Whether its layers are trained pairs rather than orthonormal directions.
+    /// Whether its layers are trained pairs, each for its own width.
     pub fn trained(&self) -> bool {
-        self.layers.first().is_some_and(|l| l.keys.up.is_some())
+        self.up_kind() == UpKind::Trained
+    }
+
+    /// What keys are taken by.
+    pub fn key_kind(&self) -> KeyKind {
+        match self.layers.first().map(|l| &l.keys) {
+            Some(KeyBasis::Frequencies(_)) => KeyKind::Frequencies,
+            _ => KeyKind::Channels,
+        }
+    }
+
+    fn up_kind(&self) -> UpKind {
+        self.layers.first().map_or(UpKind::Directions, |l| UpKind::of(&l.values.up))
     }
 }
 
+impl KeyKind {
+    fn of(basis: BasisKind) -> Self {
+        match basis {
+            BasisKind::Joint | BasisKind::Grouped(_) => KeyKind::Channels,
+            BasisKind::Frequency => KeyKind::Frequencies,
+        }
+    }
+}
+
+/// Part, name, shape and elements.
+type Tensor<'a> = (&'static str, &'static str, Vec<usize>, Cow<'a, [f32]>);
+
 impl LayerBasis {
-    fn parts(&self) -> [(&'static str, &Basis); 2] {
-        [("keys", &self.keys), ("values", &self.values)]
+    fn tensors(&self) -> Vec<Tensor<'_>> {
+        let mut all = match &self.keys {
+            KeyBasis::Channels(basis) => basis.tensors("keys"),
+            KeyBasis::Frequencies(b) => {
+                let pairs = b.frequencies.len();
+                let shape = vec![pairs, b.kv_heads, 2];
+                let frequencies = b.frequencies.iter().map(|&f| f as f32).collect();
+                let mut all: Vec<Tensor<'_>> = vec![("keys", "frequencies", vec![pairs], Cow::Owned(frequencies))];
+                all.push(("keys", "directions", shape.clone(), Cow::Borrowed(&b.directions)));
+                all.extend(b.up.own().map(|up| ("keys", "up", shape, Cow::Borrowed(up))));
+                all
+            }
+        };
+        all.extend(self.values.tensors("values"));
+        all
     }
 }
 
 impl Basis {
-    fn tensors(&self) -> impl Iterator<Item = (&'static str, &[f32])> {
-        [("mean", Some(&self.mean)), ("directions", Some(&self.directions)), ("up", self.up.as_ref())]
-            .into_iter()
-            .filter_map(|(name, data)| Some((name, data?.as_slice())))
-    }
-
-    fn shape(&self) -> [usize; 3] {
-        [self.groups, self.width() / self.groups, self.mean.len() / self.groups]
+    fn tensors(&self, part: &'static str) -> Vec<Tensor<'_>> {
+        let shape = vec![self.groups, self.width() / self.groups, self.mean.len() / self.groups];
+        let mut all: Vec<Tensor<'_>> = vec![(part, "mean", vec![self.mean.len()], Cow::Borrowed(&self.mean))];
+        all.push((part, "directions", shape.clone(), Cow::Borrowed(&self.directions)));
+        all.extend(self.up.own().map(|up| (part, "up", shape, Cow::Borrowed(up))));
+        all
     }
 }
 
@@ -527,26 +622,49 @@ impl ManifestBasis {
             return Err(refuse(format!("it has widths for {} of {} layers", self.widths.len(), model.layers)));
         }
         let (channels, groups) = (model.kv_channels(), model.kv_heads / self.heads_per_group);
-        let mut part = |layer: usize, part: &str, width: usize| -> Result<Basis, Error> {
-            check_width(width, groups, channels).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
-            let shape = [groups, width / groups, channels / groups];
-            let mut take = |tensor: &str, shape: &[usize]| {
-                let name = tensor_name(&self.name, layer, part, tensor);
-                let data = read_tensor(file, &name, shape);
-                known.insert(name);
-                data
-            };
-            Ok(Basis {
-                mean: take("mean", &[channels])?,
-                groups,
-                directions: take("directions", &shape)?,
-                up: if self.trained { Some(take("up", &shape)?) } else { None },
-            })
+        let mut take = |layer: usize, part: &str, tensor: &str, shape: &[usize]| {
+            let name = tensor_name(&self.name, layer, part, tensor);
+            let data = read_tensor(file, &name, shape);
+            known.insert(name);
+            data
         };
-        let layers = self.widths.iter().enumerate();
-        let layers = layers
-            .map(|(layer, &(keys, values))| Ok(LayerBasis { keys: part(layer, "keys", keys)?, values: part(layer, "values", values)? }))
-            .collect::<Result<_, Error>>()?;
+        let mut layers = Vec::new();
+        for (layer, &(keys, values)) in self.widths.iter().enumerate() {
+            let mut channel_basis = |part: &str, width: usize| -> Result<Basis, Error> {
+                check_width(width, groups, channels).map_err(|reason| refuse(format!("{part} of layer {layer}: {reason}")))?;
+                let shape = [groups, width / groups, channels / groups];
+                Ok(Basis {
+                    mean: take(layer, part, "mean", &[channels])?,
+                    groups,
+                    directions: take(layer, part, "directions", &shape)?,
+                    up: self.up.up(|| take(layer, part, "up", &shape))?,
+                })
+            };
+            let values = channel_basis("values", values)?;
+            let keys = match self.keys {
+                KeyKind::Channels => KeyBasis::Channels(channel_basis("keys", keys)?),
+                KeyKind::Frequencies => {
+                    check_width(keys, 2, channels)
+                        .map_err(|_| refuse(format!("keys of layer {layer}: no pairs make a width of {keys}")))?;
+                    let shape = [keys / 2, model.kv_heads, 2];
+                    let mut frequencies = Vec::new();
+                    for x in take(layer, "keys", "frequencies", &[keys / 2])? {
+                        if x.fract() != 0.0 || !(0.0..model.head_dim as f32 / 2.0).contains(&x) {
+                            return Err(refuse(format!("keys of layer {layer}: {x} is no frequency of heads of {}", model.head_dim)));
+                        }
+                        frequencies.push(x as u32);
+                    }
+                    KeyBasis::Frequencies(FrequencyBasis {
+                        kv_heads: model.kv_heads,
+                        half: model.head_dim / 2,
+                        frequencies,
+                        directions: take(layer, "keys", "directions", &shape)?,
+                        up: self.up.up(|| take(layer, "keys", "up", &shape))?,
+                    })
+                }
+            };
+            layers.push(LayerBasis { keys, values });
+        }
         Ok(BasisSet { name: self.name.clone(), heads_per_group: self.heads_per_group, layers })
     }
 }
@@ -556,7 +674,11 @@ impl ManifestProfile {
         let Some(set) = bases.iter().find(|b| b.name == self.basis) else {
             return Err(Error::Profile { profile: self.name, reason: format!("it reads the basis {}, which is not there", self.basis) });
         };
-        let basis = if set.heads_per_group == model.kv_heads { BasisKind::Joint } else { BasisKind::Grouped(set.heads_per_group) };
+        let basis = match set.key_kind() {
+            KeyKind::Frequencies => BasisKind::Frequency,
+            KeyKind::Channels if set.heads_per_group == model.kv_heads => BasisKind::Joint,
+            KeyKind::Channels => BasisKind::Grouped(set.heads_per_group),
+        };
         let cskv =
             Cskv { key_rank: self.key_rank, value_rank: self.value_rank, bits: self.bits, window: self.window, sinks: self.sinks, basis };
         Ok(StoredProfile { profile: Profile { name: self.name, cskv: Some(cskv) }, basis: self.basis, ranks: self.ranks })
@@ -599,7 +721,7 @@ fn check_width(width: usize, groups: usize, channels: usize) -> Result<(), Strin
     Ok(())
 }
 
-fn check_basis(basis: &Basis, set: &BasisSet, model: &ModelConfig, trained: bool) -> Result<(), String> {
+fn check_basis(basis: &Basis, set: &BasisSet, model: &ModelConfig) -> Result<(), String> {
     let (channels, groups) = (model.kv_channels(), model.kv_heads / set.heads_per_group);
     if basis.mean.len() != channels || basis.groups != groups {
         return Err(format!("{} channels in {} groups where the model has {channels} in {groups}", basis.mean.len(), basis.groups));
@@ -608,13 +730,28 @@ fn check_basis(basis: &Basis, set: &BasisSet, model: &ModelConfig, trained: bool
     if basis.directions.len() != basis.width() / groups * channels {
         return Err(format!("{} elements are no whole number of directions", basis.directions.len()));
     }
-    if basis.up.is_some() != trained {
-        return Err("some layers are trained pairs and some are not".to_owned());
-    }
-    if basis.up.as_ref().is_some_and(|up| up.len() != basis.directions.len()) {
+    if basis.up.own().is_some_and(|up| up.len() != basis.directions.len()) {
         return Err("its two halves differ in size".to_owned());
     }
     Ok(())
+}
+
+fn check_frequencies(basis: &FrequencyBasis, set: &BasisSet, model: &ModelConfig) -> Result<(), String> {
+    let (kv_heads, half) = (model.kv_heads, model.head_dim / 2);
+    if (basis.kv_heads, basis.half) != (kv_heads, half) || set.heads_per_group != kv_heads {
+        return Err(format!("{} heads of {} frequencies where the model has {kv_heads} of {half}", basis.kv_heads, basis.half));
+    }
+    let pairs = basis.frequencies.len();
+    if pairs == 0 || pairs > kv_heads * half || basis.directions.len() != 2 * pairs * kv_heads {
+        return Err(format!("{} elements are no directions of {pairs} pairs", basis.directions.len()));
+    }
+    if basis.up.own().is_some_and(|up| up.len() != basis.directions.len()) {
+        return Err("its two halves differ in size".to_owned());
+    }
+    match basis.frequencies.iter().find(|&&f| f as usize >= half) {
+        Some(f) => Err(format!("frequency {f} of {half}")),
+        None => Ok(()),
+    }
 }
 
 fn check_spec(name: &str, cskv: &Cskv, model: &ModelConfig) -> Result<(), Error> {

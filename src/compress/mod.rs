@@ -8,8 +8,55 @@ pub mod artifact;
 /// Per layer: how keys and values become latents.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerCompression {
-    pub keys: Projection,
+    pub keys: KeyMap,
     pub values: Projection,
+}
+
+/// How keys become latents, and how a query meets them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum KeyMap {
+    /// Taken before rope; rebuilt and turned to be met.
+    Channels(Projection),
+    /// Taken after rope; the query is absorbed and no key is ever rebuilt.
+    Frequencies(FrequencyMap),
+}
+
+impl KeyMap {
+    /// Latent width.
+    pub fn rank(&self) -> usize {
+        match self {
+            KeyMap::Channels(p) => p.rank(),
+            KeyMap::Frequencies(f) => 2 * f.frequencies.len(),
+        }
+    }
+
+    /// Key channels.
+    pub fn channels(&self) -> usize {
+        match self {
+            KeyMap::Channels(p) => p.channels(),
+            KeyMap::Frequencies(f) => 2 * f.half * f.kv_heads,
+        }
+    }
+}
+
+/// A map that commutes with rope (decision 2).
+///
+/// Rope turns channels `f` and `f + half` of every head, as the complex number `z[h] = k[h][f] + i k[h][f + half]`, by one
+/// angle. Complex combinations of one frequency's `z` over the KV heads turn by that angle too: so the latent
+/// `c[j] = sum over h of down[j][h] z[h]` of pair `j`, at its frequency, may be taken of turned keys, and
+/// `z[h] ~ sum over j of up[j][h] c[j]` gives turned keys. A turned query `q` at head `h` therefore scores
+/// `Re(conj(q) z[h]) = sum over j of Re(conj(a[j]) c[j])` with `a[j] = q conj(up[j][h])`: a dot product of real numbers with
+/// the latent, whose elements `2 j` and `2 j + 1` are the real and imaginary part of `c[j]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FrequencyMap {
+    pub kv_heads: usize,
+    /// Frequencies: half a head.
+    pub half: usize,
+    /// Of each pair, below `half`.
+    pub frequencies: Vec<u32>,
+    /// `[pairs][kv_heads]`, real and imaginary part.
+    pub down: Vec<[f32; 2]>,
+    pub up: Vec<[f32; 2]>,
 }
 
 /// `latent = (x - mean) . down`, `x ~ mean + latent . up`, block by block over groups of KV heads
@@ -56,17 +103,122 @@ pub struct Basis {
     /// `[groups][width][channels / groups]`, `width` being the rank of one group. Row `i` of a group is the
     /// direction whose coordinate is latent element `i`.
     pub directions: Vec<f32>,
-    /// How latents are turned back, in the shape of `directions`. `None`: by the directions themselves, which are
-    /// then orthonormal and in falling order of energy, so the leading ones are the best basis of every smaller
-    /// rank. `Some`: a trained pair, which serves its own width only.
-    pub up: Option<Vec<f32>>,
+    pub up: Up,
+}
+
+/// How latents are turned back, in the shape of the directions they were taken by.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Up {
+    /// By the directions themselves, which are then orthonormal and in falling order of energy, so the leading ones are the
+    /// best basis of every smaller rank.
+    Directions,
+    /// By others, again so that the leading ones are the best basis of every smaller rank: optima of a weighted error.
+    Nested(Vec<f32>),
+    /// By others that were trained with the directions, for their own width only.
+    Trained(Vec<f32>),
+}
+
+impl Up {
+    /// What turns latents back, where that is not the directions.
+    pub fn own(&self) -> Option<&[f32]> {
+        match self {
+            Up::Directions => None,
+            Up::Nested(up) | Up::Trained(up) => Some(up),
+        }
+    }
+
+    /// Whether it serves its own width only.
+    pub fn is_trained(&self) -> bool {
+        matches!(self, Up::Trained(_))
+    }
+}
+
+/// The widest [`FrequencyMap`] that is known for the keys of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FrequencyBasis {
+    pub kv_heads: usize,
+    pub half: usize,
+    /// Of each pair of latent elements, below `half`; pairs in falling order of energy over all frequencies.
+    pub frequencies: Vec<u32>,
+    /// `[pairs][kv_heads][2]`, real and imaginary part of `d`: the latent is `sum over h of conj(d[h]) z[h]`, and by
+    /// [`Up::Directions`] it stands for `z[h] ~ d[h] c`.
+    pub directions: Vec<f32>,
+    pub up: Up,
+}
+
+/// The basis of one layer's keys.
+#[derive(Clone, Debug, PartialEq)]
+pub enum KeyBasis {
+    Channels(Basis),
+    Frequencies(FrequencyBasis),
 }
 
 /// The bases of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerBasis {
-    pub keys: Basis,
+    pub keys: KeyBasis,
     pub values: Basis,
+}
+
+impl KeyBasis {
+    /// Latent width.
+    pub fn width(&self) -> usize {
+        match self {
+            KeyBasis::Channels(b) => b.width(),
+            KeyBasis::Frequencies(b) => 2 * b.frequencies.len(),
+        }
+    }
+
+    /// How latents are turned back.
+    pub fn up(&self) -> &Up {
+        match self {
+            KeyBasis::Channels(b) => &b.up,
+            KeyBasis::Frequencies(b) => &b.up,
+        }
+    }
+
+    /// Whether [`KeyBasis::map`] gives this rank.
+    ///
+    /// # Errors
+    /// As it does.
+    pub fn check_rank(&self, rank: usize) -> Result<(), RankError> {
+        match self {
+            KeyBasis::Channels(b) => b.check_rank(rank),
+            KeyBasis::Frequencies(b) => {
+                let width = 2 * b.frequencies.len();
+                match rank {
+                    0 => Err(RankError::Zero),
+                    _ if rank > width => Err(RankError::TooWide { rank, width }),
+                    _ if b.up.is_trained() && rank != width => Err(RankError::Trained { rank, width }),
+                    _ if !rank.is_multiple_of(2) => Err(RankError::Odd { rank }),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// The map of `rank` latent elements.
+    ///
+    /// # Errors
+    /// As [`Basis::projection`]; and where the rank of a frequency basis is odd.
+    pub fn map(&self, rank: usize) -> Result<KeyMap, RankError> {
+        self.check_rank(rank)?;
+        match self {
+            KeyBasis::Channels(b) => b.projection(rank).map(KeyMap::Channels),
+            KeyBasis::Frequencies(b) => {
+                let FrequencyBasis { kv_heads, half, .. } = *b;
+                let leading = |x: &[f32]| x.as_chunks::<2>().0[..rank / 2 * kv_heads].to_vec();
+                let directions = leading(&b.directions);
+                Ok(KeyMap::Frequencies(FrequencyMap {
+                    kv_heads,
+                    half,
+                    frequencies: b.frequencies[..rank / 2].to_vec(),
+                    down: directions.iter().map(|&[re, im]| [re, -im]).collect(),
+                    up: b.up.own().map_or(directions, leading),
+                }))
+            }
+        }
+    }
 }
 
 /// A rank that a [`Basis`] cannot give.
@@ -78,6 +230,8 @@ pub enum RankError {
     TooWide { rank: usize, width: usize },
     #[error("rank {rank} is asked of a trained basis, which serves its width {width} only")]
     Trained { rank: usize, width: usize },
+    #[error("rank {rank} is asked of a frequency basis, whose latent elements come in pairs")]
+    Odd { rank: usize },
     #[error("rank 0 keeps nothing")]
     Zero,
 }
@@ -100,7 +254,7 @@ impl Basis {
         match rank {
             0 => Err(RankError::Zero),
             _ if rank > width => Err(RankError::TooWide { rank, width }),
-            _ if self.up.is_some() && rank != width => Err(RankError::Trained { rank, width }),
+            _ if self.up.is_trained() && rank != width => Err(RankError::Trained { rank, width }),
             _ if !rank.is_multiple_of(groups) => Err(RankError::Uneven { rank, groups }),
             _ => Ok(()),
         }
@@ -122,7 +276,7 @@ impl Basis {
                 for (i, row) in rows.chunks_exact(channels).enumerate() {
                     row.iter().enumerate().for_each(|(c, &x)| down[c * r + i] = x);
                 }
-                let up = self.up.as_ref().map_or(rows, |up| &up[g * stride..][..r * channels]).to_vec();
+                let up = self.up.own().map_or(rows, |up| &up[g * stride..][..r * channels]).to_vec();
                 Group { channels: g * channels..(g + 1) * channels, ranks: g * r..(g + 1) * r, down, up }
             })
             .collect();

@@ -32,6 +32,9 @@ pub enum Command {
     Plan(Plan),
     /// Calibrate a model and write its compression artifact (closed form).
     Compress(Compress),
+    /// Measure what cache profiles cost in quality: retrieval, perplexity, divergence.
+    #[command(subcommand)]
+    Eval(Box<Eval>),
 }
 
 /// `strait serve`.
@@ -79,12 +82,170 @@ pub struct Compress {
     /// Tokens to calibrate on, at most.
     #[arg(long, default_value_t = 16384)]
     pub tokens: usize,
+    /// What an error of keys and values is worth.
+    #[arg(long, value_enum, default_value_t = InitArg::Weighted)]
+    pub init: InitArg,
     /// Worker threads [default: all cores].
     #[arg(long, env = "STRAIT_THREADS")]
     pub threads: Option<usize>,
     /// TOML file with further cache profiles.
     #[arg(long, env = "STRAIT_CONFIG")]
     pub config: Option<PathBuf>,
+}
+
+/// `strait eval`: one measurement.
+#[derive(Subcommand, Debug)]
+pub enum Eval {
+    /// LongEval lines: one of many numbered lines.
+    Lines(Generated),
+    /// LongEval topics: the first of several conversations.
+    Topics(Generated),
+    /// RULER needles: numbers or UUIDs hidden in a text.
+    Niah(Niah),
+    /// RULER variable tracking: a chain of assignments hidden in noise.
+    Vt(Vt),
+    /// One of many keys with a number.
+    Kv(Generated),
+    /// The prompts of a JSONL file, with their answers.
+    Prompts(Prompts),
+    /// Perplexity of a text, each token read over the compressed past.
+    Ppl(Forced),
+    /// Divergence from the exact cache, and agreement on the likeliest token, on a text.
+    Kl(Forced),
+}
+
+/// Whom to ask.
+#[derive(Args, Debug)]
+pub struct Asked {
+    /// A Hugging Face-format folder; the built-in demo model when left out.
+    #[arg(conflicts_with = "url")]
+    pub model: Option<PathBuf>,
+    /// Ask this OpenAI-compatible server instead: http://host:port.
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Key of that server; prefer the environment variable STRAIT_API_KEY, as arguments are visible to others.
+    #[arg(long, requires = "url")]
+    pub api_key: Option<String>,
+    /// Model of that server [default: the first it lists].
+    #[arg(long, requires = "url")]
+    pub model_name: Option<String>,
+    /// Seconds that server may take for one answer [default: 600].
+    #[arg(long, requires = "url", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: Option<u64>,
+    /// Cache profiles to compare [default: all].
+    #[arg(long, value_delimiter = ',')]
+    pub profiles: Vec<String>,
+    /// TOML file with further cache profiles.
+    #[arg(long, conflicts_with = "url")]
+    pub config: Option<PathBuf>,
+    /// Compression artifact of the model [default: computed at start].
+    #[arg(long, conflicts_with = "url")]
+    pub compression: Option<PathBuf>,
+    /// Worker threads [default: all cores].
+    #[arg(long, short, conflicts_with = "url")]
+    pub threads: Option<usize>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How questions are asked.
+#[derive(Args, Debug)]
+pub struct Asking {
+    #[command(flatten)]
+    pub asked: Asked,
+    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
+    #[arg(long, conflicts_with = "url")]
+    pub kv_cache_memory_bytes: Option<Bytes>,
+    /// Questions that are asked at once. Decode speeds are those of one request among so many.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub max_concurrency: u16,
+    /// Also write every answer, with its question and score, to this JSONL file.
+    #[arg(long)]
+    pub answers: Option<PathBuf>,
+}
+
+/// `strait eval lines`, `topics`, `kv`, and what other generated tasks have in common with them.
+#[derive(Args, Debug)]
+pub struct Generated {
+    #[command(flatten)]
+    pub asking: Asking,
+    /// Tokens of a prompt; it fills 85 to 100 % of that.
+    #[arg(long, value_delimiter = ',', default_values_t = [1024u32, 4096])]
+    pub lengths: Vec<u32>,
+    /// Questions for each length, asked under every profile.
+    #[arg(long, default_value_t = 50)]
+    pub n: usize,
+    /// The same seed makes the same questions.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `strait eval vt`.
+#[derive(Args, Debug)]
+pub struct Vt {
+    #[command(flatten)]
+    pub generated: Generated,
+    /// Words of the task [default: ruler; plain for the built-in demo model, which knows no others].
+    #[arg(long, value_enum)]
+    pub style: Option<StyleArg>,
+    /// Do not begin the model's answer for it, as RULER does: for servers that cannot continue a message.
+    #[arg(long)]
+    pub no_answer_prefix: bool,
+}
+
+/// `--style`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StyleArg {
+    /// As the benchmark has them.
+    Ruler,
+    /// A few plain words, five-digit numbers, no beginning of the answer.
+    Plain,
+}
+
+/// `strait eval niah`.
+#[derive(Args, Debug)]
+pub struct Niah {
+    #[command(flatten)]
+    pub vt: Vt,
+    /// Kinds of needle, by RULER's names [default: single_1, multikey_1, multivalue, multiquery].
+    #[arg(long, value_delimiter = ',')]
+    pub kinds: Vec<String>,
+    /// UTF-8 text to hide needles in, where the kind has prose [default: generated sentences].
+    #[arg(long)]
+    pub haystack: Option<PathBuf>,
+}
+
+/// `strait eval prompts`.
+#[derive(Args, Debug)]
+pub struct Prompts {
+    #[command(flatten)]
+    pub asking: Asking,
+    /// JSONL: `messages` or `prompt`, `gold` or `outputs`, perhaps `task`, `target`, `max_tokens`.
+    #[arg(long)]
+    pub file: PathBuf,
+    /// Only prompts whose `target` is one of these [default: all].
+    #[arg(long, value_delimiter = ',')]
+    pub lengths: Vec<u32>,
+}
+
+/// `strait eval ppl` and `kl`.
+#[derive(Args, Debug)]
+pub struct Forced {
+    #[command(flatten)]
+    pub asked: Asked,
+    /// UTF-8 text to measure on.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// Tokens of a sequence.
+    #[arg(long, value_delimiter = ',', default_values_t = [1024u32])]
+    pub lengths: Vec<u32>,
+    /// Sequences of each length, at most.
+    #[arg(long, default_value_t = 16)]
+    pub n: usize,
+    /// Share of a sequence that is prompt, prefilled exactly and not scored; the rest is read token by token.
+    #[arg(long, default_value_t = 0.5)]
+    pub prompt_share: f64,
 }
 
 /// Flags of a server; each also an environment variable and a key of the config file.
@@ -128,7 +289,7 @@ pub struct ServeFlags {
     /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
     #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]
     pub kv_cache_memory_bytes: Option<Bytes>,
-    /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, or one of the config file [default: full].
+    /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, cskv-fast, or one of the config file [default: full].
     #[arg(long, env = "STRAIT_CACHE_PROFILE")]
     pub cache_profile: Option<String>,
     /// Compression artifact of this model [default: computed at start].
@@ -230,6 +391,15 @@ pub enum DtypeArg {
     Bf16,
     #[value(alias = "float32")]
     F32,
+}
+
+/// `--init`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InitArg {
+    /// The same everywhere.
+    Closed,
+    /// As much as the queries that meet a key, and the output projection of a value, make of it.
+    Weighted,
 }
 
 /// `--log-format`.

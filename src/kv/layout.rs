@@ -7,16 +7,19 @@
 //! sinks block     per layer, per KV head:  K^T [head_dim][S]   then  V [S][head_dim],  S = sinks rounded up to 16
 //! sealed page     per layer:
 //!   16 bit        key latents   [key_rank][64] f16         value latents [64][value_rank] f16
-//!   < 16 bit      key codes     [key_rank][64*bits/8]      key (scale, min)   [key_rank] 2 x f16
-//!                 value codes   [64][ceil(value_rank*bits/8)]  value (scale, min) [64][ceil(value_rank/32)] 2 x f16
+//!   < 16 bit      key codes     [words(key_rank)][64] u32      key scales [key_rank] f16, key minima [key_rank] f16
+//!                 value codes   [words(64)][value_rank] u32    value scales [groups][64] f16, value minima [groups][64] f16
 //! ```
 //!
-//! Key latents are of keys *before* rope. Keys are quantised per channel over the page, values per token in
-//! groups of [`VALUE_GROUP`] channels. Each of the four sections of a sealed layer begins on an 8-byte boundary,
-//! each layer on a 64-byte boundary, every page is a multiple of 64 bytes.
+//! Key latents are of keys *before* rope, but of a `frequency` basis *after* it, with which it commutes. Keys are quantised per
+//! channel over the page, values per token in groups of [`VALUE_GROUP`] channels. Codes lie in words (`quant`): lanes are
+//! positions for keys, which are summed over channels, and channels for values, which are summed over positions.
+//! Each of the four sections of a sealed layer begins on an 8-byte boundary, each layer on a 64-byte boundary, every page
+//! is a multiple of 64 bytes.
 
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::model::config::ModelConfig;
+use crate::quant::words;
 
 /// Channels of a value latent that share a `(scale, min)`.
 pub const VALUE_GROUP: usize = 32;
@@ -71,13 +74,15 @@ pub enum BasisKind {
     Joint,
     /// Groups of `n` neighbouring KV heads; `n` divides the number of KV heads.
     Grouped(usize),
+    /// Keys by rope frequency over all KV heads, so that no key is rebuilt; values as `Joint`.
+    Frequency,
 }
 
 impl BasisKind {
-    /// KV heads in one group.
+    /// KV heads that share a basis.
     pub fn heads_per_group(self, kv_heads: usize) -> usize {
         match self {
-            BasisKind::Joint => kv_heads,
+            BasisKind::Joint | BasisKind::Frequency => kv_heads,
             BasisKind::Grouped(n) => n,
         }
     }
@@ -86,8 +91,17 @@ impl BasisKind {
 impl Cskv {
     /// Latent width of a layer for a share of the channels: whole channels per head, at least one
     /// (CSKV code: `int(density * head_dim) * n_kv_heads`).
-    pub fn rank(share: f64, model: &ModelConfig) -> usize {
+    fn rank(share: f64, model: &ModelConfig) -> usize {
         ((share * model.head_dim as f64) as usize).clamp(1, model.head_dim) * model.kv_heads
+    }
+
+    /// (key, value) latent widths of a layer for its shares. Those of frequency keys are pairs, hence even.
+    pub fn ranks(&self, model: &ModelConfig) -> (usize, usize) {
+        let (keys, values) = (Self::rank(self.key_rank, model), Self::rank(self.value_rank, model));
+        match self.basis {
+            BasisKind::Frequency => (keys.next_multiple_of(2), values),
+            BasisKind::Joint | BasisKind::Grouped(_) => (keys, values),
+        }
     }
 }
 
@@ -98,7 +112,7 @@ pub struct SealedLayer {
     pub value_rank: usize,
     pub bits: u32,
     pub key_codes: usize,
-    /// Unused (equal to `key_codes`) at 16 bits.
+    /// Scales, then minima. Unused (equal to `key_codes`) at 16 bits, as is `value_meta`.
     pub key_meta: usize,
     pub value_codes: usize,
     pub value_meta: usize,
@@ -114,21 +128,26 @@ impl SealedLayer {
             let end = align(value_codes + P * value_rank * 2);
             return SealedLayer { key_rank, value_rank, bits, key_codes, key_meta: key_codes, value_codes, value_meta: value_codes, end };
         }
-        let key_meta = align(key_codes + key_rank * Self::key_stride(bits));
+        let key_meta = align(key_codes + Self::key_code_bytes(key_rank, bits));
         let value_codes = align(key_meta + key_rank * 4);
-        let value_meta = align(value_codes + P * Self::value_stride(value_rank, bits));
+        let value_meta = align(value_codes + Self::value_code_bytes(value_rank, bits));
         let end = align(value_meta + P * value_rank.div_ceil(VALUE_GROUP) * 4);
         SealedLayer { key_rank, value_rank, bits, key_codes, key_meta, value_codes, value_meta, end }
     }
 
-    /// Bytes of one key channel's codes (64 positions).
-    pub const fn key_stride(bits: u32) -> usize {
-        P * bits as usize / 8
+    /// Bytes of a page's key codes below 16 bits.
+    pub const fn key_code_bytes(key_rank: usize, bits: u32) -> usize {
+        words(key_rank, bits) * P * 4
     }
 
-    /// Bytes of one position's value codes.
-    pub const fn value_stride(value_rank: usize, bits: u32) -> usize {
-        (value_rank * bits as usize).div_ceil(8)
+    /// Bytes of a page's value codes below 16 bits.
+    pub const fn value_code_bytes(value_rank: usize, bits: u32) -> usize {
+        words(P, bits) * value_rank * 4
+    }
+
+    /// Groups of value channels that share a scale.
+    pub const fn value_groups(&self) -> usize {
+        self.value_rank.div_ceil(VALUE_GROUP)
     }
 }
 
@@ -180,7 +199,7 @@ impl PageLayout {
             for layer in 0..model.layers {
                 let (k, v) = match ranks {
                     Some(ranks) => ranks[layer],
-                    None => (Cskv::rank(cskv.key_rank, model), Cskv::rank(cskv.value_rank, model)),
+                    None => cskv.ranks(model),
                 };
                 let one = SealedLayer::at(at, k, v, cskv.bits);
                 at = one.end.next_multiple_of(64);
@@ -237,9 +256,9 @@ impl PageLayout {
             let (keys, values, metadata) = match l.bits {
                 16 => (l.key_rank * P * 2, P * l.value_rank * 2, 0),
                 bits => (
-                    l.key_rank * SealedLayer::key_stride(bits),
-                    P * SealedLayer::value_stride(l.value_rank, bits),
-                    l.key_rank * 4 + P * l.value_rank.div_ceil(VALUE_GROUP) * 4,
+                    SealedLayer::key_code_bytes(l.key_rank, bits),
+                    SealedLayer::value_code_bytes(l.value_rank, bits),
+                    l.key_rank * 4 + P * l.value_groups() * 4,
                 ),
             };
             SealedSplit { keys: sum.keys + keys as u64, values: sum.values + values as u64, metadata: sum.metadata + metadata as u64 }

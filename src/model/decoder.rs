@@ -40,10 +40,14 @@ pub struct Decoder<'a> {
     scratch: Scratch,
 }
 
-/// Sees every key (before rope) and value a forward pass computes: calibration reads the cache through it.
+/// Sees every query, key (before rope) and value a forward pass computes, for every position in every layer: calibration reads
+/// the model through it.
 pub trait Observer {
     /// `keys`, `values`: `[positions.len()][kv_channels]`.
     fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]);
+
+    /// Sees the queries (before rope) of the positions it saw last: `[positions.len()][q_channels]`.
+    fn queries(&mut self, layer: usize, queries: &[f32]);
 }
 
 /// Activations of one batch, kept from step to step.
@@ -121,6 +125,11 @@ impl<'a> Decoder<'a> {
     /// Longest sequence it can run.
     pub fn positions(&self) -> usize {
         self.rope.cos.len() / self.rope.half
+    }
+
+    /// Its weights.
+    pub fn weights(&self) -> &ModelWeights<'a> {
+        &self.weights
     }
 
     /// The facts of this model.
@@ -226,7 +235,7 @@ impl<'a> Decoder<'a> {
         if last {
             s.wanted.extend(parts.iter().flat_map(|p| wanted(plan, p)));
         }
-        let all = !last || s.wanted.len() == tokens;
+        let all = !last || s.wanted.len() == tokens || pass.observer.is_some();
         if all {
             let mut jobs = [linear(&w.q, &mut s.q), linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)];
             ops.linear(&s.normed, tokens, &mut jobs);
@@ -299,7 +308,7 @@ impl<'a> Decoder<'a> {
     }
 
     /// From projected queries in `s.q` and positions in `s.positions` to the layer's output, added onto `x`.
-    fn attend_and_mlp(&self, layer: usize, pass: &Pass<'_>, parts: &[Part], x: &mut [f32], s: &mut Scratch) {
+    fn attend_and_mlp(&self, layer: usize, pass: &mut Pass<'_>, parts: &[Part], x: &mut [f32], s: &mut Scratch) {
         let (c, plan, ops) = (self.config, pass.plan, pass.ops);
         let w: &LayerWeights<'_> = &self.weights.layers[layer];
         let tokens = x.len() / c.hidden;
@@ -307,6 +316,9 @@ impl<'a> Decoder<'a> {
             s.attended.resize(s.q.len(), 0.0);
             ops.rms_norm(&s.q, norm, c.norm_eps, &mut s.attended);
             std::mem::swap(&mut s.q, &mut s.attended);
+        }
+        if let Some(observer) = &mut pass.observer {
+            observer.queries(layer, &s.q);
         }
         ops.rope(&mut s.q, c.heads, &self.rope, &s.positions);
         let mut rows = empty_of(std::mem::take(&mut s.rows));

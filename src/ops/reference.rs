@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use crate::compress::Projection;
+use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, PageLayout, SealedLayer, VALUE_GROUP};
@@ -111,11 +111,17 @@ impl Ops for Reference {
                     let at = slot * width + head * d;
                     let key = &mut keys[at..at + d];
                     read_exact(arena, layout, job.from, job.from_offset, head, slot, key, &mut values[at..at + d]);
-                    rotate_back(key, table, job.position + slot as u32);
+                    if let KeyMap::Channels(_) = compression.keys {
+                        rotate_back(key, table, job.position + slot as u32);
+                    }
                 }
             }
             let skip = job.skip as usize;
-            let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(|k| project(&compression.keys, k)).collect();
+            let latent = |k| match &compression.keys {
+                KeyMap::Channels(p) => project(p, k),
+                KeyMap::Frequencies(map) => frequency_latent(map, k),
+            };
+            let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(latent).collect();
             let values: Vec<Vec<f32>> = values.chunks_exact(width).map(|v| project(&compression.values, v)).collect();
             write_keys(arena, job.to, &sealed, &keys, skip);
             write_values(arena, job.to, &sealed, &values, skip);
@@ -192,8 +198,13 @@ fn gather(arena: &Arena, row: &AttendRow<'_>, table: &RopeTable, kv_head: usize,
             let compression = row.view.compression.expect("sealed pages belong to a compressed profile");
             let sealed = &layout.sealed[row.view.layer];
             let (k, v) = read_sealed(arena, row.sealed[j / P], sealed, j % P);
-            key.copy_from_slice(&rebuild(&compression.keys, &k)[kv_head * d..][..d]);
-            rotate(key, table, j as u32);
+            match &compression.keys {
+                KeyMap::Channels(p) => {
+                    key.copy_from_slice(&rebuild(p, &k)[kv_head * d..][..d]);
+                    rotate(key, table, j as u32);
+                }
+                KeyMap::Frequencies(map) => key.copy_from_slice(&frequency_key(map, &k, kv_head)),
+            }
             value.copy_from_slice(&rebuild(&compression.values, &v)[kv_head * d..][..d]);
         } else {
             let page = row.exact[(j - row.sealed.len() * P) / P];
@@ -230,6 +241,33 @@ fn rebuild(p: &Projection, latent: &[f32]) -> Vec<f32> {
     x
 }
 
+/// `c[j] = sum over h of down[j][h] z[h]`, of a key after rope.
+fn frequency_latent(map: &FrequencyMap, key: &[f32]) -> Vec<f32> {
+    let mut latent = Vec::new();
+    for (j, &f) in map.frequencies.iter().enumerate() {
+        let (mut re, mut im) = (0.0f64, 0.0f64);
+        for h in 0..map.kv_heads {
+            let [a, b] = [0, map.half].map(|half| f64::from(key[2 * map.half * h + half + f as usize]));
+            let [c, d] = map.down[j * map.kv_heads + h].map(f64::from);
+            (re, im) = (re + c * a - d * b, im + c * b + d * a);
+        }
+        latent.extend([re as f32, im as f32]);
+    }
+    latent
+}
+
+/// `z[h] = sum over j of up[j][h] c[j]`: a turned key of one head.
+fn frequency_key(map: &FrequencyMap, latent: &[f32], kv_head: usize) -> Vec<f32> {
+    let mut key = vec![0.0f64; 2 * map.half];
+    for (j, &f) in map.frequencies.iter().enumerate() {
+        let [a, b] = [latent[2 * j], latent[2 * j + 1]].map(f64::from);
+        let [c, d] = map.up[j * map.kv_heads + kv_head].map(f64::from);
+        key[f as usize] += c * a - d * b;
+        key[map.half + f as usize] += c * b + d * a;
+    }
+    key.into_iter().map(|x| x as f32).collect()
+}
+
 /// A latent as 16 bits store it: f16, saturating.
 fn to_f16(x: f32) -> f16 {
     f16::from_f32(x.clamp(-65504.0, 65504.0))
@@ -249,78 +287,101 @@ fn quantise(x: &[f32], bits: u32) -> (f16, f16, Vec<u32>) {
     (scale, min, x.iter().map(|&v| code(v)).collect())
 }
 
-fn put_code(codes: &mut [u8], bits: u32, i: usize, code: u32) {
+/// Word and bit of bit `b` of code `i` of `n`, as `quant` documents them.
+fn code_bit(bits: u32, n: usize, i: usize, b: usize) -> (usize, usize) {
+    if bits == 3 && b == 2 {
+        return (n.div_ceil(16) + i / 32, 16 * (i % 16 / 8) + 8 * (i / 16 % 2) + i % 8);
+    }
+    let plane = if bits == 3 { 2 } else { bits as usize };
+    let per = 32 / plane;
+    (i / per, 16 * (i % per / (per / 2)) + plane * (i % (per / 2)) + b)
+}
+
+/// Writes code `i` of `n` of a lane of `words: [..][lanes]`.
+fn put_code(words: &mut [u32], (lanes, lane): (usize, usize), bits: u32, n: usize, i: usize, code: u32) {
     for b in 0..bits as usize {
-        let at = i * bits as usize + b;
-        codes[at / 8] &= !(1 << (at % 8));
-        codes[at / 8] |= (((code >> b) & 1) as u8) << (at % 8);
+        let (word, bit) = code_bit(bits, n, i, b);
+        let word = &mut words[word * lanes + lane];
+        *word = *word & !(1 << bit) | (code >> b & 1) << bit;
     }
 }
 
-fn get_code(codes: &[u8], bits: u32, i: usize) -> u32 {
-    (0..bits as usize).map(|b| (i * bits as usize + b, b)).map(|(at, b)| u32::from(codes[at / 8] >> (at % 8) & 1) << b).sum()
+fn get_code(words: &[u32], (lanes, lane): (usize, usize), bits: u32, n: usize, i: usize) -> u32 {
+    let bit = |b: usize| {
+        let (word, bit) = code_bit(bits, n, i, b);
+        (words[word * lanes + lane] >> bit & 1) << b
+    };
+    (0..bits as usize).map(bit).sum()
 }
 
 fn write_keys(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
-    for r in 0..sealed.key_rank {
+    let (rank, bits) = (sealed.key_rank, sealed.bits);
+    if bits < 16 {
+        arena.slice_mut::<u8>(page, sealed.key_codes, SealedLayer::key_code_bytes(rank, bits)).fill(0);
+    }
+    for r in 0..rank {
         let channel: Vec<f32> = latents.iter().map(|l| l[r]).collect();
-        if sealed.bits == 16 {
+        if bits == 16 {
             let dst = arena.slice_mut::<f16>(page, sealed.key_codes + r * P * 2, P);
             for j in 0..P {
                 dst[j] = if j < skip { f16::ZERO } else { to_f16(channel[j]) };
             }
             continue;
         }
-        let (scale, min, codes) = quantise(&channel[skip..], sealed.bits);
-        let stride = SealedLayer::key_stride(sealed.bits);
-        let dst = arena.slice_mut::<u8>(page, sealed.key_codes + r * stride, stride);
-        for j in 0..P {
-            put_code(dst, sealed.bits, j, if j < skip { 0 } else { codes[j - skip] });
+        let (scale, min, codes) = quantise(&channel[skip..], bits);
+        let dst = arena.slice_mut::<u32>(page, sealed.key_codes, SealedLayer::key_code_bytes(rank, bits) / 4);
+        for j in skip..P {
+            put_code(dst, (P, j), bits, rank, r, codes[j - skip]);
         }
-        arena.slice_mut::<f16>(page, sealed.key_meta + 4 * r, 2).copy_from_slice(&[scale, min]);
+        let meta = arena.slice_mut::<f16>(page, sealed.key_meta, 2 * rank);
+        (meta[r], meta[rank + r]) = (scale, min);
     }
 }
 
 fn write_values(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
-    let rank = sealed.value_rank;
+    let (rank, bits, groups) = (sealed.value_rank, sealed.bits, sealed.value_groups());
+    if bits < 16 {
+        arena.slice_mut::<u8>(page, sealed.value_codes, SealedLayer::value_code_bytes(rank, bits)).fill(0);
+    }
     for (j, latent) in latents.iter().enumerate() {
-        if sealed.bits == 16 {
+        if bits == 16 {
             let dst = arena.slice_mut::<f16>(page, sealed.value_codes + j * rank * 2, rank);
             for r in 0..rank {
                 dst[r] = if j < skip { f16::ZERO } else { to_f16(latent[r]) };
             }
             continue;
         }
-        let stride = SealedLayer::value_stride(rank, sealed.bits);
-        let groups = rank.div_ceil(VALUE_GROUP);
         for g in 0..groups {
             let range = g * VALUE_GROUP..((g + 1) * VALUE_GROUP).min(rank);
             let (scale, min, codes) =
-                if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], sealed.bits) };
-            let dst = arena.slice_mut::<u8>(page, sealed.value_codes + j * stride, stride);
-            range.zip(codes).for_each(|(r, code)| put_code(dst, sealed.bits, r, code));
-            arena.slice_mut::<f16>(page, sealed.value_meta + 4 * (j * groups + g), 2).copy_from_slice(&[scale, min]);
+                if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], bits) };
+            let dst = arena.slice_mut::<u32>(page, sealed.value_codes, SealedLayer::value_code_bytes(rank, bits) / 4);
+            range.zip(codes).for_each(|(r, code)| put_code(dst, (rank, r), bits, P, j, code));
+            let meta = arena.slice_mut::<f16>(page, sealed.value_meta, 2 * groups * P);
+            (meta[g * P + j], meta[(groups + g) * P + j]) = (scale, min);
         }
     }
 }
 
 /// Key and value latents of one position of a sealed page.
 fn read_sealed(arena: &Arena, page: PageAddr, sealed: &SealedLayer, slot: usize) -> (Vec<f32>, Vec<f32>) {
-    let (bits, k, v) = (sealed.bits, sealed.key_rank, sealed.value_rank);
+    let (bits, k, v, groups) = (sealed.bits, sealed.key_rank, sealed.value_rank, sealed.value_groups());
     if bits == 16 {
         let key = |r: usize| arena.slice::<f16>(page, sealed.key_codes + 2 * (r * P + slot), 1)[0].to_f32();
         let value = |r: usize| arena.slice::<f16>(page, sealed.value_codes + 2 * (slot * v + r), 1)[0].to_f32();
         return ((0..k).map(key).collect(), (0..v).map(value).collect());
     }
-    let decode = |code: u32, meta: &[f16]| meta[1].to_f32() + code as f32 * meta[0].to_f32();
-    let (key_stride, value_stride, groups) = (SealedLayer::key_stride(bits), SealedLayer::value_stride(v, bits), v.div_ceil(VALUE_GROUP));
+    let decode = |code: u32, scale: f16, min: f16| min.to_f32() + code as f32 * scale.to_f32();
     let key = |r: usize| {
-        let codes = arena.slice::<u8>(page, sealed.key_codes + r * key_stride, key_stride);
-        decode(get_code(codes, bits, slot), arena.slice::<f16>(page, sealed.key_meta + 4 * r, 2))
+        let words = arena.slice::<u32>(page, sealed.key_codes, SealedLayer::key_code_bytes(k, bits) / 4);
+        let meta = arena.slice::<f16>(page, sealed.key_meta, 2 * k);
+        decode(get_code(words, (P, slot), bits, k, r), meta[r], meta[k + r])
     };
     let value = |r: usize| {
-        let codes = arena.slice::<u8>(page, sealed.value_codes + slot * value_stride, value_stride);
-        decode(get_code(codes, bits, r), arena.slice::<f16>(page, sealed.value_meta + 4 * (slot * groups + r / VALUE_GROUP), 2))
+        let words = arena.slice::<u32>(page, sealed.value_codes, SealedLayer::value_code_bytes(v, bits) / 4);
+        let meta = arena.slice::<f16>(page, sealed.value_meta, 2 * groups * P);
+        let g = r / VALUE_GROUP;
+        decode(get_code(words, (v, r), bits, P, slot), meta[g * P + slot], meta[(groups + g) * P + slot])
     };
     ((0..k).map(key).collect(), (0..v).map(value).collect())
 }

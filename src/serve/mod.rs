@@ -1,6 +1,7 @@
 //! The composition root: builds every room from the settings, starts the engine thread, serves, drains.
 
 pub mod codec;
+pub mod eval;
 pub mod offline;
 pub mod ready;
 

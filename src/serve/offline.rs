@@ -78,7 +78,7 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     };
     let begun = Instant::now();
     let (calibrated, tokens) =
-        ready::compute(&opened, &mut decoder, &ops, &settings.profiles, text.as_deref(), Some((ask.tokens, &progress)))?;
+        ready::compute(&opened, &mut decoder, &ops, &settings.profiles, text.as_deref(), Some((ask.tokens, &progress)), ask.init)?;
     bar.finish_and_clear();
     let artifact: &Artifact = &calibrated.artifact;
     artifact.write(&ask.out)?;

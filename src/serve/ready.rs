@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 
-use crate::calibrate::{self, Moments, calibration_text, demo_prompts, tokens_needed};
+use crate::calibrate::{self, Moments, Weighting, calibration_text, demo_prompts, tokens_needed};
 use crate::compress::artifact::{Artifact, Fingerprint};
+use crate::config::args::InitArg;
 use crate::demo;
 use crate::ids::TokenId;
 use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
@@ -107,11 +108,11 @@ pub fn profiles(
         (None, Bases::None)
     } else if let Some(path) = compression {
         (Some(Artifact::read(path, model, fingerprint)?), Bases::Artifact(path.display().to_string()))
-    } else if matches!(opened.source, Source::Demo) && profiles == crate::config::profiles::builtin() {
-        (Some(Artifact::from_bytes(demo::ARTIFACT, model, fingerprint)?), Bases::Artifact("built in".into()))
+    } else if let Some(artifact) = built_in(opened, fingerprint, profiles)? {
+        (Some(artifact), Bases::Artifact("built in".into()))
     } else {
         let begun = Instant::now();
-        let (calibrated, tokens) = compute(opened, decoder, ops, profiles, None, None)?;
+        let (calibrated, tokens) = compute(opened, decoder, ops, profiles, None, None, InitArg::Weighted)?;
         (Some(calibrated.artifact), Bases::Computed { tokens, seconds: begun.elapsed().as_secs_f64() })
     };
     let ready = profiles.iter().map(|profile| -> anyhow::Result<ReadyProfile> {
@@ -122,6 +123,15 @@ pub fn profiles(
         Ok(ReadyProfile { layout: PageLayout::new(model, exact, profile, Some(&ranks)), compression: artifact.layers(profile)? })
     });
     Ok((ready.collect::<anyhow::Result<_>>()?, bases))
+}
+
+/// The demo model's own artifact, where it serves all of these profiles.
+fn built_in(opened: &Opened, fingerprint: Fingerprint, profiles: &[Profile]) -> anyhow::Result<Option<Artifact>> {
+    if !matches!(opened.source, Source::Demo) {
+        return Ok(None);
+    }
+    let artifact = Artifact::from_bytes(demo::ARTIFACT, &opened.checkpoint.config, fingerprint)?;
+    Ok(profiles.iter().all(|p| artifact.layers(p).is_ok()).then_some(artifact))
 }
 
 /// Whether a profile's grouping divides the model's KV heads.
@@ -154,11 +164,12 @@ pub fn compute(
     profiles: &[Profile],
     text: Option<&str>,
     limit: Option<(usize, &Progress<'_>)>,
+    init: InitArg,
 ) -> anyhow::Result<(calibrate::Calibrated, usize)> {
     let model = &opened.checkpoint.config;
     let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref());
     let need = cskv()
-        .flat_map(|c| [c.key_rank, c.value_rank].map(|share| tokens_needed(c.basis, Cskv::rank(share, model), model)))
+        .flat_map(|c| <[usize; 2]>::from(c.ranks(model)).map(|rank| tokens_needed(c.basis, rank, model)))
         .max()
         .context("no cache profile compresses, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
@@ -172,7 +183,12 @@ pub fn compute(
         }
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
-    Ok((calibrate::artifact(&moments, model, fingerprint, profiles)?, total))
+    let metrics: Vec<Vec<f64>> = decoder.weights().layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
+    let weighting = match init {
+        InitArg::Closed => Weighting::Closed,
+        InitArg::Weighted => Weighting::Weighted(&metrics),
+    };
+    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &weighting)?, total))
 }
 
 /// Sequences of at most `longest` tokens, at most `want` tokens together.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use strait::compress::artifact::{Artifact, ArtifactError, BasisSet, Fingerprint, StoredProfile};
-use strait::compress::{Basis, LayerBasis, RankError};
+use strait::compress::{Basis, FrequencyBasis, KeyBasis, KeyMap, LayerBasis, Projection, RankError, Up};
 use strait::kv::layout::{BasisKind, Cskv, Profile};
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 
@@ -40,10 +40,34 @@ pub(crate) fn cskv(name: &str, share: f64, bits: u32, basis: BasisKind) -> Profi
 fn basis(channels: usize, groups: usize, width: usize, seed: f32, trained: bool) -> Basis {
     let numbers = |n: usize, step: f32| (0..n).map(|i| (seed + i as f32 * step).sin()).collect::<Vec<_>>();
     let size = width * channels / groups;
-    Basis { mean: numbers(channels, 0.3), groups, directions: numbers(size, 0.7), up: trained.then(|| numbers(size, 0.9)) }
+    Basis {
+        mean: numbers(channels, 0.3),
+        groups,
+        directions: numbers(size, 0.7),
+        up: if trained { Up::Trained(numbers(size, 0.9)) } else { Up::Directions },
+    }
 }
 
-/// Two layers of 2 KV heads of 4: a joint basis as wide as 6 and 4, one per head, and a trained pair.
+pub(crate) fn by_channels(map: &KeyMap) -> &Projection {
+    let KeyMap::Channels(projection) = map else { panic!("keys by frequency") };
+    projection
+}
+
+pub(crate) fn channels_of(basis: &KeyBasis) -> &Basis {
+    let KeyBasis::Channels(basis) = basis else { panic!("keys by frequency") };
+    basis
+}
+
+/// A frequency basis of 3 pairs, and weighted values.
+fn by_frequency(layer: usize) -> LayerBasis {
+    let numbers = |n: usize, seed: f32| (0..n).map(|i| (seed + layer as f32 + i as f32 * 0.7).sin()).collect::<Vec<_>>();
+    let keys =
+        FrequencyBasis { kv_heads: 2, half: 2, frequencies: vec![1, 0, 1], directions: numbers(12, 0.1), up: Up::Nested(numbers(12, 0.2)) };
+    let values = Basis { mean: numbers(8, 0.3), groups: 1, directions: numbers(32, 0.4), up: Up::Nested(numbers(32, 0.5)) };
+    LayerBasis { keys: KeyBasis::Frequencies(keys), values }
+}
+
+/// Two layers of 2 KV heads of 4: a joint basis as wide as 6 and 4, one per head, a trained pair, and one by frequency.
 fn example() -> (ModelConfig, Artifact) {
     let model = model(2, 4, 2, 4);
     let set = |name: &str, heads: usize, widths: (usize, usize), trained: bool| BasisSet {
@@ -51,7 +75,7 @@ fn example() -> (ModelConfig, Artifact) {
         heads_per_group: heads,
         layers: (0..2)
             .map(|l| LayerBasis {
-                keys: basis(8, 2 / heads, widths.0, l as f32, trained),
+                keys: KeyBasis::Channels(basis(8, 2 / heads, widths.0, l as f32, trained)),
                 values: basis(8, 2 / heads, widths.1, l as f32 + 0.5, trained),
             })
             .collect(),
@@ -63,8 +87,10 @@ fn example() -> (ModelConfig, Artifact) {
         stored(cskv("half-4", 0.5, 4, BasisKind::Joint), "joint", [(4, 4); 2]),
         stored(cskv("heads", 0.25, 4, BasisKind::Grouped(1)), "heads", [(2, 2); 2]),
         stored(cskv("trained", 0.5, 4, BasisKind::Joint), "qat", [(4, 4); 2]),
+        stored(cskv("turning", 0.5, 4, BasisKind::Frequency), "frequency", [(4, 2), (6, 4)]),
     ];
-    let bases = vec![set("joint", 2, (6, 4), false), set("heads", 1, (4, 4), false), set("qat", 2, (4, 4), true)];
+    let frequency = BasisSet { name: "frequency".into(), heads_per_group: 2, layers: vec![by_frequency(0), by_frequency(1)] };
+    let bases = vec![set("joint", 2, (6, 4), false), set("heads", 1, (4, 4), false), set("qat", 2, (4, 4), true), frequency];
     let artifact = Artifact::new(BASE, &model, bases, profiles).unwrap();
     (model, artifact)
 }
@@ -82,7 +108,8 @@ fn an_artifact_comes_back_from_its_file_as_it_was() {
     let bytes = artifact.to_bytes();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(file.tensor("heads.1.values.directions").unwrap().shape(), [2, 2, 4]);
-    assert_eq!(file.len(), 2 * 2 * (2 + 2 + 3));
+    assert_eq!(file.tensor("frequency.0.keys.directions").unwrap().shape(), [3, 2, 2]);
+    assert_eq!(file.len(), 2 * 2 * (2 + 2 + 3) + 2 * (3 + 3));
     std::fs::remove_file(&path).unwrap();
     let gone = Artifact::read(&path, &model, BASE).unwrap_err();
     assert!(matches!(gone, ArtifactError::Read { .. }) && gone.to_string().contains("safetensors"), "{gone}");
@@ -94,8 +121,8 @@ fn an_artifact_comes_back_from_its_file_as_it_was() {
 fn a_profile_takes_the_leading_directions_of_its_basis() {
     let (_, artifact) = example();
     let layers = artifact.layers(&cskv("half", 0.5, 16, BasisKind::Joint)).unwrap();
-    let keys = &layers[1].keys;
-    let source = &artifact.bases()[0].layers[1].keys;
+    let keys = by_channels(&layers[1].keys);
+    let source = channels_of(&artifact.bases()[0].layers[1].keys);
     assert_eq!((keys.rank(), keys.channels(), keys.groups.len()), (2, 8, 1));
     assert_eq!(keys.mean, source.mean);
     assert_eq!(keys.groups[0].up, source.directions[..16]);
@@ -111,7 +138,7 @@ fn a_profile_takes_the_leading_directions_of_its_basis() {
     assert_eq!(b.up, artifact.bases()[1].layers[0].values.directions[8..12]);
     // A trained pair turns back by its own half.
     let trained = artifact.layers(&cskv("trained", 0.5, 4, BasisKind::Joint)).unwrap();
-    assert_eq!(&trained[0].keys.groups[0].up, artifact.bases()[2].layers[0].keys.up.as_ref().unwrap());
+    assert_eq!(by_channels(&trained[0].keys).groups[0].up, artifact.bases()[2].layers[0].keys.up().own().unwrap());
 }
 
 #[test]
@@ -127,6 +154,8 @@ fn profiles_find_their_ranks() {
         (cskv("half", 0.25, 16, joint), vec![(2, 2); 2], "other shares: an even allocation"),
         (cskv("mine", 0.5, 16, joint), vec![(4, 4); 2], "an unknown profile"),
         (cskv("trained", 0.5, 8, joint), vec![(4, 4); 2], "trained for other bits: the untrained basis"),
+        (cskv("turning", 0.5, 16, BasisKind::Frequency), vec![(4, 2), (6, 4)], "keys by frequency"),
+        (cskv("turns", 0.25, 16, BasisKind::Frequency), vec![(2, 2); 2], "keys by frequency, evenly"),
     ];
     for (profile, want, why) in cases {
         assert_eq!(artifact.ranks(&profile).unwrap(), want, "{why}");
@@ -134,8 +163,8 @@ fn profiles_find_their_ranks() {
         assert_eq!(widths, want, "{why}");
     }
     assert!(
-        artifact.layers(&cskv("trained", 0.5, 8, joint)).unwrap()[0].keys.groups[0].up
-            != artifact.bases()[2].layers[0].keys.up.clone().unwrap()
+        by_channels(&artifact.layers(&cskv("trained", 0.5, 8, joint)).unwrap()[0].keys).groups[0].up
+            != artifact.bases()[2].layers[0].keys.up().own().unwrap()
     );
     let refused = [
         (
@@ -224,10 +253,10 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
     let (model, artifact) = example();
     assert_eq!(Artifact::from_bytes(&forge(|_, _| {}), &model, BASE).unwrap(), artifact, "the forge itself makes sound files");
     type Edit = fn(&mut Value, &mut HashMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
-    let cases: [(Edit, &str); 20] = [
+    let cases: [(Edit, &str); 23] = [
         (
-            |m, _| m["version"] = json!(2),
-            "the compression artifact has format version 2 and this build reads version 1; make it anew with `strait compress`",
+            |m, _| m["version"] = json!(1),
+            "the compression artifact has format version 1 and this build reads version 2; make it anew with `strait compress`",
         ),
         (
             |m, _| m["format"] = json!("x"),
@@ -257,6 +286,15 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
             |m, _| m["bases"][0]["widths"][0][0] = json!(5),
             "the tensor joint.0.keys.directions is F32 [1, 6, 8] and its manifest says F32 [1, 5, 8]",
         ),
+        (
+            |_, t| t.get_mut("frequency.1.keys.frequencies").unwrap().2[..4].copy_from_slice(&0.5f32.to_le_bytes()),
+            "the basis frequency is not usable: keys of layer 1: 0.5 is no frequency of heads of 4",
+        ),
+        (
+            |_, t| t.get_mut("frequency.0.keys.frequencies").unwrap().2[4..8].copy_from_slice(&2f32.to_le_bytes()),
+            "the basis frequency is not usable: keys of layer 0: 2 is no frequency of heads of 4",
+        ),
+        (|m, _| m["bases"][3]["widths"][0][0] = json!(5), "the basis frequency is not usable: keys of layer 0: no pairs make a width of 5"),
         (|m, _| m["bases"][0]["widths"] = json!([]), "the basis joint is not usable: it has widths for 0 of 2 layers"),
         (
             |m, _| m["profiles"][0]["ranks"][0][0] = json!(7),
@@ -297,4 +335,23 @@ fn an_artifact_of_another_base_is_refused_by_both_names() {
     let wider = self::model(3, 4, 2, 8);
     assert!(matches!(Artifact::from_bytes(&artifact.to_bytes(), &wider, other).unwrap_err(), ArtifactError::WrongBase { .. }));
     assert!(matches!(Artifact::from_bytes(&artifact.to_bytes(), &wider, BASE).unwrap_err(), ArtifactError::Geometry { .. }));
+}
+
+#[test]
+fn keys_by_frequency_take_leading_pairs_and_conjugates() {
+    let (_, artifact) = example();
+    let layers = artifact.layers(&cskv("turning", 0.5, 4, BasisKind::Frequency)).unwrap();
+    let (KeyMap::Frequencies(map), KeyBasis::Frequencies(source)) = (&layers[0].keys, &artifact.bases()[3].layers[0].keys) else {
+        panic!("keys by frequency")
+    };
+    assert_eq!((map.frequencies.as_slice(), map.kv_heads, map.half), (&[1, 0][..], 2, 2));
+    for (i, (&[re, im], &[up_re, up_im])) in map.down.iter().zip(&map.up).enumerate() {
+        assert_eq!((re, -im), (source.directions[2 * i], source.directions[2 * i + 1]));
+        let up = source.up.own().unwrap();
+        assert_eq!((up_re, up_im), (up[2 * i], up[2 * i + 1]));
+    }
+    assert_eq!(map.down.len(), 4);
+    assert_eq!(source.frequencies.len(), 3);
+    assert_eq!(artifact.bases()[3].layers[0].keys.check_rank(3), Err(RankError::Odd { rank: 3 }));
+    assert_eq!(artifact.bases()[3].layers[0].keys.check_rank(8), Err(RankError::TooWide { rank: 8, width: 6 }));
 }

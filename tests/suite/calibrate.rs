@@ -1,11 +1,12 @@
 //! The closed form is the optimum, however the rows come in.
 
-use strait::calibrate::{CalibrateError, Moments, artifact, solve, tokens_needed};
-use strait::compress::Projection;
+use strait::calibrate::{CalibrateError, Moments, Weighting, artifact, solve, tokens_needed, value_metric};
 use strait::compress::artifact::{Artifact, Fingerprint};
+use strait::compress::{FrequencyMap, KeyBasis, KeyMap, Projection};
 use strait::kv::layout::{BasisKind, Profile};
+use strait::ops::{Matrix, MatrixData};
 
-use crate::artifact::{cskv, model};
+use crate::artifact::{by_channels, channels_of, cskv, model};
 
 /// Uniform in -1..1 from a seed.
 struct Noise(u64);
@@ -116,8 +117,10 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
         let (keys, values) = (rows(1, n, 16, 0.0, falling), rows(2, n, 16, 5.0, falling));
         for (basis, groups) in [(BasisKind::Joint, 1), (BasisKind::Grouped(2), 2), (BasisKind::Grouped(1), 4)] {
             let widest = if groups == 1 && n == 12 { 8 } else { 16 }; // 12 tokens do not span 16 channels
-            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, widest, widest).unwrap();
-            for (part, (data, of)) in [(&keys, &solution.layers[0].keys), (&values, &solution.layers[0].values)].into_iter().enumerate() {
+            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, &Weighting::Closed, (widest, widest)).unwrap();
+            for (part, (data, of)) in
+                [(&keys, channels_of(&solution.layers[0].keys)), (&values, &solution.layers[0].values)].into_iter().enumerate()
+            {
                 let width = 16 / groups;
                 let best: Vec<Vec<f64>> = (0..groups).map(|g| eigenvalues(data, 16, g * width, (g + 1) * width)).collect();
                 let total: f64 = best.iter().flatten().sum();
@@ -140,8 +143,8 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
 fn full_rank_gives_every_input_back() {
     for offset in [0.0, 100.0] {
         let data = rows(3, 200, 16, offset, falling);
-        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, 16, 16).unwrap();
-        let p = solution.layers[0].keys.projection(16).unwrap();
+        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Weighting::Closed, (16, 16)).unwrap();
+        let p = channels_of(&solution.layers[0].keys).projection(16).unwrap();
         let (g, scale) = (&p.groups[0], 1.0 + offset as f32);
         for row in data.chunks_exact(16) {
             // In f32, as the kernels do it.
@@ -161,8 +164,8 @@ fn directions_are_orthonormal_even_where_there_is_no_energy() {
     let rank_3: fn(usize) -> f64 = |i| if i < 3 { 1.0 } else { 0.0 };
     for (n, name) in [(12, "short"), (40, "long")] {
         for data in [rows(4, n, 16, 2.0, rank_3), vec![1.5; n * 16]] {
-            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, 10, 10).unwrap();
-            let d = &solution.layers[0].keys.directions;
+            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Weighting::Closed, (10, 10)).unwrap();
+            let d = &channels_of(&solution.layers[0].keys).directions;
             for i in 0..10 {
                 for j in 0..10 {
                     let dot: f32 = (0..16).map(|c| d[i * 16 + c] * d[j * 16 + c]).sum();
@@ -179,8 +182,8 @@ fn a_large_common_offset_costs_no_accuracy() {
     // Mean a thousand times the deviation: one sum of squares in f32 would hold nothing of the deviation.
     let centred = rows(5, 1300, 8, 0.0, falling);
     let moved: Vec<f32> = centred.iter().map(|x| x + 1024.0).collect();
-    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, 4, 4).unwrap());
-    for (x, y) in a.layers[0].keys.directions.iter().zip(&b.layers[0].keys.directions) {
+    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, &Weighting::Closed, (4, 4)).unwrap());
+    for (x, y) in channels_of(&a.layers[0].keys).directions.iter().zip(&channels_of(&b.layers[0].keys).directions) {
         assert!((x - y).abs() < 2e-3, "{x} {y}");
     }
 }
@@ -199,7 +202,7 @@ fn sinks_take_no_part() {
         spared.add(0, 3, &rest, &rest).unwrap();
     }
     assert_eq!((plain.tokens(), spared.tokens()), (60, 60));
-    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, 4, 4).unwrap());
+    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, &Weighting::Closed, (4, 4)).unwrap());
     assert_eq!(a.layers, b.layers);
 }
 
@@ -220,16 +223,28 @@ fn what_cannot_be_calibrated_is_refused() {
     assert_eq!(moments.tokens(), 0, "nothing of a refused chunk is taken in");
 
     moments.add(0, 0, &data, &data).unwrap();
-    assert!(matches!(solve(&moments, BasisKind::Joint, 2, 2), Err(CalibrateError::Uneven { layer: 1, tokens: 0, first: 4 })));
+    assert!(matches!(
+        solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 2)),
+        Err(CalibrateError::Uneven { layer: 1, tokens: 0, first: 4 })
+    ));
     moments.add(1, 0, &data, &data).unwrap();
-    let few = solve(&moments, BasisKind::Joint, 2, 4).unwrap_err();
+    let few = solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 4)).unwrap_err();
     assert_eq!(few.to_string(), "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text");
     assert_eq!((tokens_needed(BasisKind::Joint, 4, &m), tokens_needed(BasisKind::Grouped(1), 4, &m)), (5, 3));
-    assert!(solve(&moments, BasisKind::Joint, 2, 3).is_ok() && solve(&moments, BasisKind::Grouped(1), 6, 6).is_ok());
+    assert!(
+        solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 3)).is_ok()
+            && solve(&moments, BasisKind::Grouped(1), &Weighting::Closed, (6, 6)).is_ok()
+    );
     for (basis, rank) in [(BasisKind::Joint, 0), (BasisKind::Joint, 9), (BasisKind::Grouped(1), 3)] {
-        assert!(matches!(solve(&moments, basis, rank, 2), Err(CalibrateError::Rank { part: "keys", .. })), "{basis:?} {rank}");
+        assert!(
+            matches!(solve(&moments, basis, &Weighting::Closed, (rank, 2)), Err(CalibrateError::Rank { part: "keys", .. })),
+            "{basis:?} {rank}"
+        );
     }
-    assert!(matches!(solve(&moments, BasisKind::Grouped(3), 2, 2), Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })));
+    assert!(matches!(
+        solve(&moments, BasisKind::Grouped(3), &Weighting::Closed, (2, 2)),
+        Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })
+    ));
 }
 
 #[test]
@@ -244,14 +259,14 @@ fn an_artifact_has_one_basis_per_grouping_as_wide_as_its_widest_profile() {
         cskv("cskv-75-4", 0.25, 4, BasisKind::Joint),
         cskv("grouped", 0.25, 4, BasisKind::Grouped(2)),
     ];
-    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles).unwrap();
+    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles, &Weighting::Closed).unwrap();
     let shapes: Vec<_> = made.artifact.bases().iter().map(|b| (b.name.as_str(), b.layers[2].keys.width())).collect();
     assert_eq!(shapes, [("grouped-2", 8), ("joint", 16)]);
     assert_eq!(made.artifact.layers(&profiles[2]).unwrap(), made.artifact.layers(&profiles[3]).unwrap());
     for (profile, kept) in profiles[1..].iter().zip(&made.energy) {
         for (layer, (l, &(k, v))) in made.artifact.layers(profile).unwrap().iter().zip(&kept.layers).enumerate() {
             let total: f64 = eigenvalues(&data, 32, 0, 32).iter().sum();
-            assert!((error(&l.keys, &data) / total - (1.0 - k)).abs() < 1e-4, "{} layer {layer}", profile.name);
+            assert!((error(by_channels(&l.keys), &data) / total - (1.0 - k)).abs() < 1e-4, "{} layer {layer}", profile.name);
             assert_eq!(k, v);
         }
     }
@@ -262,4 +277,109 @@ fn an_artifact_has_one_basis_per_grouping_as_wide_as_its_widest_profile() {
     assert!(made.energy[1].to_string().starts_with(&line), "{}", made.energy[1]);
     let back = Artifact::from_bytes(&made.artifact.to_bytes(), &m, Fingerprint([3; 32])).unwrap();
     assert_eq!(back, made.artifact);
+}
+
+/// Squared errors of keys by (KV head, frequency), means over the rows.
+fn frequency_errors(map: &FrequencyMap, rows: &[f32]) -> Vec<f64> {
+    let (heads, half) = (map.kv_heads, map.half);
+    let mut sums = vec![0.0; heads * half];
+    let times = |[a, b]: [f64; 2], [c, d]: [f64; 2]| [a * c - b * d, a * d + b * c];
+    for row in rows.chunks_exact(2 * half * heads) {
+        let z = |h: usize, f: usize| [row[2 * half * h + f], row[2 * half * h + half + f]].map(f64::from);
+        let mut back = vec![[0.0; 2]; heads * half];
+        for (j, &f) in map.frequencies.iter().enumerate() {
+            let mut latent = [0.0; 2];
+            for h in 0..heads {
+                let [re, im] = times(map.down[j * heads + h].map(f64::from), z(h, f as usize));
+                latent = [latent[0] + re, latent[1] + im];
+            }
+            for h in 0..heads {
+                let [re, im] = times(map.up[j * heads + h].map(f64::from), latent);
+                let to = &mut back[h * half + f as usize];
+                *to = [to[0] + re, to[1] + im];
+            }
+        }
+        for h in 0..heads {
+            for f in 0..half {
+                let ([a, b], [c, d]) = (z(h, f), back[h * half + f]);
+                sums[h * half + f] += (a - c).powi(2) + (b - d).powi(2);
+            }
+        }
+    }
+    let n = (rows.len() / (2 * half * heads)) as f64;
+    sums.into_iter().map(|s| s / n).collect()
+}
+
+#[test]
+fn by_frequency_what_is_dropped_is_the_error_and_weights_move_it_where_it_counts() {
+    for n in [40, 1300] {
+        let data = rows(9, n, 32, 0.7, falling);
+        let mut moments = watched(1, 4, 8, &data, &data);
+        // Queries of the second KV head are ten times as large as others, at frequency 3 a hundred times.
+        let mut queries = rows(10, 64, 32, 0.0, |_| 1.0);
+        for q in queries.chunks_exact_mut(32) {
+            q[8..16].iter_mut().for_each(|x| *x *= 10.0);
+            [11, 15].into_iter().for_each(|c| q[c] *= 10.0);
+        }
+        moments.add_queries(0, &queries).unwrap();
+        let energy = |h: usize, f: usize| queries.chunks_exact(32).map(|q| q[8 * h + f].powi(2) + q[8 * h + 4 + f].powi(2)).sum::<f32>();
+        let of = |weighting: &Weighting<'_>, rank: usize| {
+            let solution = solve(&moments, BasisKind::Frequency, weighting, (32, 16)).unwrap();
+            let KeyMap::Frequencies(map) = solution.layers[0].keys.map(rank).unwrap() else { panic!("keys by frequency") };
+            assert!(matches!(solution.layers[0].keys, KeyBasis::Frequencies(_)));
+            (frequency_errors(&map, &data), solution.spectra[0][0].kept(rank))
+        };
+        let metric = vec![(0..4 * 64).map(|i| f64::from(u8::from(i % 64 % 9 == 0))).collect::<Vec<_>>()];
+        let total: f64 = data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
+        for rank in [2, 8, 20, 32] {
+            let (errors, kept) = of(&Weighting::Closed, rank);
+            let error: f64 = errors.iter().sum();
+            assert!((error / total - (1.0 - kept)).abs() < 1e-5, "n {n}, rank {rank}: {error} of {total}, kept {kept}");
+            let (weighted, _) = of(&Weighting::Weighted(&metric), rank);
+            let worth = |errors: &[f64]| (0..16).map(|i| f64::from(energy(i / 4, i % 4)) * errors[i]).sum::<f64>();
+            let (closed_worth, worth) = (worth(&errors), worth(&weighted));
+            assert!(worth <= closed_worth * (1.0 + 1e-6) + 1e-4, "n {n}, rank {rank}: {worth}, unweighted {closed_worth}");
+            assert!(rank == 32 || worth < 0.9 * closed_worth, "n {n}, rank {rank}: {worth} gains nothing over {closed_worth}");
+        }
+    }
+}
+
+#[test]
+fn weighted_values_lose_least_of_what_the_output_projection_sees() {
+    let m = model(1, 8, 4, 8);
+    let data = rows(11, 400, 32, 1.0, falling);
+    let moments = watched(1, 4, 8, &data, &data);
+    // An output projection that hardly looks at half of the channels of each head.
+    let mut w = rows(12, 16, 64, 0.0, |_| 1.0);
+    w.iter_mut().enumerate().for_each(|(i, x)| *x *= if i % 8 < 4 { 1.0 } else { 0.02 });
+    let metric = value_metric(&m, Matrix { out_features: 16, in_features: 64, data: MatrixData::F32(&w) });
+    let seen = |p: &Projection| {
+        let mut sum = 0.0;
+        for row in data.chunks_exact(32) {
+            let g = &p.groups[0];
+            let rank = g.ranks.len();
+            let x: Vec<f64> = (0..32).map(|i| f64::from(row[i] - p.mean[i])).collect();
+            let latent: Vec<f64> = (0..rank).map(|r| (0..32).map(|i| x[i] * f64::from(g.down[i * rank + r])).sum()).collect();
+            let lost: Vec<f64> = (0..32).map(|i| x[i] - (0..rank).map(|r| latent[r] * f64::from(g.up[r * 32 + i])).sum::<f64>()).collect();
+            // Query head `q` reads its KV head's value through columns `8 q` on.
+            for out in w.chunks_exact(64) {
+                for q in 0..8 {
+                    sum += (0..8).map(|i| lost[q / 2 * 8 + i] * f64::from(out[8 * q + i])).sum::<f64>().powi(2);
+                }
+            }
+        }
+        sum
+    };
+    let metrics = [metric];
+    for rank in [4, 12, 24] {
+        let of = |weighting: &Weighting<'_>| {
+            let solution = solve(&moments, BasisKind::Joint, weighting, (4, 32)).unwrap();
+            seen(&solution.layers[0].values.projection(rank).unwrap())
+        };
+        let (closed, weighted) = (of(&Weighting::Closed), of(&Weighting::Weighted(&metrics)));
+        assert!(weighted < 0.9 * closed, "rank {rank}: {weighted} against {closed} unweighted");
+    }
+    let solution = solve(&moments, BasisKind::Joint, &Weighting::Weighted(&metrics), (4, 32)).unwrap();
+    let whole = seen(&solution.layers[0].values.projection(32).unwrap());
+    assert!(whole < 1e-4, "full rank loses {whole}");
 }

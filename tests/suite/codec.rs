@@ -3,7 +3,7 @@
 
 use half::f16;
 use strait::kv::layout::VALUE_GROUP;
-use strait::quant::{Scale, dequantise, pack, packed_len, quantise_group, unpack};
+use strait::quant::{Scale, dequantise, get, put, quantise_group, words};
 
 const BITS: [u32; 4] = [8, 4, 3, 2];
 
@@ -29,10 +29,12 @@ impl Normal {
 fn through(x: &[f32], bits: u32) -> (Vec<f32>, Vec<u8>, Scale) {
     let mut codes = vec![0xee; x.len()];
     let scale = quantise_group(x, bits, &mut codes);
-    let mut stream = vec![0xee; packed_len(x.len(), bits)];
-    pack(&codes, bits, &mut stream);
-    let mut read = vec![0xdd; x.len()];
-    unpack(&stream, bits, 0, &mut read);
+    let n = x.len();
+    let mut lane = vec![0; words(n, bits)];
+    codes.iter().enumerate().for_each(|(i, &code)| put(&mut lane, n, bits, i, &[code]));
+    let mut read = vec![[0xdd]; n];
+    read.iter_mut().enumerate().for_each(|(i, code)| get(&lane, n, bits, i, code));
+    let read = read.concat();
     assert_eq!(read, codes, "codes survive packing");
     let mut back = vec![f32::NAN; x.len()];
     dequantise(&read, scale, &mut back);

@@ -8,6 +8,7 @@ mod calibrate;
 mod checkpoint;
 mod codec;
 mod engine;
+mod eval;
 mod golden;
 mod http;
 mod model;

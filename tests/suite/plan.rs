@@ -47,8 +47,8 @@ fn bytes_per_token_are_what_the_formats_say() {
     assert_eq!(bytes[3], 32.0 * 15_424.0 / 64.0);
     let qwen = planned(&qwen_25_7b(), 1 << 34, &[]);
     let bytes: Vec<f64> = qwen.profiles.iter().map(|p| p.bytes_per_token).collect();
-    // The 4-bit layer of rank 100 is 3200 + 400 + 3200 + 1024 = 7824 bytes, of which layers begin 7872 apart.
-    assert_eq!(bytes[..4], [57_344.0, 28_672.0, 11_200.0, 28.0 * 7872.0 / 64.0]);
+    // The 4-bit layer of rank 100, whose keys fill 13 words, is 3328 + 400 + 3200 + 1024 = 7952 bytes; layers begin 8000 apart.
+    assert_eq!(bytes[..4], [57_344.0, 28_672.0, 11_200.0, 28.0 * 8000.0 / 64.0]);
     let llama2 = planned(&llama_2_7b(), 1 << 34, &[]);
     let bytes: Vec<f64> = llama2.profiles.iter().map(|p| p.bytes_per_token).collect();
     assert_eq!(bytes[..4], [524_288.0, 262_144.0, 102_400.0, 32.0 * (400.0 + 50.0 + 400.0 + 100.0)]);
@@ -62,12 +62,13 @@ fn a_sealed_page_is_its_keys_values_metadata_and_padding() {
     assert_eq!(p[2].sealed_page, Some(SealedPage { bytes: 1_638_400, keys: 819_200, values: 819_200, metadata: 0, padding: 0 }));
     let metadata = 32 * (200 * 4 + 64 * 7 * 4);
     assert_eq!(p[3].sealed_page, Some(SealedPage { bytes: 493_568, keys: 204_800, values: 204_800, metadata, padding: 32 * 32 }));
-    // Three bits: 24 bytes per key channel, 75 per token of values.
+    // Three bits: 13 words of low bits and 7 of third bits per position for 200 channels; 4 and 2 per value channel.
     let three = p[4].sealed_page.unwrap();
-    assert_eq!((three.keys, three.values), (32 * 200 * 24, 32 * 64 * 75));
+    assert_eq!((three.keys, three.values), (32 * 64 * 20 * 4, 32 * 200 * 6 * 4));
     let qwen = planned(&qwen_25_7b(), 1 << 34, &[]).profiles[3].sealed_page.unwrap();
-    let (keys, values, metadata) = (28 * 3200, 28 * 3200, 28 * (400 + 1024));
-    assert_eq!(qwen, SealedPage { bytes: 28 * 7872, keys, values, metadata, padding: 28 * 48 });
+    // 100 channels fill 12.5 words.
+    let (keys, values, metadata) = (28 * 13 * 256, 28 * 3200, 28 * (400 + 1024));
+    assert_eq!(qwen, SealedPage { bytes: 28 * 8000, keys, values, metadata, padding: 28 * 48 });
     for p in p.iter().filter_map(|p| p.sealed_page) {
         assert_eq!(p.keys + p.values + p.metadata + p.padding, p.bytes);
     }
@@ -161,7 +162,7 @@ fn the_plan_prints_as_a_table_and_as_json() {
         cskv-50        65536    2.00x      4194304  2097152   2097152           0          0  16777216  2097152          20480      786176      1048319                7
         cskv-80        25600    5.12x      1638400   819200    819200           0          0  16777216  2097152          20480     1429248      2620607               19
         cskv-95         7712   17.00x       493568   204800    204800       82944       1024  16777216  2097152          20480     2286720      8385663               60
-        three           6112   21.45x       391168   153600    153600       82944       1024  16777216  2097152          20480     2445696     11006143               78
+        three           6272   20.90x       401408   163840    153600       82944       1024  16777216  2097152          20480     2418816     10482047               75
     "#]].assert_eq(&plan.to_string());
     let json = serde_json::to_value(&plan).unwrap();
     assert_eq!(json["profiles"][2]["sealed_page"]["keys"], 819_200);

@@ -12,8 +12,8 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("model::config", &[]),
     ("request", &["ids"]),
     ("step", &["ids"]),
-    ("kv", &["ids", "model::config"]),
     ("quant", &[]),
+    ("kv", &["ids", "model::config", "quant"]),
     ("compress", &["ids", "kv", "model::config"]),
     ("ops", &["ids", "kv", "compress", "quant"]),
     ("model", &["ids", "kv", "compress", "ops", "request", "step", "model::config"]),
@@ -27,6 +27,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("server", &["admission", "engine", "ids", "kv", "request", "telemetry", "text"]),
     ("demo", &["model", "text"]),
     ("config", &["kv", "model"]),
+    ("eval", &["ids", "kv", "model", "ops", "step"]),
     (
         "serve",
         &[
@@ -36,6 +37,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "config",
             "demo",
             "engine",
+            "eval",
             "ids",
             "kv",
             "model",

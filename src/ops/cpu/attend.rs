@@ -9,34 +9,35 @@
 //! so that it is widened or rebuilt once for all of them. A "line" below is one (query, head) of the unit.
 //!
 //! Keys of a sealed tile are rebuilt and turned by rope. Values are not: the softmax sums their latents, and the sum
-//! is expanded once, after the last sealed tile of the span.
+//! is expanded once, after the last sealed tile of the span. Sealed tiles of a frequency basis are met in `latent`.
 
 use half::{bf16, f16};
 
-use super::Cpu;
+use super::codes::{Codes, Numbers};
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::rows::turned;
 use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
-use crate::compress::{Group, LayerCompression, Projection};
+use super::{Cpu, latent};
+use crate::compress::{Group, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
 use crate::ops::{AttendRow, Heads, RopeTable, exact_head_bytes};
-use crate::quant::{Scale, dequantise, unpack};
 
 /// Positions of a page.
 const P: usize = PAGE_TOKENS as usize;
 /// Tiles of a span.
-const SPAN: usize = 16;
+pub(super) const SPAN: usize = 16;
 /// Lines a unit aims at, so that a widened tile is used often and everything stays in the second-level cache.
 const LINES: usize = 96;
 /// From so many lines a tile is worth widening into memory rather than in registers each time.
 const WIDEN: usize = 13;
 /// Multiply-adds below which waking other threads costs more than they save.
-const WORTH_SHARING: usize = 64 * 1024;
+pub(super) const WORTH_SHARING: usize = 64 * 1024;
 
 /// The arguments of `Ops::attend` but the output.
+#[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
     pub(super) arena: &'a Arena,
     pub(super) shape: Heads,
@@ -48,6 +49,7 @@ pub(super) struct Call<'a> {
 /// Memory kept from call to call.
 #[derive(Default)]
 pub(super) struct AttendScratch {
+    latent: latent::LatentScratch,
     rows: Vec<RowPlan>,
     /// Spans computed apart, until they are merged.
     partials: Vec<Aligned>,
@@ -77,14 +79,19 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
     let lines = LINES / group;
 
     let mut scratch = cpu.attend.lock().unwrap_or_else(|e| e.into_inner());
-    let AttendScratch { rows: plans, partials } = &mut *scratch;
+    let AttendScratch { latent: latent_scratch, rows: plans, partials } = &mut *scratch;
     plans.clear();
     let (mut blocks, mut work, mut end, mut longest) = (0, 0, 0, 0);
     for row in call.rows {
         check(row, call, &mut end);
+        if latent::absorbs(row) {
+            // No unit of its own here.
+            plans.push(RowPlan { units: 0, blocks, queries: 0, query_blocks: 0, spans: 0, partials: 0 });
+            continue;
+        }
         let queries = lines.clamp(1, row.n.max(1));
         let query_blocks = row.n.div_ceil(queries);
-        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1);
+        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1, false);
         let spans = tiles.div_ceil(SPAN);
         plans.push(RowPlan { units: 0, blocks, queries, query_blocks, spans, partials: 0 });
         blocks += query_blocks * kv_heads;
@@ -92,6 +99,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         longest = longest.max(spans);
     }
     assert!(end * heads * head_dim <= out.len(), "rows beyond q");
+    latent::attend(cpu, call, latent_scratch, out);
     let threads = cpu.pool.threads();
     // Blocks alone keep the threads busy, or spans must be shared out too.
     let split = threads > 1 && longest > 1 && blocks < 4 * threads && work >= WORTH_SHARING;
@@ -124,7 +132,8 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         let each = State::floats(plan.queries * group, head_dim);
         let partial = partials.get().cast::<f32>().wrapping_add(plan.partials + (block * plan.spans + span) * each);
         let n = plan.queries.min(row.n - first);
-        let unit = Unit { call, row, kv_head, first, n, phase, span, partial, each, out: out.get() };
+        let parts = if phase == Phase::Merge { tiles(row, row.position as usize + first + n - 1, false).div_ceil(SPAN) } else { 0 };
+        let unit = Unit { call, row, kv_head, first, n, phase, skips: false, span, partial, each, parts, out: out.get() };
         // SAFETY: `Cpu` holds only instruction sets this machine has; rows were checked, no two of them overlap, and
         // units write lines, or partials, of their own.
         unsafe { dispatch(cpu.isa, unit) }
@@ -143,7 +152,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
 
 /// What a unit does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     /// All spans, and the result.
     Whole,
     /// One span, into its partial.
@@ -171,36 +180,42 @@ fn check(row: &AttendRow<'_>, call: &Call<'_>, end: &mut usize) {
     }
 }
 
-/// Tiles the query at `position` sees.
-fn tiles(row: &AttendRow<'_>, position: usize) -> usize {
-    usize::from(row.sinks.is_some()) + position / P + 1
+/// Tiles the query at `position` sees, without the sealed ones if those are skipped.
+pub(super) fn tiles(row: &AttendRow<'_>, position: usize, skips: bool) -> usize {
+    usize::from(row.sinks.is_some()) + position / P + 1 - if skips { row.sealed.len() } else { 0 }
 }
 
 /// Running softmax of some lines: maxima, sums, and outputs `[lines][stride]`.
 #[derive(Clone, Copy)]
-struct State {
-    m: *mut f32,
-    l: *mut f32,
-    o: *mut f32,
-    stride: usize,
+pub(super) struct State {
+    pub(super) m: *mut f32,
+    pub(super) l: *mut f32,
+    pub(super) o: *mut f32,
+    pub(super) stride: usize,
     lines: usize,
 }
 
 impl State {
-    const fn floats(lines: usize, width: usize) -> usize {
+    pub(super) const fn floats(lines: usize, width: usize) -> usize {
         2 * lines.next_multiple_of(16) + lines * width.next_multiple_of(16)
     }
 
     /// # Safety
     /// `at` is valid for [`State::floats`].
-    unsafe fn at(at: *mut f32, lines: usize, width: usize) -> State {
+    pub(super) unsafe fn at(at: *mut f32, lines: usize, width: usize) -> State {
         let each = lines.next_multiple_of(16);
         State { m: at, l: at.wrapping_add(each), o: at.wrapping_add(2 * each), stride: width.next_multiple_of(16), lines }
     }
 
+    /// Lines `[first, first + n)`.
+    pub(super) fn part(&self, first: usize, n: usize) -> State {
+        let o = self.o.wrapping_add(first * self.stride);
+        State { m: self.m.wrapping_add(first), l: self.l.wrapping_add(first), o, stride: self.stride, lines: n }
+    }
+
     /// # Safety
     /// As promised by [`State::at`].
-    unsafe fn clear(&self) {
+    pub(super) unsafe fn clear(&self) {
         // SAFETY: the ranges of `at`.
         unsafe {
             for i in 0..self.lines {
@@ -215,7 +230,7 @@ impl State {
     ///
     /// # Safety
     /// Both as promised by [`State::at`], and apart.
-    unsafe fn merge<S: Lanes>(self, next: State) {
+    pub(super) unsafe fn merge<S: Lanes>(self, next: State) {
         // SAFETY: passed on.
         unsafe { S::enter(Merge { to: self, next }) }
     }
@@ -285,21 +300,21 @@ impl Kernel for Scaled {
 }
 
 /// A tile's scores of some lines, and where their softmax stands.
-struct Softmax<'a> {
-    /// `[lines][64]`: scores of `width` positions become weights.
-    scores: *mut f32,
-    width: usize,
-    lines: usize,
+pub(super) struct Softmax<'a> {
+    /// `[lines][64]`: scores of `width` positions become weights. At most 6 lines.
+    pub(super) scores: *mut f32,
+    pub(super) width: usize,
+    pub(super) lines: usize,
     /// Line `r` sees positions `[from, to[r])`.
-    from: usize,
-    to: [usize; 6],
-    gain: f32,
+    pub(super) from: usize,
+    pub(super) to: [usize; 6],
+    pub(super) gain: f32,
     /// Maxima and sums of the lines, to be moved on.
-    m: *mut f32,
-    l: *mut f32,
+    pub(super) m: *mut f32,
+    pub(super) l: *mut f32,
     /// What outputs so far are to be scaled by, and sums of the weights.
-    scale: &'a mut [f32; 16],
-    sums: &'a mut [f32; 16],
+    pub(super) scale: &'a mut [f32; 16],
+    pub(super) sums: &'a mut [f32; 16],
 }
 
 impl Kernel for Softmax<'_> {
@@ -348,20 +363,23 @@ impl Kernel for Softmax<'_> {
 }
 
 /// A block of queries of one sequence, under one KV head.
-struct Unit<'a> {
-    call: &'a Call<'a>,
-    row: &'a AttendRow<'a>,
-    kv_head: usize,
+pub(super) struct Unit<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) row: &'a AttendRow<'a>,
+    pub(super) kv_head: usize,
     /// Queries, counted in the row.
-    first: usize,
-    n: usize,
-    phase: Phase,
+    pub(super) first: usize,
+    pub(super) n: usize,
+    pub(super) phase: Phase,
+    /// Sealed tiles are met elsewhere; spans count the others.
+    pub(super) skips: bool,
     /// The span of [`Phase::Span`].
-    span: usize,
-    /// The partial of `span`; those of the block's other spans follow `each` floats apart.
-    partial: *mut f32,
-    each: usize,
-    out: *mut f32,
+    pub(super) span: usize,
+    /// The partial of `span`, or for [`Phase::Merge`] the first of `parts`, which are `each` floats apart.
+    pub(super) partial: *mut f32,
+    pub(super) each: usize,
+    pub(super) parts: usize,
+    pub(super) out: *mut f32,
 }
 
 /// Positions of one tile, ready to be multiplied: keys `[head_dim][key_step]`, values `[positions][value_step]`.
@@ -415,16 +433,19 @@ struct Basis<'a> {
     layer: SealedLayer,
 }
 
+/// The group of a projection that the head at `channel` belongs to, the head's mean, and its first channel in the group.
+pub(super) fn group_of(p: &Projection, channel: usize, d: usize) -> (&Group, &[f32], usize) {
+    let group = p.groups.iter().find(|g| g.channels.contains(&channel)).unwrap_or_else(|| panic!("channel {channel} has no group"));
+    assert!(channel + d <= group.channels.end, "a group of channels ends inside a head");
+    assert_eq!(group.up.len(), group.ranks.len() * group.channels.len(), "up is not [ranks][channels]");
+    (group, &p.mean[channel..channel + d], channel - group.channels.start)
+}
+
 impl<'a> Basis<'a> {
     fn new(compression: &'a LayerCompression, layer: SealedLayer, kv_head: usize, d: usize) -> Self {
-        fn group(p: &Projection, channel: usize, d: usize) -> (&Group, &[f32], usize) {
-            let group = p.groups.iter().find(|g| g.channels.contains(&channel)).unwrap_or_else(|| panic!("channel {channel} has no group"));
-            assert!(channel + d <= group.channels.end, "a group of channels ends inside a head");
-            assert_eq!(group.up.len(), group.ranks.len() * group.channels.len(), "up is not [ranks][channels]");
-            (group, &p.mean[channel..channel + d], channel - group.channels.start)
-        }
-        let (keys, key_mean, key_channel) = group(&compression.keys, kv_head * d, d);
-        let (values, value_mean, value_channel) = group(&compression.values, kv_head * d, d);
+        let KeyMap::Channels(keys) = &compression.keys else { panic!("keys of a frequency basis are never rebuilt") };
+        let (keys, key_mean, key_channel) = group_of(keys, kv_head * d, d);
+        let (values, value_mean, value_channel) = group_of(&compression.values, kv_head * d, d);
         assert!(keys.ranks.end <= layer.key_rank && values.ranks.end <= layer.value_rank, "basis wider than the page");
         Basis { keys, key_mean, key_channel, values, value_mean, value_channel, layer }
     }
@@ -435,7 +456,7 @@ impl Kernel for Unit<'_> {
         let d = self.call.shape.head_dim;
         let lines = self.n * self.group();
         let basis = match self.row.view.compression {
-            Some(c) if !self.row.sealed.is_empty() => {
+            Some(c) if !self.row.sealed.is_empty() && !self.skips => {
                 Some(Basis::new(c, self.row.view.layout.sealed[self.row.view.layer], self.kv_head, d))
             }
             _ => None,
@@ -478,7 +499,7 @@ impl Kernel for Unit<'_> {
                 cos,
                 sin,
             };
-            let spans = tiles(self.row, self.position(self.n - 1)).div_ceil(SPAN);
+            let spans = tiles(self.row, self.position(self.n - 1), self.skips).div_ceil(SPAN);
             match self.phase {
                 Phase::Span if self.span < spans => self.span::<S>(&room, basis.as_ref(), self.span),
                 // A span only later queries of the row reach.
@@ -493,8 +514,8 @@ impl Kernel for Unit<'_> {
                 }
                 Phase::Merge => {
                     room.total.clear();
-                    for span in 0..spans {
-                        room.total.merge::<S>(State::at(self.partial.add(span * self.each), lines, d));
+                    for part in 0..self.parts {
+                        room.total.merge::<S>(State::at(self.partial.add(part * self.each), lines, d));
                     }
                     self.finish::<S>(&room.total);
                 }
@@ -521,7 +542,7 @@ impl Unit<'_> {
         (row * shape.heads + self.kv_head * group + line % group) * shape.head_dim
     }
 
-    unsafe fn finish<S: Lanes>(&self, total: &State) {
+    pub(super) unsafe fn finish<S: Lanes>(&self, total: &State) {
         let d = self.call.shape.head_dim;
         // SAFETY: the output row is this line's own.
         unsafe {
@@ -538,7 +559,8 @@ impl Unit<'_> {
         let (layout, d) = (row.view.layout, self.call.shape.head_dim);
         let sinks = usize::from(row.sinks.is_some());
         let n_sinks = if sinks == 1 { layout.sinks as usize } else { 0 };
-        let last = tiles(row, self.position(self.n - 1));
+        let last = tiles(row, self.position(self.n - 1), self.skips);
+        let skipped = if self.skips { row.sealed.len() } else { 0 };
         let range = span * SPAN..last.min((span + 1) * SPAN);
         // SAFETY: passed on; tiles point into slices of the arena that hold them whole.
         unsafe {
@@ -552,7 +574,7 @@ impl Unit<'_> {
                     self.exact::<S>(room, (page, at, 0), stride, Place { base: 0, from: 0, to: n_sinks });
                     continue;
                 }
-                let page = tile - sinks;
+                let page = tile - sinks + skipped;
                 let base = page * P;
                 match (row.sealed.get(page), basis) {
                     (Some(&addr), Some(basis)) => {
@@ -773,14 +795,11 @@ impl Unit<'_> {
                 let codes = arena.slice::<f16>(page, layer.key_codes + group.ranks.start * 2 * P, rank * P);
                 S::enter(Widen { from: codes.as_ptr(), to: room.key_latents, n: rank * P });
             } else {
-                let stride = SealedLayer::key_stride(layer.bits);
-                let codes = arena.slice::<u8>(page, layer.key_codes + group.ranks.start * stride, rank * stride);
-                let meta = arena.slice::<f16>(page, layer.key_meta + group.ranks.start * 4, rank * 2);
-                let mut row = [0u8; P];
-                for (r, (codes, meta)) in codes.chunks_exact(stride).zip(meta.chunks_exact(2)).enumerate() {
-                    unpack(codes, layer.bits, 0, &mut row);
-                    let to = std::slice::from_raw_parts_mut(room.key_latents.add(r * P), P);
-                    dequantise(&row, Scale { scale: meta[0], min: meta[1] }, to);
+                let codes = key_codes(arena, page, &layer);
+                let (scales, minima) = arena.slice::<f16>(page, layer.key_meta, 2 * layer.key_rank).split_at(layer.key_rank);
+                for (r, i) in group.ranks.clone().enumerate() {
+                    let (scale, min, to) = (scales[i].to_f32(), minima[i].to_f32(), room.key_latents.add(r * P));
+                    S::enter(Numbers { codes, i, lane: 0, width: P, scale, min, to });
                 }
             }
             let up = group.up.as_ptr().add(basis.key_channel);
@@ -816,21 +835,18 @@ impl Unit<'_> {
                 unsafe { S::enter(Widen { from: codes.as_ptr(), to, n: ranks.len() }) }
                 continue;
             }
-            let (stride, groups) = (SealedLayer::value_stride(layer.value_rank, layer.bits), layer.value_rank.div_ceil(VALUE_GROUP));
-            let codes = arena.slice::<u8>(page, layer.value_codes + p * stride, stride);
-            let meta = arena.slice::<f16>(page, layer.value_meta + p * groups * 4, groups * 2);
-            // SAFETY: as above.
-            let to = unsafe { std::slice::from_raw_parts_mut(to, ranks.len()) };
-            let mut row = [0u8; VALUE_GROUP];
-            let mut r = ranks.start;
-            while r < ranks.end {
-                let group = r / VALUE_GROUP;
+            let codes = value_codes(arena, page, &layer);
+            let groups = layer.value_groups();
+            let (scales, minima) = arena.slice::<f16>(page, layer.value_meta, 2 * groups * P).split_at(groups * P);
+            let mut lane = ranks.start;
+            while lane < ranks.end {
+                let group = lane / VALUE_GROUP;
                 let next = ranks.end.min((group + 1) * VALUE_GROUP);
-                let row = &mut row[..next - r];
-                unpack(codes, layer.bits, r, row);
-                let scale = Scale { scale: meta[2 * group], min: meta[2 * group + 1] };
-                dequantise(row, scale, &mut to[r - ranks.start..next - ranks.start]);
-                r = next;
+                let (scale, min) = (scales[group * P + p].to_f32(), minima[group * P + p].to_f32());
+                let to = to.wrapping_add(lane - ranks.start);
+                // SAFETY: the codes have every lane of the ranks, and `to` room for them.
+                unsafe { S::enter(Numbers { codes, i: p, lane, width: next - lane, scale, min, to }) };
+                lane = next;
             }
         }
     }
@@ -861,6 +877,19 @@ impl Unit<'_> {
             }
         }
     }
+}
+
+/// Key codes of a sealed page, below 16 bits.
+pub(super) fn key_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let (n, bits) = (layer.key_rank, layer.bits);
+    Codes { words: arena.slice::<u32>(page, layer.key_codes, SealedLayer::key_code_bytes(n, bits) / 4).as_ptr(), lanes: P, n, bits }
+}
+
+/// Value codes of a sealed page, below 16 bits.
+pub(super) fn value_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let (lanes, bits) = (layer.value_rank, layer.bits);
+    let words = arena.slice::<u32>(page, layer.value_codes, SealedLayer::value_code_bytes(lanes, bits) / 4).as_ptr();
+    Codes { words, lanes, n: P, bits }
 }
 
 /// Turns keys, `n` elements in either half, by tables that lie alike.

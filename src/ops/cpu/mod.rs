@@ -6,6 +6,8 @@
 //! linear   matrix products, weights read in place
 //! tile     the register tile attention and sealing are made of
 //! attend   attention over exact and sealed pages, in spans of tiles
+//! latent   attention over sealed pages of a frequency basis, straight on their codes
+//! codes    codes of latents to numbers, and integer products with them
 //! seal     exact pages to sealed pages
 //! rows     norm, rope, activation
 //! probe    what the machine can do at best
@@ -22,6 +24,8 @@ use crate::kv::Arena;
 use crate::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
 
 mod attend;
+mod codes;
+mod latent;
 mod linear;
 mod pool;
 mod probe;
@@ -39,7 +43,7 @@ pub struct Cpu {
     pool: pool::Pool,
     linear: Mutex<linear::LinearScratch>,
     attend: Mutex<attend::AttendScratch>,
-    seal: Mutex<Vec<u8>>,
+    seal: Mutex<Vec<u64>>,
 }
 
 /// An instruction set this machine does not have.

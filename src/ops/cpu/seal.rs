@@ -12,12 +12,12 @@ use super::attend::turn_tables;
 use super::pool::{Shares, scratch_back, scratch_take};
 use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
-use crate::compress::{LayerCompression, Projection};
+use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
 use crate::ops::{LayerView, RopeTable, SealJob, exact_head_bytes};
-use crate::quant::{Scale, pack, packed_len, quantise_group, to_f16};
+use crate::quant::{put, quantise_group, to_f16};
 
 const P: usize = PAGE_TOKENS as usize;
 
@@ -26,9 +26,19 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
     let Some(compression) = view.compression else { panic!("a profile without compression seals nothing") };
     let layer = view.layout.sealed[view.layer];
     assert_eq!(2 * table.half, view.layout.head_dim, "rope table of another model");
-    for (p, rank) in [(&compression.keys, layer.key_rank), (&compression.values, layer.value_rank)] {
-        assert_eq!(p.channels(), view.layout.kv_heads * view.layout.head_dim, "basis of another model");
-        assert_eq!(p.rank(), rank, "basis of another width than the page");
+    let channels = view.layout.kv_heads * view.layout.head_dim;
+    assert_eq!((compression.keys.channels(), compression.keys.rank()), (channels, layer.key_rank), "basis of another model or width");
+    assert_eq!((compression.values.channels(), compression.values.rank()), (channels, layer.value_rank), "basis of another model or width");
+    let keys = match &compression.keys {
+        KeyMap::Channels(p) => Some(p),
+        KeyMap::Frequencies(map) => {
+            assert_eq!(map.kv_heads, view.layout.kv_heads, "basis of another model");
+            assert!(map.frequencies.iter().all(|&f| (f as usize) < map.half), "a frequency beyond the head");
+            assert_eq!(map.down.len(), map.frequencies.len() * map.kv_heads, "down is not [pairs][kv_heads]");
+            None
+        }
+    };
+    for p in keys.into_iter().chain([&compression.values]) {
         let (mut channel, mut at) = (0, 0);
         for g in &p.groups {
             assert_eq!((g.channels.start, g.ranks.start), (channel, at), "groups do not tile channels and ranks");
@@ -37,11 +47,13 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
         }
         assert_eq!(channel, p.channels(), "groups do not tile the channels");
     }
+    // Sections begin on 8-byte boundaries.
     let bytes = layer.end - layer.key_codes;
     let mut pages = cpu.seal.lock().unwrap_or_else(|e| e.into_inner());
     pages.clear();
-    pages.resize(jobs.len() * bytes, 0);
-    let to = Shares::new(&mut pages[..]);
+    pages.resize(jobs.len() * bytes / 8, 0);
+    let pages: &mut [u8] = bytemuck::cast_slice_mut(&mut pages[..]);
+    let to = Shares::new(&mut *pages);
     {
         let arena = &*arena;
         cpu.pool.run(jobs.len(), &|i| {
@@ -75,10 +87,10 @@ impl Kernel for Page<'_> {
         let (d, heads) = (self.view.layout.head_dim, self.view.layout.kv_heads);
         let channels = heads * d;
         let (key_rank, value_rank) = (self.layer.key_rank, self.layer.value_rank);
-        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P];
+        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P, value_rank.div_ceil(4)];
         let mut buffer = scratch_take(sizes.iter().sum());
         let mut at = buffer.as_mut_ptr().cast::<f32>();
-        let [x, latents, cos, sin] = sizes.map(|n| {
+        let [x, latents, cos, sin, codes] = sizes.map(|n| {
             let here = at;
             at = at.wrapping_add(n);
             here
@@ -86,13 +98,19 @@ impl Kernel for Page<'_> {
         // SAFETY: the parts of the scratch have the sizes their use names; projections were checked to tile
         // channels and ranks.
         unsafe {
-            turn_tables(self.table, self.job.position as usize, cos, sin);
             for head in 0..heads {
                 self.load::<S>(head, 0, x.add(head * d * P));
-                let mean = &self.compression.keys.mean[head * d..][..d];
-                S::enter(Unturn { x: x.add(head * d * P), cos, sin, mean });
             }
-            project_keys::<S>(&self.compression.keys, x, latents);
+            match &self.compression.keys {
+                KeyMap::Channels(projection) => {
+                    turn_tables(self.table, self.job.position as usize, cos, sin);
+                    for head in 0..heads {
+                        S::enter(Unturn { x: x.add(head * d * P), cos, sin, mean: &projection.mean[head * d..][..d] });
+                    }
+                    project_keys::<S>(projection, x, latents);
+                }
+                KeyMap::Frequencies(map) => S::enter(Combine { map, x, latents }),
+            }
             self.write_keys(std::slice::from_raw_parts(latents, key_rank * P));
 
             for head in 0..heads {
@@ -106,7 +124,9 @@ impl Kernel for Page<'_> {
                 }
             }
             project_values::<S>(&self.compression.values, x, (d, value_rank), latents);
-            self.write_values(std::slice::from_raw_parts(latents, value_rank * P));
+            codes.cast::<u8>().write_bytes(0, value_rank);
+            let codes = std::slice::from_raw_parts_mut(codes.cast::<u8>(), value_rank);
+            self.write_values(std::slice::from_raw_parts(latents, value_rank * P), codes);
         }
         scratch_back(buffer);
     }
@@ -133,46 +153,42 @@ impl Page<'_> {
         }
     }
 
-    /// Bytes `[from, from + n)` of the page, which lie in this layer.
-    fn bytes(&mut self, from: usize, n: usize) -> &mut [u8] {
-        &mut self.to[from - self.layer.key_codes..][..n]
+    /// `n` elements at byte `from` of the page, which lie in this layer.
+    fn part<T: bytemuck::Pod>(&mut self, from: usize, n: usize) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.to[from - self.layer.key_codes..][..n * size_of::<T>()])
     }
 
     /// `latents: [key_rank][64]`.
     fn write_keys(&mut self, latents: &[f32]) {
-        let (layer, skip) = (self.layer, self.job.skip as usize);
-        let stride = SealedLayer::key_stride(layer.bits);
+        let (SealedLayer { key_rank: rank, bits, key_codes, key_meta, .. }, skip) = (self.layer, self.job.skip as usize);
         let mut codes = [0u8; P];
         for (r, row) in latents.chunks_exact(P).enumerate() {
-            if layer.bits == 16 {
-                write_halves(self.bytes(layer.key_codes + (r * P + skip) * 2, (P - skip) * 2), &row[skip..]);
-            } else {
-                let scale = quantise_group(&row[skip..], layer.bits, &mut codes[skip..]);
-                pack(&codes, layer.bits, self.bytes(layer.key_codes + r * stride, stride));
-                write_scale(self.bytes(layer.key_meta + r * 4, 4), scale);
+            if bits == 16 {
+                write_halves(self.part(key_codes + (r * P + skip) * 2, P - skip), &row[skip..]);
+                continue;
             }
+            let shared = quantise_group(&row[skip..], bits, &mut codes[skip..]);
+            put(self.part(key_codes, SealedLayer::key_code_bytes(rank, bits) / 4), rank, bits, r, &codes);
+            let meta = self.part(key_meta, 2 * rank);
+            (meta[r], meta[rank + r]) = (shared.scale, shared.min);
         }
     }
 
-    /// `latents: [64][value_rank]`.
-    fn write_values(&mut self, latents: &[f32]) {
-        let layer = self.layer;
-        let (rank, groups) = (layer.value_rank, layer.value_rank.div_ceil(VALUE_GROUP));
-        let stride = SealedLayer::value_stride(rank, layer.bits);
-        let mut codes = [0u8; VALUE_GROUP];
+    /// `latents: [64][value_rank]`, and room for the codes of a position.
+    fn write_values(&mut self, latents: &[f32], codes: &mut [u8]) {
+        let SealedLayer { value_rank: rank, bits, value_codes, value_meta, .. } = self.layer;
+        let groups = self.layer.value_groups();
         for (p, row) in latents.chunks_exact(rank).enumerate().skip(self.job.skip as usize) {
-            if layer.bits == 16 {
-                write_halves(self.bytes(layer.value_codes + p * rank * 2, rank * 2), row);
+            if bits == 16 {
+                write_halves(self.part(value_codes + p * rank * 2, rank), row);
                 continue;
             }
-            // A whole group of 32 codes is a whole number of bytes at any width, so groups are packed apart.
-            for (g, x) in row.chunks(VALUE_GROUP).enumerate() {
-                let codes = &mut codes[..x.len()];
-                let scale = quantise_group(x, layer.bits, codes);
-                let at = layer.value_codes + p * stride + packed_len(g * VALUE_GROUP, layer.bits);
-                pack(codes, layer.bits, self.bytes(at, packed_len(x.len(), layer.bits)));
-                write_scale(self.bytes(layer.value_meta + (p * groups + g) * 4, 4), scale);
+            for (g, (x, codes)) in row.chunks(VALUE_GROUP).zip(codes.chunks_mut(VALUE_GROUP)).enumerate() {
+                let shared = quantise_group(x, bits, codes);
+                let meta = self.part(value_meta, 2 * groups * P);
+                (meta[g * P + p], meta[(groups + g) * P + p]) = (shared.scale, shared.min);
             }
+            put(self.part(value_codes, SealedLayer::value_code_bytes(rank, bits) / 4), P, bits, p, codes);
         }
     }
 }
@@ -210,16 +226,41 @@ impl Kernel for Unturn<'_> {
     }
 }
 
-fn write_halves(to: &mut [u8], from: &[f32]) {
-    for (to, &x) in to.chunks_exact_mut(2).zip(from) {
-        to.copy_from_slice(&to_f16(x).to_ne_bytes());
+/// `c[j] = sum over h of down[j][h] z[h]` of turned keys `x: [kv_heads][head_dim][64]`, into `latents: [2 * pairs][64]`.
+struct Combine<'a> {
+    map: &'a FrequencyMap,
+    x: *const f32,
+    latents: *mut f32,
+}
+
+impl Kernel for Combine<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Combine { map: FrequencyMap { kv_heads, half, frequencies, down, .. }, x, latents } = self;
+        for (j, &f) in frequencies.iter().enumerate() {
+            let mut p = 0;
+            while p < P {
+                // SAFETY: frequencies are below `half`; rows have 64 positions.
+                unsafe {
+                    let (mut re, mut im) = (S::splat(0.0), S::splat(0.0));
+                    for h in 0..*kv_heads {
+                        let at = x.add((2 * half * h + f as usize) * P + p);
+                        let (a, b) = (S::load(at), S::load(at.add(half * P)));
+                        let [c, d] = down[j * kv_heads + h].map(|x| S::splat(x));
+                        re = S::sub(S::fma(c, a, re), S::mul(d, b));
+                        im = S::fma(d, a, S::fma(c, b, im));
+                    }
+                    S::store(latents.add(2 * j * P + p), re);
+                    S::store(latents.add((2 * j + 1) * P + p), im);
+                }
+                p += S::N;
+            }
+        }
     }
 }
 
-fn write_scale(to: &mut [u8], scale: Scale) {
-    let [a, b]: [f16; 2] = [scale.scale, scale.min];
-    to[..2].copy_from_slice(&a.to_ne_bytes());
-    to[2..].copy_from_slice(&b.to_ne_bytes());
+fn write_halves(to: &mut [f16], from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, &x)| *to = to_f16(x));
 }
 
 /// `latents[r][p] = sum over c of x[c][p] * down[c][r]`, lanes along positions.

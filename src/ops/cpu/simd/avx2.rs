@@ -67,6 +67,7 @@ impl Lanes for Avx2 {
     const N: usize = 8;
     const ROWS: usize = 3;
     type V = __m256;
+    type W = __m256i;
     type P = ();
 
     unsafe fn enter<K: Kernel>(kernel: K) {
@@ -199,6 +200,46 @@ impl Lanes for Avx2 {
     unsafe fn pair_dot(acc: Self::V, (): Self::P, (): Self::P) -> Self::V {
         // Never called: kernels ask for `PAIRS` first.
         acc
+    }
+    #[inline(always)]
+    unsafe fn words(p: *const u32) -> Self::W {
+        hw!(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn words_part(p: *const u32, n: usize) -> Self::W {
+        hw!(_mm256_maskload_epi32(p.cast(), first(n)))
+    }
+    #[inline(always)]
+    unsafe fn store_words(p: *mut u32, w: Self::W) {
+        hw!(_mm256_storeu_si256(p.cast(), w))
+    }
+    #[inline(always)]
+    unsafe fn splat_word(x: u32) -> Self::W {
+        hw!(_mm256_set1_epi32(x as i32))
+    }
+    #[inline(always)]
+    unsafe fn field(w: Self::W, shift: u32, mask: u32) -> Self::W {
+        hw!(_mm256_and_si256(_mm256_srl_epi32(w, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi32(mask as i32)))
+    }
+    #[inline(always)]
+    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm256_or_si256(a, _mm256_slli_epi32::<2>(b)))
+    }
+    #[inline(always)]
+    unsafe fn word_values(w: Self::W) -> Self::V {
+        hw!(_mm256_cvtepi32_ps(w))
+    }
+    #[inline(always)]
+    unsafe fn to_words(v: Self::V) -> Self::W {
+        hw!(_mm256_cvtps_epi32(v))
+    }
+    #[inline(always)]
+    unsafe fn halves(low: Self::W, high: Self::W) -> Self::W {
+        hw!(_mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32::<16>(high)))
+    }
+    #[inline(always)]
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm256_add_epi32(acc, _mm256_madd_epi16(a, b)))
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {

@@ -9,6 +9,8 @@ use super::{Kernel, Lanes};
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 #[derive(Clone, Copy)]
+pub(super) struct Avx512Vnni;
+#[derive(Clone, Copy)]
 pub(super) struct Avx512Bf16;
 
 /// Runs `kernel` compiled for AVX-512.
@@ -22,11 +24,22 @@ unsafe fn run<K: Kernel>(kernel: K) {
     unsafe { kernel.run::<Avx512>() }
 }
 
-/// Runs `kernel` compiled for AVX-512 with bf16 dot products.
+/// Runs `kernel` compiled for AVX-512 with integer dot products.
 ///
 /// # Safety
-/// As for [`run`], and the machine has AVX512_BF16.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+/// As for [`run`], and the machine has AVX512_VNNI.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+#[inline(never)]
+unsafe fn run_vnni<K: Kernel>(kernel: K) {
+    // SAFETY: the caller's promises are those of the kernel.
+    unsafe { kernel.run::<Avx512Vnni>() }
+}
+
+/// Runs `kernel` compiled for AVX-512 with integer and bf16 dot products.
+///
+/// # Safety
+/// As for [`run`], and the machine has AVX512_VNNI and AVX512_BF16.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
 #[inline(never)]
 unsafe fn run_bf16<K: Kernel>(kernel: K) {
     // SAFETY: the caller's promises are those of the kernel.
@@ -72,6 +85,7 @@ macro_rules! lanes {
             const N: usize = 16;
             const ROWS: usize = 6;
             type V = __m512;
+            type W = __m512i;
             $($pairs)*
 
             #[inline(always)]
@@ -190,6 +204,42 @@ macro_rules! lanes {
                 }
             }
             #[inline(always)]
+            unsafe fn words(p: *const u32) -> Self::W {
+                hw!(_mm512_loadu_si512(p.cast()))
+            }
+            #[inline(always)]
+            unsafe fn words_part(p: *const u32, n: usize) -> Self::W {
+                hw!(_mm512_maskz_loadu_epi32(first(n), p.cast()))
+            }
+            #[inline(always)]
+            unsafe fn store_words(p: *mut u32, w: Self::W) {
+                hw!(_mm512_storeu_si512(p.cast(), w))
+            }
+            #[inline(always)]
+            unsafe fn splat_word(x: u32) -> Self::W {
+                hw!(_mm512_set1_epi32(x as i32))
+            }
+            #[inline(always)]
+            unsafe fn field(w: Self::W, shift: u32, mask: u32) -> Self::W {
+                hw!(_mm512_and_si512(_mm512_srl_epi32(w, _mm_cvtsi32_si128(shift as i32)), _mm512_set1_epi32(mask as i32)))
+            }
+            #[inline(always)]
+            unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
+                hw!(_mm512_or_si512(a, _mm512_slli_epi32::<2>(b)))
+            }
+            #[inline(always)]
+            unsafe fn word_values(w: Self::W) -> Self::V {
+                hw!(_mm512_cvtepi32_ps(w))
+            }
+            #[inline(always)]
+            unsafe fn to_words(v: Self::V) -> Self::W {
+                hw!(_mm512_cvtps_epi32(v))
+            }
+            #[inline(always)]
+            unsafe fn halves(low: Self::W, high: Self::W) -> Self::W {
+                hw!(_mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32::<16>(high)))
+            }
+            #[inline(always)]
             unsafe fn prefetch(p: *const u8) {
                 hw!(_mm_prefetch::<_MM_HINT_T1>(p.cast()))
             }
@@ -212,6 +262,31 @@ lanes!(Avx512 {
         // Never called: kernels ask for `PAIRS` first.
         acc
     }
+    #[inline(always)]
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm512_add_epi32(acc, _mm512_madd_epi16(a, b)))
+    }
+});
+
+lanes!(Avx512Vnni {
+    unsafe fn enter<K: Kernel>(kernel: K) {
+        // SAFETY: passed on.
+        unsafe { run_vnni(kernel) }
+    }
+    type P = ();
+    #[inline(always)]
+    unsafe fn pairs(_: *const bf16) -> Self::P {}
+    #[inline(always)]
+    unsafe fn pairs_part(_: *const bf16, _: usize) -> Self::P {}
+    #[inline(always)]
+    unsafe fn pair_dot(acc: Self::V, (): Self::P, (): Self::P) -> Self::V {
+        // Never called: kernels ask for `PAIRS` first.
+        acc
+    }
+    #[inline(always)]
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm512_dpwssd_epi32(acc, a, b))
+    }
 });
 
 lanes!(Avx512Bf16 {
@@ -232,5 +307,9 @@ lanes!(Avx512Bf16 {
     #[inline(always)]
     unsafe fn pair_dot(acc: Self::V, a: Self::P, b: Self::P) -> Self::V {
         hw!(_mm512_dpbf16_ps(acc, a, b))
+    }
+    #[inline(always)]
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm512_dpwssd_epi32(acc, a, b))
     }
 });

@@ -28,7 +28,9 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
-    /// As [`Isa::Avx512`], with bf16 dot products: activations are rounded to bf16 where weights are bf16.
+    /// As [`Isa::Avx512`], with integer dot products.
+    Avx512Vnni,
+    /// As [`Isa::Avx512Vnni`], with bf16 dot products: activations are rounded to bf16 where weights are bf16.
     Avx512Bf16,
 }
 
@@ -47,7 +49,8 @@ impl Isa {
                 Isa::Portable | Isa::PortableBf16 => true,
                 Isa::Avx2 => avx2,
                 Isa::Avx512 => avx512,
-                Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+                Isa::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+                Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bf16"),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -57,7 +60,7 @@ impl Isa {
     }
 
     /// All of them, slowest first.
-    pub const ALL: [Isa; 5] = [Isa::PortableBf16, Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 6] = [Isa::PortableBf16, Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16];
 
     /// Whether weights in bf16 meet activations rounded to bf16.
     pub fn rounds_activations(self) -> bool {
@@ -77,6 +80,7 @@ impl fmt::Display for Isa {
             Isa::PortableBf16 => "portable-bf16",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512-vnni",
             Isa::Avx512Bf16 => "avx512-bf16",
         })
     }
@@ -102,6 +106,8 @@ pub(super) unsafe fn dispatch<K: Kernel>(isa: Isa, work: K) {
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => work.run::<avx512::Avx512Bf16>(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => work.run::<avx512::Avx512Vnni>(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => work.run::<avx512::Avx512>(),
             #[cfg(target_arch = "x86_64")]
@@ -143,6 +149,8 @@ pub(super) trait Lanes: Copy + 'static {
     type V: Copy;
     /// `2 * N` bf16.
     type P: Copy;
+    /// `N` words of 32 bits.
+    type W: Copy;
 
     /// Runs `kernel` with these instructions, as a function of its own: one that swallowed every register tile of its
     /// callers would take the compiler minutes.
@@ -193,6 +201,24 @@ pub(super) trait Lanes: Copy + 'static {
     unsafe fn pairs_part(p: *const bf16, n: usize) -> Self::P;
     /// Adds the products of lane pairs to `acc`. Only where [`Lanes::PAIRS`].
     unsafe fn pair_dot(acc: Self::V, a: Self::P, b: Self::P) -> Self::V;
+
+    unsafe fn words(p: *const u32) -> Self::W;
+    /// The first `n < N` words from memory, the others zero; reads nothing else.
+    unsafe fn words_part(p: *const u32, n: usize) -> Self::W;
+    unsafe fn store_words(p: *mut u32, w: Self::W);
+    unsafe fn splat_word(x: u32) -> Self::W;
+    /// `w >> shift & mask`.
+    unsafe fn field(w: Self::W, shift: u32, mask: u32) -> Self::W;
+    /// `a | b << 2`.
+    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W;
+    /// Signed words as numbers.
+    unsafe fn word_values(w: Self::W) -> Self::V;
+    /// Numbers below 2^31 in size to the nearest signed words.
+    unsafe fn to_words(v: Self::V) -> Self::W;
+    /// The low halves of `low` below those of `high`.
+    unsafe fn halves(low: Self::W, high: Self::W) -> Self::W;
+    /// Adds the products of the signed low halves and of the signed high halves to `acc`, modulo 2^32.
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W;
 
     /// Asks for the cache line of `p` to be brought to the second-level cache; `p` need not be valid.
     unsafe fn prefetch(p: *const u8);

@@ -58,6 +58,7 @@ impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
     const ROWS: usize = 2;
     type V = [f32; N];
     type P = [bf16; 2 * N];
+    type W = [u32; N];
 
     #[inline(never)]
     unsafe fn enter<K: Kernel>(kernel: K) {
@@ -173,6 +174,56 @@ impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
             }
         }
         out
+    }
+    #[inline(always)]
+    unsafe fn words(p: *const u32) -> Self::W {
+        // SAFETY: the caller gives `N` words.
+        unsafe { p.cast::<Self::W>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn words_part(p: *const u32, n: usize) -> Self::W {
+        let mut out = [0; N];
+        // SAFETY: the caller gives `n < N` words.
+        unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), n) };
+        out
+    }
+    #[inline(always)]
+    unsafe fn store_words(p: *mut u32, w: Self::W) {
+        // SAFETY: the caller gives `N` words.
+        unsafe { p.cast::<Self::W>().write_unaligned(w) }
+    }
+    #[inline(always)]
+    unsafe fn splat_word(x: u32) -> Self::W {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn field(w: Self::W, shift: u32, mask: u32) -> Self::W {
+        w.map(|w| w >> shift & mask)
+    }
+    #[inline(always)]
+    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
+        std::array::from_fn(|i| a[i] | b[i] << 2)
+    }
+    #[inline(always)]
+    unsafe fn word_values(w: Self::W) -> Self::V {
+        w.map(|w| w as i32 as f32)
+    }
+    #[inline(always)]
+    unsafe fn to_words(v: Self::V) -> Self::W {
+        v.map(|x| x.round_ties_even() as i32 as u32)
+    }
+    #[inline(always)]
+    unsafe fn halves(low: Self::W, high: Self::W) -> Self::W {
+        std::array::from_fn(|i| low[i] & 0xffff | high[i] << 16)
+    }
+    #[inline(always)]
+    unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
+        let half = |x: u32, y: u32| i32::from(x as u16 as i16) * i32::from(y as u16 as i16);
+        std::array::from_fn(|i| {
+            let low = half(a[i], b[i]);
+            let high = half(a[i] >> 16, b[i] >> 16);
+            acc[i].wrapping_add(low as u32).wrapping_add(high as u32)
+        })
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}

@@ -1,0 +1,950 @@
+//! The measurements of `strait eval`: generated questions as transcripts, scoring and intervals against known values, text
+//! forced through tiny models against the engine's own decoding, and the command itself, in process and over HTTP.
+
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use expect_test::{Expect, expect};
+use serde_json::{Value, json};
+use strait::calibrate::{self, Moments, demo_prompts};
+use strait::compress::artifact::Fingerprint;
+use strait::engine::thread::{Parts, start};
+use strait::eval::ask::{AskError, Client};
+use strait::eval::forced::{ForcedError, Machine, Said, force};
+use strait::eval::http::Http;
+use strait::eval::run::{answers, cell, read_questions, sheet};
+use strait::eval::score::{Block, Rule, changed, student, t_point, wilson};
+use strait::eval::tasks::{FitError, Material, Niah, Question, Style, Task, fit, seed_of, sentences};
+use strait::ids::{AdapterGeneration, ProfileIndex, TokenId};
+use strait::kv::Arena;
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use strait::model::checkpoint::Checkpoint;
+use strait::model::decoder::{Decoder, ReadyProfile};
+use strait::model::weights::LoadDtype;
+use strait::ops::cpu::Cpu;
+use strait::request::{Event, GenerateRequest, Sampling};
+use strait::scheduler::{self, ProfileSizes};
+
+use crate::golden::folder;
+
+// ---------------------------------------------------------------- generated questions
+
+const PLAIN: Material<'_> = Material { haystack: &[], example: None, bare: false, style: Style::Plain };
+
+fn all_tasks() -> Vec<Task> {
+    let niah = Niah::ALL.map(|(kind, _)| Task::Niah(kind));
+    [Task::Lines, Task::Topics, Task::Vt, Task::Kv].into_iter().chain(niah).collect()
+}
+
+fn text_of(q: &Question) -> String {
+    q.prompt
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| format!("{}: {}", m["role"].as_str().unwrap(), m["content"].as_str().unwrap()))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn transcript(task: Task, size: usize, material: Material<'_>, want: &Expect) {
+    let q = task.question(seed_of(1, task, 512, 0), size, material).unwrap();
+    let ends = if q.continues { "" } else { "\n" };
+    want.assert_eq(&format!("{}{ends}[{:?} {:?} in {} tokens]\n", text_of(&q), q.rule, q.references, q.max_tokens));
+}
+
+#[test]
+fn lines_and_keys() {
+    transcript(
+        Task::Lines,
+        3,
+        Material::default(),
+        &expect![[r#"
+        user: Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a certain line index. Now the record start:
+
+        line easy-bird: REGISTER_CONTENT is <35454>
+        line rapid-bridge: REGISTER_CONTENT is <36836>
+        line salty-broom: REGISTER_CONTENT is <24422>
+
+        Now the record is over. Tell me what is the <REGISTER_CONTENT> in line rapid-bridge? I need the number.
+        [LastNumber ["36836"] in 100 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Kv,
+        3,
+        Material::default(),
+        &expect![[r#"
+        user: Here is a list of keys and values:
+        key fair-cup: 37562
+        key easy-hat: 25715
+        key honest-bench: 29022
+        What is the value of key easy-hat?
+        [LastNumber ["25715"] in 50 tokens]
+    "#]],
+    );
+}
+
+#[test]
+fn topics() {
+    transcript(
+        Task::Topics,
+        3,
+        Material::default(),
+        &expect![[r#"
+        user: Below is a record of our previous conversation on 2 different topics. You are the ASSISTANT, and I am the USER. At the beginning of each topic, the USER will say 'I would like to discuss the topic of <TOPIC>'. Memorize each <TOPIC>. At the end of the record, I will ask you to retrieve the first topic. Now the record start. 
+        USER: I would like to discuss the topic of the art of bread baking.
+        ASSISTANT: Sure! What would you like to know about it?
+        USER: What is the biggest risk with oven steam?
+        ASSISTANT: Overconfidence. Most accounts of trouble with oven steam begin with somebody who was sure of the result.
+        USER: Who should I ask about kneading?
+        ASSISTANT: Someone who has failed at it before. People with long experience of kneading know its limits, and that is the useful part.
+        USER: I would like to discuss the topic of the culture of tea ceremonies.
+        ASSISTANT: Sure! What would you like to know about it?
+        USER: What has changed about silence over the years?
+        ASSISTANT: More than most people think. What was once said about silence came from custom; today there are measurements to go by.
+         Now the record ends. What is the first topic(s) we discussed? Only give me the topic name. Do not summarize yourself.
+        [Found ["the art of bread baking"] in 50 tokens]
+    "#]],
+    );
+}
+
+#[test]
+fn needles() {
+    let hay = sentences("One is here. Two is\nthere! Is three? Four");
+    assert_eq!(hay, ["One is here.", "Two is there!", "Is three?", "Four"]);
+    let given = Material { haystack: &hay, ..Material::default() };
+    transcript(
+        Task::Niah(Niah::Single1),
+        2,
+        Material::default(),
+        &expect![[r#"
+        user: A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.
+        One of the special magic numbers for dizzy-jewel is: 7393644.
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        What is the special magic number for dizzy-jewel mentioned in the provided text?
+        assistant:  The special magic number for dizzy-jewel mentioned in the provided text is[Found ["7393644"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::Single3),
+        2,
+        Material::default(),
+        &expect![[r#"
+        user: A special magic uuid is hidden within the following text. Make sure to memorize it. I will quiz you about the uuid afterwards.
+        One of the special magic uuids for vast-robot is: 54955215-4739-4327-a08d-eb8d854a72c2. The key was icy, and Ben liked it very much. Ben and Anna met at the forest.
+        What is the special magic uuid for vast-robot mentioned in the provided text?
+        assistant:  The special magic uuid for vast-robot mentioned in the provided text is[Found ["54955215-4739-4327-a08d-eb8d854a72c2"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::MultiKey1),
+        6,
+        given,
+        &expect![[r#"
+        user: A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.
+        One of the special magic numbers for glad-whale is: 5477344. One of the special magic numbers for icy-school is: 6079930. One is here. Two is there! Is three? One of the special magic numbers for light-needle is: 1588481. One of the special magic numbers for quiet-pencil is: 1800951. Four One is here. Two is there!
+        What is the special magic number for glad-whale mentioned in the provided text?
+        assistant:  The special magic number for glad-whale mentioned in the provided text is[Found ["5477344"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::MultiKey3),
+        2,
+        Material::default(),
+        &expect![[r#"
+        user: A special magic uuid is hidden within the following text. Make sure to memorize it. I will quiz you about the uuid afterwards.
+        One of the special magic uuids for 2e7cf8c3-1f20-4b46-9d57-3be313969771 is: 3ea7b6c0-7c9d-4958-bd8c-fba4739fb641.
+        One of the special magic uuids for edb55e85-f523-4f31-8b6b-3409105ee56e is: 8ed2e09d-041c-4454-9490-8c7bcf19ce38.
+        One of the special magic uuids for 132da177-d4d9-4cbf-8bb3-23aaf2c02296 is: 15643d27-2517-4e14-b065-35f8e3d4a663.
+        What is the special magic uuid for edb55e85-f523-4f31-8b6b-3409105ee56e mentioned in the provided text?
+        assistant:  The special magic uuid for edb55e85-f523-4f31-8b6b-3409105ee56e mentioned in the provided text is[Found ["8ed2e09d-041c-4454-9490-8c7bcf19ce38"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::MultiValue),
+        4,
+        given,
+        &expect![[r#"
+        user: Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the numbers afterwards.
+        One of the special magic numbers for bitter-wood is: 8999323. One of the special magic numbers for bitter-wood is: 6703303. One is here. One of the special magic numbers for bitter-wood is: 4854383. Two is there! One of the special magic numbers for bitter-wood is: 2871424. Is three? Four
+        What are all the special magic numbers for bitter-wood mentioned in the provided text?
+        assistant:  The special magic numbers for bitter-wood mentioned in the provided text are[Found ["6703303", "2871424", "4854383", "8999323"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::MultiQuery),
+        4,
+        Material { bare: true, ..given },
+        &expect![[r#"
+        user: Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the numbers afterwards.
+        One of the special magic numbers for solid-flower is: 6962204. One of the special magic numbers for large-badge is: 7703608. One is here. Two is there! One of the special magic numbers for dark-ball is: 5775184. Is three? One of the special magic numbers for white-fire is: 3276294. Four
+        What are all the special magic numbers for solid-flower, dark-ball, white-fire, and large-badge mentioned in the provided text?
+        [Found ["6962204", "5775184", "3276294", "7703608"] in 128 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Niah(Niah::MultiKey2),
+        2,
+        PLAIN,
+        &expect![[r#"
+        user: There is important info hidden inside a lot of text. Find it and remember it.
+        The code of the noisy-anchor is 88480.
+        The code of the bold-hill is 78945.
+        The code of the large-rain is 93698.
+        What is the code of the bold-hill?
+        [Found ["78945"] in 128 tokens]
+    "#]],
+    );
+}
+
+#[test]
+fn variables() {
+    transcript(
+        Task::Vt,
+        5,
+        Material::default(),
+        &expect![[r#"
+        user: Memorize and track the chain(s) of variable assignment hidden in the following text.
+
+        VAR FZKKT = 56953
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        VAR CDVCF = VAR FZKKT 
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        VAR GQQZT = VAR CDVCF 
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        VAR EFIPL = VAR GQQZT 
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        VAR OOSLJ = VAR EFIPL 
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+        Question: Find all variables that are assigned the value 56953 in the text above.
+        assistant:  Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the value 56953, they are: [Found ["FZKKT", "CDVCF", "GQQZT", "EFIPL", "OOSLJ"] in 30 tokens]
+    "#]],
+    );
+    transcript(
+        Task::Vt,
+        6,
+        PLAIN,
+        &expect![[r#"
+        user: Here are some variables:
+        VAR cold-lamp = 19920
+        VAR cruel-flag = 82936
+        VAR gentle-castle = 46611
+        VAR black-island = 33274
+        VAR lucky-window = VAR black-island
+        VAR mild-rabbit = VAR cruel-flag
+        What is the value of lucky-window?
+        [LastNumber ["33274"] in 64 tokens]
+    "#]],
+    );
+}
+
+#[test]
+fn a_seed_repeats_and_others_differ() {
+    for task in all_tasks() {
+        for style in [Style::Ruler, Style::Plain] {
+            let material = Material { style, ..Material::default() };
+            let make = |seed, length, index| task.question(seed_of(seed, task, length, index), 12, material).unwrap();
+            assert_eq!(make(7, 512, 3), make(7, 512, 3));
+            for other in [make(8, 512, 3), make(7, 1024, 3), make(7, 512, 4)] {
+                assert_ne!(make(7, 512, 3).prompt, other.prompt, "{task}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_answer_is_in_the_prompt_once_and_can_be_found() {
+    for seed in 0..40 {
+        for task in all_tasks() {
+            for style in [Style::Ruler, Style::Plain] {
+                if matches!(task, Task::Topics | Task::Vt) {
+                    continue;
+                }
+                let q = task.question(seed, 5 + seed as usize, Material { style, ..Material::default() }).unwrap();
+                let text = q.prompt[0]["content"].as_str().unwrap();
+                for reference in &q.references {
+                    let whole = |c: char| c.is_ascii_alphanumeric() || c == '-';
+                    let times = text.split(|c| !whole(c)).filter(|word| word == reference).count();
+                    assert_eq!(times, 1, "{task}: {reference} in {text}");
+                }
+                // Where there is one answer, it stands in the line or sentence of the asked name, and nowhere else.
+                let (record, ask) = text.rsplit_once('\n').unwrap();
+                if let [only] = &q.references[..] {
+                    let name = ask.split([' ', '?', '.']).rfind(|word| word.contains('-')).unwrap();
+                    let names = |line: &&str| line.split([' ', ':']).any(|word| word == name);
+                    let found: Vec<&str> = record.split(['\n', '.']).filter(names).collect();
+                    assert!(found.len() == 1 && found[0].contains(only.as_str()), "{task} {name}: {found:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_of_a_record_are_different() {
+    for (task, mark) in [(Task::Lines, "line "), (Task::Kv, "key "), (Task::Vt, "VAR ")] {
+        let q = task.question(3, 2000, PLAIN).unwrap();
+        let text = q.prompt[0]["content"].as_str().unwrap();
+        let names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix(mark)?.split([':', ' ']).next()).collect();
+        assert_eq!(names.len(), 2000, "{task}");
+        assert_eq!(names.iter().collect::<HashSet<_>>().len(), 2000, "{task}");
+    }
+    // There are some 29,000 names; more lines than that are refused rather than repeated.
+    assert!(Task::Lines.question(0, 20_000, PLAIN).is_some());
+    assert_eq!(Task::Lines.question(0, 40_000, PLAIN), None);
+}
+
+#[test]
+fn chains_of_variables_lead_to_the_answer() {
+    for seed in 0..30 {
+        let q = Task::Vt.question(seed, 40, Material { example: Some(6), ..Material::default() }).unwrap();
+        let text = q.prompt[0]["content"].as_str().unwrap();
+        assert_eq!(text.matches("Memorize and track").count(), 2, "the example comes first");
+        let asked = &text[text.rfind("Memorize and track").unwrap()..];
+        let value = asked.rsplit_once("the value ").unwrap().1.split(' ').next().unwrap();
+        let set = asked.lines().filter_map(|l| l.strip_prefix("VAR ")?.trim().split_once(" = "));
+        // In order: each is set to a number, or to one that is known by then.
+        let mut known: HashMap<&str, &str> = HashMap::new();
+        for (name, to) in set {
+            known.insert(name, to.strip_prefix("VAR ").map_or(to, |from| known[from]));
+        }
+        let mut right: Vec<&str> = known.iter().filter(|(_, v)| **v == value).map(|(name, _)| *name).collect();
+        let mut want: Vec<&str> = q.references.iter().map(String::as_str).collect();
+        right.sort_unstable();
+        want.sort_unstable();
+        assert_eq!((right.len(), right), (5, want));
+
+        let q = Task::Vt.question(seed, 60, PLAIN).unwrap();
+        let text = q.prompt[0]["content"].as_str().unwrap();
+        let mut known: HashMap<&str, &str> = HashMap::new();
+        for (name, to) in text.lines().filter_map(|l| l.strip_prefix("VAR ")?.split_once(" = ")) {
+            known.insert(name, to.strip_prefix("VAR ").map_or(to, |from| known[from]));
+        }
+        let asked = text.rsplit_once("value of ").unwrap().1.trim_end_matches('?');
+        assert_eq!(known[asked], q.references[0]);
+    }
+}
+
+#[test]
+fn the_first_topic_is_asked_for() {
+    for (size, topics) in [(1, 2), (7, 3), (90, 30), (900, 30)] {
+        let q = Task::Topics.question(size as u64, size, PLAIN).unwrap();
+        let text = q.prompt[0]["content"].as_str().unwrap();
+        let opened: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("USER: I would like to discuss the topic of ")).collect();
+        assert_eq!(opened.len(), topics);
+        assert_eq!(opened.iter().collect::<HashSet<_>>().len(), topics);
+        assert_eq!(opened[0].trim_end_matches('.'), q.references[0]);
+        assert_eq!(text.lines().filter(|l| l.starts_with("USER:")).count(), topics + size);
+    }
+    assert_eq!(Task::Topics.question(0, 961, PLAIN), None);
+}
+
+/// Adjective-noun names in a text.
+fn names_in(text: &str) -> HashSet<&str> {
+    let letter = |c: char| c.is_ascii_lowercase() || c == '-';
+    text.split(|c: char| !letter(c))
+        .filter(|w| w.split('-').filter(|part| part.len() > 1).count() == 2 && w.matches('-').count() == 1)
+        .collect()
+}
+
+#[test]
+fn no_name_was_calibrated_on_and_every_word_was() {
+    let calibrated = demo_prompts(400, 3000).join("\n");
+    let seen = names_in(&calibrated);
+    let parts: HashSet<&str> = seen.iter().flat_map(|name| name.split('-')).collect();
+    for task in [Task::Lines, Task::Kv] {
+        // As many as the longest context of the demo model takes.
+        let q = task.question(5, 1200, PLAIN).unwrap();
+        let text = q.prompt[0]["content"].as_str().unwrap().to_owned();
+        let names = names_in(&text);
+        assert!(names.len() >= 1200);
+        for name in names {
+            assert!(!seen.contains(name), "{name} is in the calibration prompts");
+            assert!(name.split('-').all(|part| parts.contains(part)), "the demo model does not know {name}");
+        }
+    }
+}
+
+// ---------------------------------------------------------------- prompts of a length
+
+/// Three bytes to a token.
+async fn count(q: &Question) -> Result<u32, Infallible> {
+    Ok(text_of(q).len().div_ceil(3) as u32)
+}
+
+#[tokio::test]
+async fn prompts_fill_85_to_100_percent_of_a_length() {
+    for task in all_tasks() {
+        for budget in [600, 1024, 5000, 20_000] {
+            for index in 0..3 {
+                let seed = seed_of(0, task, budget, index);
+                let asked = AtomicUsize::new(0);
+                let counting = async |q: &Question| {
+                    asked.fetch_add(1, Ordering::Relaxed);
+                    count(q).await
+                };
+                let fitted = fit("it", budget, task.least(), |size| task.question(seed, size, Material::default()), counting).await;
+                let (q, tokens, _) = fitted.unwrap().unwrap_or_else(|e| panic!("{task} {budget}: {e}"));
+                assert_eq!(tokens, count(&q).await.unwrap());
+                assert!(tokens <= budget && tokens * 100 >= budget * 85, "{task} {budget}: {tokens}");
+                assert!(asked.into_inner() <= 9, "{task} {budget}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_length_that_a_task_cannot_have_is_refused() {
+    let make = |task: Task| move |size| task.question(1, size, Material::default());
+    let short = fit("lines", 50, 2, make(Task::Lines), count).await.unwrap();
+    assert!(matches!(short, Err(FitError::TooShort { budget: 50, least: 51.., .. })), "{short:?}");
+    let long = fit("topics", 1_000_000, 1, make(Task::Topics), count).await.unwrap();
+    let Err(FitError::TooLong { most, .. }) = long else { panic!("{long:?}") };
+    let all = make(Task::Topics)(960).unwrap();
+    assert_eq!(most, count(&all).await.unwrap(), "as far as the words go");
+    // Pieces too coarse for the margin: the largest that fits.
+    let coarse = |size: usize| {
+        let prompt = json!([{ "role": "user", "content": "x".repeat(3000 * size) }]);
+        Some(Question { prompt, continues: false, rule: Rule::Found, references: vec![], max_tokens: 1 })
+    };
+    let (_, tokens, size) = fit("coarse", 1900, 1, coarse, count).await.unwrap().unwrap();
+    assert_eq!((tokens, size), (1002, 1));
+}
+
+// ---------------------------------------------------------------- scores and intervals
+
+#[test]
+fn answers_are_scored_by_their_rule() {
+    for (rule, answer, references, want) in [
+        (Rule::LastNumber, "line a-b: REGISTER_CONTENT is <123>", &["123"][..], 1.0),
+        (Rule::LastNumber, "123, no, 45", &["123"], 0.0),
+        (Rule::LastNumber, "45, no, 0123.", &["123"], 1.0),
+        (Rule::LastNumber, "1234", &["123"], 0.0),
+        (Rule::LastNumber, "none", &["123"], 0.0),
+        (Rule::LastNumber, "", &["0"], 0.0),
+        (Rule::LastNumber, "It is 0.", &["0"], 1.0),
+        (Rule::LastNumber, "١٢٣", &["123"], 0.0),
+        (Rule::LastWord, "key x is lion.", &["lion"], 1.0),
+        (Rule::LastWord, "lions", &["lion"], 0.0),
+        (Rule::LastWord, "the amber-lion", &["amber-lion"], 1.0),
+        (Rule::LastWord, "...", &["lion"], 0.0),
+        (Rule::Found, "ABCDE and fghij", &["abcde", "FGHIJ", "klmno", "pqrst"], 0.5),
+        (Rule::Found, "The first was The Physics Of Sailing.", &["the physics of sailing"], 1.0),
+        (Rule::Found, "anything", &[], 0.0),
+    ] {
+        let references: Vec<String> = references.iter().map(|s| (*s).to_owned()).collect();
+        assert_eq!(rule.score(answer, &references), want, "{rule:?} {answer}");
+    }
+    assert_eq!(changed(&[1.0, 1.0, 0.0, 0.5], &[0.0, 1.0, 1.0, 0.25]), (2, 1));
+}
+
+#[test]
+fn intervals_are_the_textbooks() {
+    // Right of n; the bounds as R's prop.test(correct = FALSE) and statsmodels give them.
+    for (right, n, low, high) in
+        [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (49, 50, 0.8950, 0.9965), (263, 1000, 0.2366, 0.2912)]
+    {
+        let scores: Vec<f64> = (0..n).map(|i| f64::from(u8::from(i < right))).collect();
+        let e = wilson(&scores).unwrap();
+        assert!((e.low - low).abs() < 1e-4 && (e.high - high).abs() < 1e-4, "{right}/{n}: {e}");
+        assert_eq!(e.mean, f64::from(right) / f64::from(n));
+    }
+    assert_eq!(wilson(&[]), None);
+    // The 97.5 % points of Student's table.
+    for (freedom, want) in
+        [(1, 12.7062), (4, 2.7764), (10, 2.2281), (11, 2.2010), (15, 2.1314), (30, 2.0423), (120, 1.9799), (100_000, 1.9600)]
+    {
+        assert!((t_point(freedom) - want).abs() < 2e-4, "{freedom}: {}", t_point(freedom));
+    }
+    let of = |sums: &[f64]| student(&sums.iter().map(|&sum| Block { n: 1, sum }).collect::<Vec<_>>());
+    let e = of(&[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+    assert!((e.mean - 3.0).abs() < 1e-12 && (e.high - 3.0 - 1.963_24).abs() < 1e-3 && (3.0 - e.low - 1.963_24).abs() < 1e-3, "{e}");
+    assert_eq!(of(&[1.0]), None);
+    // A long block counts for its tokens.
+    let e = student(&[Block { n: 64, sum: 64.0 }, Block { n: 32, sum: 128.0 }]).unwrap();
+    assert_eq!(e.mean, 2.0);
+}
+
+// ---------------------------------------------------------------- forced text
+
+const POSITIONS: usize = 768;
+
+/// `full`; all directions at 16 bits; a fifth of them; a fifth at 4 bits, without sinks and with another window.
+fn profiles() -> Vec<Profile> {
+    let cskv = |name: &str, share, bits, sinks, window| Profile {
+        name: name.into(),
+        cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window, sinks, basis: BasisKind::Joint }),
+    };
+    let full = Profile { name: "full".into(), cskv: None };
+    vec![full, cskv("lossless", 1.0, 16, 4, 64), cskv("fifth", 0.2, 16, 4, 64), cskv("fifth-4", 0.2, 4, 0, 100)]
+}
+
+struct Model {
+    checkpoint: &'static Checkpoint,
+    decoder: Decoder<'static>,
+    ready: Vec<ReadyProfile>,
+}
+
+fn model(name: &str) -> Model {
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&folder(name)).unwrap()));
+    let config = &checkpoint.config;
+    let mut decoder = Decoder::new(config, checkpoint.weights(LoadDtype::F32), POSITIONS, 64);
+    let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
+    let mut moments = Moments::new(config, 4);
+    calibrate::collect(&mut decoder, &Cpu::new(1), &texts, &mut moments, |_| ()).unwrap();
+    let artifact =
+        calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &calibrate::Weighting::Closed).unwrap().artifact;
+    let ready = profiles()
+        .iter()
+        .map(|p| ReadyProfile {
+            layout: PageLayout::new(config, ExactType::F32, p, None),
+            compression: if p.cskv.is_some() { artifact.layers(p).unwrap() } else { vec![] },
+        })
+        .collect();
+    Model { checkpoint, decoder, ready }
+}
+
+fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x % vocab.min(250) as u64) as TokenId
+        })
+        .collect()
+}
+
+fn mean(blocks: &[Block]) -> f64 {
+    blocks.iter().map(|b| b.sum).sum::<f64>() / blocks.iter().map(|b| f64::from(b.n)).sum::<f64>()
+}
+
+#[test]
+fn the_exact_cache_agrees_with_itself_and_a_lossless_one_almost() {
+    let Model { mut decoder, ready, .. } = model("llama3");
+    let ops = Cpu::new(2);
+    let sequence = tokens(700, 9, 256);
+    let mut said = vec![Said::default(); 4];
+    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+    force(&mut machine, (0, &[0, 1, 2, 3]), &sequence, 200, &mut said).unwrap();
+    for s in &said {
+        assert_eq!(s.surprise.iter().map(|b| b.n).sum::<u32>(), 499, "tokens 201 to 699 are scored");
+        assert_eq!(s.surprise.len(), 8);
+    }
+    assert_eq!(mean(&said[0].divergence), 0.0);
+    assert_eq!(mean(&said[0].excess), 0.0);
+    assert_eq!(mean(&said[0].agreement), 1.0);
+    assert!(said.iter().all(|s| s.divergence.iter().all(|b| b.sum >= 0.0)));
+    let [_, lossless, fifth, four] = [0, 1, 2, 3].map(|i| mean(&said[i].divergence));
+    assert!(lossless < 1e-5 && mean(&said[1].agreement) > 0.99, "{lossless}");
+    assert!(fifth > 100.0 * lossless && four > 100.0 * lossless, "a fifth of the channels costs something: {fifth}, {four}");
+}
+
+#[test]
+fn forced_text_reads_what_decoding_reads() {
+    // The engine's own answer, forced token by token, must look to the model as it did when it was said.
+    for name in ["llama3", "qwen3"] {
+        let Model { checkpoint, mut decoder, ready } = model(name);
+        let prompts: Vec<Vec<TokenId>> = [1, 63, 130, 200].iter().map(|&n| tokens(n, n as u64, checkpoint.config.vocab)).collect();
+        let engine_decoder = Decoder::new(&checkpoint.config, checkpoint.weights(LoadDtype::F32), POSITIONS, 64);
+        let arena_bytes = ready[0].layout.sizes().exact * 64;
+        let (engine, thread) = start(Parts {
+            scheduler: scheduler::Config {
+                max_num_seqs: 4,
+                max_num_batched_tokens: 128,
+                max_queued_requests: 64,
+                max_queued_tokens: 1 << 20,
+                layers: checkpoint.config.layers as u32,
+                max_model_len: POSITIONS as u32,
+                arena_bytes,
+                profiles: ready.iter().map(|r| ProfileSizes::of(&r.layout)).collect(),
+                prefix_caching: false,
+                hash_secret: [7; 32],
+                model_digest: [1; 32],
+            },
+            arena: Arena::new(arena_bytes).unwrap(),
+            decoder: engine_decoder,
+            profiles: ready.clone(),
+            ops: Box::new(Cpu::new(2)),
+            emit: Box::new(|_| ()),
+        })
+        .unwrap();
+        for (profile, prompt) in (0..4).flat_map(|p| prompts.iter().map(move |prompt| (p, prompt))) {
+            let request = GenerateRequest {
+                prompt: prompt[..].into(),
+                max_new_tokens: 260,
+                min_new_tokens: 0,
+                stop_tokens: Arc::new([]),
+                // Sampled, so that it does not fall into a loop.
+                sampling: Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() },
+                logprobs: Some(0),
+                prompt_logprobs: None,
+                profile: ProfileIndex(profile),
+                adapter: AdapterGeneration(0),
+                priority: 0,
+                cache_salt: 0,
+                queue_timeout: Duration::from_secs(60),
+            };
+            let mut stream = engine.submit(request).unwrap();
+            let (mut sequence, mut logprobs) = (prompt.clone(), vec![]);
+            while let Some(Event::Token { id, logprob }) = stream.events.blocking_recv() {
+                sequence.push(id);
+                logprobs.push(f64::from(logprob.unwrap().logprob));
+            }
+            assert_eq!(logprobs.len(), 260);
+            let mut said = [Said::default()];
+            let ops = Cpu::new(2);
+            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+            force(&mut machine, (0, &[usize::from(profile)]), &sequence, prompt.len(), &mut said).unwrap();
+            // The first token follows from the prefill and is not scored.
+            for (block, engine) in said[0].surprise.iter().zip(logprobs[1..].chunks(64)) {
+                let (forced, engine) = (block.sum, -engine.iter().sum::<f64>());
+                assert!((forced - engine).abs() < 1e-3, "{name} profile {profile} prompt {}: {forced} {engine}", prompt.len());
+            }
+        }
+        engine.stop();
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_forced_is_refused() {
+    let Model { mut decoder, ready, .. } = model("llama2");
+    let ops = Cpu::new(1);
+    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+    let mut said = vec![Said::default()];
+    for (n, prompt) in [(10, 9), (10, 10), (10, 0), (1, 0)] {
+        let got = force(&mut machine, (0, &[1]), &tokens(n, 1, 256), prompt, &mut said);
+        assert!(matches!(got, Err(ForcedError::NothingToScore { .. })), "{n} {prompt}");
+    }
+    let got = force(&mut machine, (0, &[1]), &tokens(POSITIONS + 1, 1, 256), 10, &mut said);
+    assert!(matches!(got, Err(ForcedError::TooLong { .. })));
+    assert_eq!(said, [Said::default()], "nothing is scored by half");
+}
+
+// ---------------------------------------------------------------- a server that plays a script
+
+/// What a scripted server was asked.
+type Log = Arc<Mutex<Vec<Value>>>;
+
+/// Answers chats by looking the asked name up; under the profile `small`, only where the prompt's last digit is even. The
+/// first chat of all is told to come again.
+async fn scripted(tokenizes: bool) -> (String, Log) {
+    let log: Log = Arc::default();
+    let models = json!({ "data": [{ "id": "it", "max_model_len": 2000, "cache_profiles": [{ "name": "small" }, { "name": "full" }] }] });
+    let bare = json!({ "data": [{ "id": "other" }, { "id": "it" }] });
+    let chats = Arc::new(AtomicUsize::new(0));
+    let (seen, served) = (log.clone(), log.clone());
+    let chat = async move |Json(body): Json<Value>| -> Response {
+        served.lock().unwrap().push(body.clone());
+        let text = body["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+        let n = text.len().div_ceil(3);
+        if body["stream"] != true {
+            return Json(json!({ "usage": { "prompt_tokens": n } })).into_response();
+        }
+        if chats.fetch_add(1, Ordering::Relaxed) == 0 {
+            return (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "0")], "later").into_response();
+        }
+        let asked = text.rsplit_once(' ').unwrap().1.trim_end_matches('?');
+        let line = text.lines().find(|l| l.contains(&format!("key {asked}:"))).unwrap().to_owned();
+        let knows = body["cache_profile"] != "small" || line.ends_with(['0', '2', '4', '6', '8']);
+        let (head, tail) = if knows { line.split_at(6) } else { ("I do", " not know") };
+        let say = |s: &str| format!("data: {}\r\n\r\n", json!({ "choices": [{ "delta": { "content": s } }] }));
+        let usage = json!({ "choices": [], "usage": { "prompt_tokens": n, "completion_tokens": 9, "kv_cache": { "bytes": 10 * n } } });
+        let events = format!(": hello\n\n{}{}data: {usage}\n\ndata: [DONE]\n\n", say(head), say(tail));
+        ([("content-type", "text/event-stream")], events).into_response()
+    };
+    let tokenize = async move |Json(body): Json<Value>| -> Response {
+        seen.lock().unwrap().push(body.clone());
+        Json(json!({ "count": body["messages"][0]["content"].as_str().unwrap().len().div_ceil(3) })).into_response()
+    };
+    let mut app = axum::Router::new().route("/base/v1/chat/completions", post(chat));
+    app = app.route("/base/v1/models", get(async move || Json(if tokenizes { models } else { bare })));
+    if tokenizes {
+        app = app.route("/base/tokenize", post(tokenize));
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    (format!("http://{address}/base/v1/"), log)
+}
+
+async fn client(url: &str, model: Option<&str>) -> Result<Client, AskError> {
+    Client::open(Box::new(Http::new(url)?), Some("secret".into()), model.map(Into::into), Duration::from_secs(20)).await
+}
+
+#[tokio::test]
+async fn questions_go_over_http_and_come_back_scored() {
+    let (url, log) = scripted(true).await;
+    let client = client(&url, None).await.unwrap();
+    assert_eq!((client.model.as_str(), client.context, client.profiles.len()), ("it", Some(2000), 2));
+    let sheet = sheet(&client, Task::Kv, 1000, 8, 3, Material::default()).await.unwrap();
+    let full = answers(&client, &sheet, Some("full"), 3, || ()).await.unwrap();
+    let small = answers(&client, &sheet, Some("small"), 3, || ()).await.unwrap();
+    assert_eq!(full.scores, [1.0; 8]);
+    let right = sheet.questions.iter().filter(|q| q.references[0].ends_with(['0', '2', '4', '6', '8'])).count();
+    assert!(right > 0 && right < 8, "the seed must give both kinds");
+    let cell = cell(&sheet, Some("small"), &small, Some(&full)).unwrap();
+    assert_eq!((cell.n, cell.accuracy.mean, cell.lost, cell.won), (8, right as f64 / 8.0, Some(8 - right), Some(0)));
+    assert!((850.0..=1000.0).contains(&cell.prompt_tokens.unwrap()));
+    assert_eq!(cell.cache_bytes_per_prompt_token, Some(10.0));
+    let log = log.lock().unwrap();
+    let chats: Vec<&Value> = log.iter().filter(|b| b["stream"] == true).collect();
+    // Eight each, and the one that had to come again.
+    assert_eq!(chats.len(), 17);
+    assert!(chats.iter().all(|b| b["temperature"] == 0 && b["max_tokens"] == 50 && b["model"] == "it"));
+    let salts: HashSet<&str> = chats.iter().map(|b| b["cache_salt"].as_str().unwrap()).collect();
+    assert_eq!(salts.len(), 8, "no prompt shares its beginning in the server's prefix cache with another");
+    assert!(salts.iter().all(|s| (1..=64).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_alphanumeric())));
+}
+
+#[tokio::test]
+async fn a_server_with_nothing_but_the_api_is_asked_too() {
+    let (url, log) = scripted(false).await;
+    let client = client(&url, Some("it")).await.unwrap();
+    assert_eq!(client.choose(&[]).unwrap(), [None]);
+    assert!(matches!(client.choose(&["full".into()]), Err(AskError::UnknownProfile { .. })));
+    let sheet = sheet(&client, Task::Kv, 600, 2, 0, Material::default()).await.unwrap();
+    let marked = answers(&client, &sheet, None, 1, || ()).await.unwrap();
+    assert_eq!(marked.scores, [1.0; 2]);
+    // Nothing a foreign server need not know.
+    let log = log.lock().unwrap().clone();
+    assert!(log.iter().all(|b| b.get("cache_profile").is_none() && b.get("cache_salt").is_none() && b["model"] == "it"));
+    assert!(matches!(client.tokenize("a", true).await, Err(AskError::NoTokenize)));
+}
+
+#[tokio::test]
+async fn a_server_that_misbehaves_is_told_apart() {
+    for (status, body, want) in [
+        (400, r#"{"error": {"message": "too\nlong"}}"#, "refused /v1/models with status 400: too long"),
+        (500, "", "refused /v1/models with status 500: it gives no reason"),
+        (200, "<html>", "is not what the OpenAI API says"),
+        (200, r#"{"data": []}"#, "it lists no model"),
+    ] {
+        let app = axum::Router::new().fallback(async move || (StatusCode::from_u16(status).unwrap(), body));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let error = client(&url, None).await.err().unwrap().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let (url, _) = scripted(true).await;
+    let error = client(&url, Some("them")).await.err().unwrap().to_string();
+    assert_eq!(error, "the server serves no model \"them\", but it; choose one with --model-name");
+    for (events, want) in [
+        ("data: {\"choices\": [{\"delta\": {\"content\": \"a\"}}]}\n\n", "ended without [DONE]"),
+        ("data: nonsense\n\n", "is not JSON"),
+        ("data: {\"error\": {\"message\": \"draining\"}}\n\n", "gave up on /v1/chat/completions: draining"),
+    ] {
+        let app =
+            axum::Router::new().route("/v1/models", get(async || Json(json!({ "data": [{ "id": "it" }] })))).fallback(async move || events);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let question = Task::Kv.question(0, 2, PLAIN).unwrap();
+        let error = client(&url, None).await.unwrap().ask(&question, None, "x").await.unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn urls_are_read_strictly() {
+    for good in ["http://localhost:8000", "http://localhost:8000/", "http://10.0.0.1/v1", "http://[::1]:80/proxy/v1/"] {
+        assert!(Http::new(good).is_ok(), "{good}");
+    }
+    for (bad, want) in [
+        ("https://localhost", "TLS is not built in"),
+        ("localhost:8000", "does not begin with http://"),
+        ("/v1", "does not begin with http://"),
+        ("http://me:secret@host", "holds a user name"),
+        ("http://host/?a", "has a query"),
+        ("http:// host", "not a URL"),
+    ] {
+        let error = Http::new(bad).unwrap_err().to_string();
+        assert!(error.contains(want) && error.ends_with("write it as http://host:port"), "{error}");
+    }
+}
+
+// ---------------------------------------------------------------- files of prompts
+
+/// A file that goes away with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str, bytes: &[u8]) -> Scratch {
+        let path = std::env::temp_dir().join(format!("strait-eval-{}-{name}", std::process::id()));
+        std::fs::File::create(&path).unwrap().write_all(bytes).unwrap();
+        Scratch(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn prompts_of_a_file_are_read_in_every_form() {
+    let file = Scratch::new(
+        "forms",
+        br#"{"messages": [{"role": "user", "content": "a"}], "gold": "17", "task": "kv", "target": 512, "id": 1}
+{"prompt": "b", "gold": "two words", "task": "kv", "target": 1024, "max_tokens": 3}
+
+{"input": "c", "outputs": ["x", 7]}
+"#,
+    );
+    let sheets = read_questions(&file.0, &[]).unwrap();
+    let said: Vec<String> = sheets
+        .iter()
+        .flat_map(|s| {
+            s.questions.iter().map(move |q| format!("{} {:?} {:?} {:?} {}", s.task, s.length, q.rule, q.references, q.max_tokens))
+        })
+        .collect();
+    assert_eq!(
+        said,
+        [r#"kv Some(512) LastWord ["17"] 96"#, r#"kv Some(1024) Found ["two words"] 3"#, r#"prompts None Found ["x", "7"] 96"#]
+    );
+    assert_eq!(read_questions(&file.0, &[1024]).unwrap().len(), 1);
+    // The golden prompts of the demo model, which have all its tasks.
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo_prompts.jsonl");
+    let n: usize = read_questions(&golden, &[]).unwrap().iter().map(|s| s.questions.len()).sum();
+    assert_eq!(n, 8);
+    for (line, want) in [
+        ("{", "line 1 is not JSON"),
+        ("{}", "line 1 has neither \"messages\" nor \"prompt\""),
+        (r#"{"prompt": ""}"#, "has a prompt that is neither"),
+        (r#"{"messages": [{"content": "a"}]}"#, "has a prompt that is neither"),
+        (r#"{"prompt": "a"}"#, "has neither a \"gold\" answer nor \"outputs\""),
+        (r#"{"prompt": "a", "outputs": [[]]}"#, "has \"outputs\" that are not texts"),
+        (r#"{"prompt": "a", "gold": "b", "max_tokens": 0}"#, "has a \"max_tokens\" that is no count"),
+        (" ", "holds no text"),
+    ] {
+        let file = Scratch::new("bad", line.as_bytes());
+        let error = read_questions(&file.0, &[]).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let error = read_questions(&file.0, &[64]).unwrap_err().to_string();
+    assert!(error.contains("has no prompt whose \"target\" is one of --lengths"), "{error}");
+}
+
+// ---------------------------------------------------------------- the command
+
+fn strait(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_strait"));
+    command.args(args).env_remove("STRAIT_API_KEY").output().unwrap()
+}
+
+fn measured(args: &[&str]) -> Value {
+    let out = strait(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+/// A server in a process of its own.
+struct Served {
+    child: std::process::Child,
+    url: String,
+}
+
+impl Served {
+    fn start() -> Served {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_strait"));
+        let mut child = command.args(["serve", "--port", "0"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().rsplit_once(' ').unwrap().1.to_owned();
+        assert!(url.starts_with("http://127.0.0.1:"), "{line}");
+        Served { child, url }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_model_says_the_same_in_process_and_over_http() {
+    let served = Served::start();
+    let lines = ["eval", "lines", "--lengths", "512", "--n", "3", "--profiles", "cskv-95,full", "--json"];
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo_prompts.jsonl");
+    let ppl = ["eval", "ppl", "--text", text.to_str().unwrap(), "--lengths", "500", "--n", "2", "--json"];
+    let over = |args: &[&str]| measured(&[args, &["--url", &served.url]].concat());
+    let (inside, outside) = (measured(&lines), over(&lines));
+    let cells = |v: &Value| -> Vec<Value> {
+        let mut cells = v["cells"].as_array().unwrap().clone();
+        // Only how fast it was may differ.
+        cells.iter_mut().for_each(|c| c["decode_tokens_per_second"] = Value::Null);
+        cells
+    };
+    assert_eq!(cells(&inside), cells(&outside));
+    let [full, small] = &cells(&inside)[..] else { panic!("{inside}") };
+    assert_eq!((&full["profile"], &small["profile"]), (&json!("full"), &json!("cskv-95")));
+    assert!(full["accuracy"]["mean"].as_f64().unwrap() > 0.6, "the demo model finds lines: {full}");
+    assert!(full["cache_bytes"].as_f64() > small["cache_bytes"].as_f64());
+    assert_eq!((&full["lost"], &small["n"]), (&Value::Null, &json!(3)));
+
+    let (inside, outside) = (measured(&ppl), over(&ppl));
+    let row = |v: &Value, i: usize| (v["rows"][i]["perplexity"]["mean"].as_f64().unwrap(), v["rows"][i]["tokens"].as_u64().unwrap());
+    assert_eq!(inside["rows"].as_array().unwrap().len(), strait::config::profiles::builtin().len());
+    let ((here, n), (there, m)) = (row(&inside, 0), row(&outside, 0));
+    assert!((here / there - 1.0).abs() < 1e-4 && n == m && n == 2 * 249, "{here} {there} {n} {m}");
+}
+
+#[test]
+fn every_mistake_is_one_sentence_with_its_mend() {
+    let text = Scratch::new("text", "A few words.".as_bytes());
+    let empty = Scratch::new("empty", b" \n");
+    let latin = Scratch::new("latin", b"caf\xe9");
+    let file = |s: &Scratch| s.0.to_str().unwrap().to_owned();
+    // Nobody listens on a port that was just given back.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let down = format!("http://{free}");
+    let cases: &[(&[&str], &str)] = &[
+        (&["lines", "--profiles", "full,tiny"], "there is no cache profile \"tiny\"; choose one of full, cskv-50"),
+        (&["lines", "--lengths", "512,20000"], "--lengths has 20000, and the model takes at most 16384 tokens; lower it"),
+        (&["lines", "--lengths", "0"], "--lengths has 0"),
+        (&["lines", "--n", "0"], "--n is 0"),
+        (&["lines", "--lengths", "64"], "the shortest prompt of lines has"),
+        (&["niah", "--kinds", "single_9"], "there is no kind of needle \"single_9\"; choose from single_1"),
+        (&["niah", "--haystack", &file(&empty)], "holds no text"),
+        (&["kl", "--text", &file(&empty)], "holds no text; give one that does"),
+        (&["kl", "--text", &file(&latin)], "is not UTF-8 (byte 3); convert it"),
+        (&["ppl", "--text", "/nowhere/at/all"], "cannot read /nowhere/at/all"),
+        (&["ppl", "--text", &file(&text)], "too few for a sequence of 1024"),
+        (&["ppl", "--text", &file(&text), "--prompt-share", "1"], "--prompt-share is 1"),
+        (&["kl", "--text", &file(&text), "--url", &down], "run it in process"),
+        (&["ppl", "--text", &file(&text), "--url", &down, "--profiles", "full"], "knows no --profiles"),
+        (&["lines", "--url", &down], "is the server running there?"),
+        (&["lines", "--url", "https://localhost"], "TLS is not built in"),
+        (&["prompts", "--file", "/nowhere"], "cannot read /nowhere"),
+        (&["lines", "/nowhere/at/all"], "/nowhere/at/all"),
+    ];
+    for (args, want) in cases {
+        let out = strait(&[&["eval"], *args].concat());
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.starts_with("strait: ") && said.lines().count() == 1 && said.contains(want), "{args:?}: {said}");
+        assert!(out.stdout.is_empty());
+    }
+    for args in
+        [&["eval"][..], &["eval", "poems"], &["eval", "ppl"], &["eval", "lines", "--text", "x"], &["eval", "lines", "dir", "--url", "x"]]
+    {
+        assert_eq!(strait(args).status.code(), Some(2), "{args:?}");
+    }
+}
