@@ -96,12 +96,14 @@ pub(super) struct Spread {
 impl Kernel for Spread {
     #[inline(always)]
     unsafe fn run<S: Lanes>(self) {
-        match self.codes.bits {
-            // SAFETY: passed on.
-            8 => unsafe { self.spread::<S, 8>() },
-            4 => unsafe { self.spread::<S, 4>() },
-            3 => unsafe { self.spread::<S, 3>() },
-            _ => unsafe { self.spread::<S, 2>() },
+        // SAFETY: passed on.
+        unsafe {
+            match self.codes.bits {
+                8 => self.spread::<S, 8>(),
+                4 => self.spread::<S, 4>(),
+                3 => self.spread::<S, 3>(),
+                _ => self.spread::<S, 2>(),
+            }
         }
     }
 }
