@@ -5,14 +5,14 @@ use std::collections::HashSet;
 
 use super::text::Draw;
 
-const ADJECTIVES: &str = "amber ancient angry bitter black blue bold brave brief bright broad broken brown calm careful cheap clean clever \
+pub(crate) const ADJECTIVES: &str = "amber ancient angry bitter black blue bold brave brief bright broad broken brown calm careful cheap clean clever \
 cold crimson cruel curly damp dark deep dense dizzy dry dull eager early easy elegant empty faint fair famous fancy fast fierce fine flat \
 foreign fresh gentle giant glad golden grand gray great green happy harsh heavy hidden hollow honest huge humble hungry icy idle jolly keen \
 kind large lazy light little lonely long loud lucky mad mellow mild modern narrow neat noble noisy odd old orange pale plain polite proud \
 purple quick quiet rapid rare raw red rich ripe rough round royal rusty sad salty sharp shiny short shy silent silly silver simple slow \
 small smooth soft solid sour steady steep sticky strange strong sunny sweet swift tall tame tender thin tiny tired torpid vague vast violet \
 warm weak wet white wicked wide wild wise wooden yellow young zesty";
-const NOUNS: &str = "anchor ant apple apron arrow badge bag ball banana barn basket beach bear bee bell bench bird boat book bottle bowl box \
+pub(crate) const NOUNS: &str = "anchor ant apple apron arrow badge bag ball banana barn basket beach bear bee bell bench bird boat book bottle bowl box \
 branch bread brick bridge broom brush bucket button cabin cake camel candle canyon carpet castle cat chair cheese cherry clock cloud coat \
 coin comet cookie cow crab crown cup curtain deer desk dog dolphin door dove dragon dream drum duck eagle egg engine falcon farm feather \
 fence field fire fish flag flame flower forest fork fox frog garden gate ghost glove goat grape guitar hammer harbor hat hawk hill horse \

@@ -29,6 +29,7 @@ mod text;
 
 pub use collect::collect;
 pub use demo::demo_prompts;
+pub(crate) use demo::{ADJECTIVES, NOUNS};
 pub use text::calibration_text;
 
 /// What calibration has seen of each layer: first and second moments of its keys before rope and of its values.

@@ -2,23 +2,9 @@
 
 use std::collections::HashSet;
 
-// The demo model's words, as calibration has them; a test holds the two together. Other models know them too.
-pub(super) const ADJECTIVES: &str = "amber ancient angry bitter black blue bold brave brief bright broad broken brown calm careful cheap clean clever \
-cold crimson cruel curly damp dark deep dense dizzy dry dull eager early easy elegant empty faint fair famous fancy fast fierce fine flat \
-foreign fresh gentle giant glad golden grand gray great green happy harsh heavy hidden hollow honest huge humble hungry icy idle jolly keen \
-kind large lazy light little lonely long loud lucky mad mellow mild modern narrow neat noble noisy odd old orange pale plain polite proud \
-purple quick quiet rapid rare raw red rich ripe rough round royal rusty sad salty sharp shiny short shy silent silly silver simple slow \
-small smooth soft solid sour steady steep sticky strange strong sunny sweet swift tall tame tender thin tiny tired torpid vague vast violet \
-warm weak wet white wicked wide wild wise wooden yellow young zesty";
-pub(super) const NOUNS: &str = "anchor ant apple apron arrow badge bag ball banana barn basket beach bear bee bell bench bird boat book bottle bowl box \
-branch bread brick bridge broom brush bucket button cabin cake camel candle canyon carpet castle cat chair cheese cherry clock cloud coat \
-coin comet cookie cow crab crown cup curtain deer desk dog dolphin door dove dragon dream drum duck eagle egg engine falcon farm feather \
-fence field fire fish flag flame flower forest fork fox frog garden gate ghost glove goat grape guitar hammer harbor hat hawk hill horse \
-house island jacket jar jewel kettle key kid kite knife ladder lake lamp leaf lemon letter lion lizard lock map market meadow melon mirror \
-monkey moon mountain mouse needle nest ocean onion orchid otter owl paint panda paper parrot peach pencil piano pigeon pillow pilot planet \
-plate pond pony potato puzzle queen rabbit radio rain river road robot rocket rope rose sail salmon school shadow sheep shell ship shirt \
-shoe snake song spider spoon star stone storm stove street swan table temple tiger tower town train tree truck turtle valley violin wagon \
-wall watch whale wheel wind window wolf wood worm yard zebra";
+// The demo model's words; other models know them too.
+pub(super) use crate::calibrate::{ADJECTIVES, NOUNS};
+
 const PEOPLE: [&str; 12] = ["Anna", "Ben", "Carla", "David", "Ella", "Frank", "Grace", "Henry", "Irene", "Leo", "Maria", "Oscar"];
 const PLACES: [&str; 12] =
     ["market", "river", "school", "library", "garden", "station", "harbor", "forest", "village", "museum", "bakery", "theater"];

@@ -23,13 +23,16 @@ use strait::step::StepPlan;
 
 const POSITIONS: usize = 768;
 
-/// `full`; all directions at 16 bits; a fifth of them; a fifth at 4 bits.
+/// `full`; all directions at 16 bits; a fifth of them; a fifth at 4 bits; all by frequency at 16 bits.
 fn profiles() -> Vec<Profile> {
     let cskv = |name: &str, share, bits, sinks| Profile {
         name: name.into(),
         cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks, basis: BasisKind::Joint }),
     };
-    vec![Profile { name: "full".into(), cskv: None }, cskv("lossless", 1.0, 16, 4), cskv("fifth", 0.2, 16, 4), cskv("fifth-4", 0.2, 4, 0)]
+    let mut turning = cskv("turning", 1.0, 16, 4);
+    turning.cskv.iter_mut().for_each(|c| c.basis = BasisKind::Frequency);
+    let full = Profile { name: "full".into(), cskv: None };
+    vec![full, cskv("lossless", 1.0, 16, 4), cskv("fifth", 0.2, 16, 4), cskv("fifth-4", 0.2, 4, 0), turning]
 }
 
 struct World {
@@ -186,7 +189,7 @@ fn a_sequence_does_not_depend_on_what_else_is_in_the_batch() {
             ..request(&prompts[i], 20, profile)
         };
         // Each alone, with a cold cache, with steps of another size.
-        let alone: Vec<Vec<Said>> = (0..4u8)
+        let alone: Vec<Vec<Said>> = (0..5u8)
             .map(|profile| {
                 (0..prompts.len())
                     .map(|i| {
@@ -197,7 +200,7 @@ fn a_sequence_does_not_depend_on_what_else_is_in_the_batch() {
             })
             .collect();
         let together = world(model, ROOMY, cpu);
-        let streams: Vec<_> = (0..4u8)
+        let streams: Vec<_> = (0..5u8)
             .flat_map(|p| (0..prompts.len()).map(move |i| (p, i)))
             .map(|(p, i)| (p, i, together.engine.submit(sampled(i, p)).unwrap()))
             .collect();
@@ -230,11 +233,13 @@ fn all_directions_at_16_bits_are_as_good_as_the_exact_cache() {
     let world = world("llama3", ROOMY, cpu);
     let prompt = tokens(500, 3, 256);
     let said = |profile| hear(world.engine.submit(request(&prompt, 100, profile)).unwrap());
-    let (full, lossless, fifth) = (said(0), said(1), said(3));
+    let (full, lossless, fifth, turning) = (said(0), said(1), said(3), said(4));
     let difference =
         |other: &Said| full.logprobs.iter().zip(&other.logprobs).map(|(a, b)| (a.logprob - b.logprob).abs()).fold(0.0, f32::max);
     assert_eq!(full.tokens, lossless.tokens);
+    assert_eq!(full.tokens, turning.tokens);
     assert!(difference(&lossless) < 0.02, "{}", difference(&lossless));
+    assert!(difference(&turning) < 0.02, "by frequency: {}", difference(&turning));
     assert!(difference(&fifth) > 0.02, "a fifth of the directions cannot be exact on random weights: is it compressed at all?");
     let (_, usage) = lossless.end.unwrap();
     assert_eq!((usage.cache.sealed_tokens, usage.cache.window_tokens), (512, 599 - 512 + 4));
@@ -280,7 +285,7 @@ fn an_equal_beginning_is_read_from_the_cache_and_changes_nothing() {
 fn preempted_sequences_say_the_same() {
     let prompts: Vec<Vec<TokenId>> = (0..12).map(|i| tokens(100 + i, 40 + i as u64, 256)).collect();
     // Twelve sequences grow to some 9 pages each; few pages force preemption, again and again in an exact cache.
-    for (profile, arena_pages) in [(0, 14), (1, 8), (2, 6)] {
+    for (profile, arena_pages) in [(0, 14), (1, 8), (2, 6), (4, 8)] {
         let say = |size| {
             let preemptions = Arc::new(AtomicU32::new(0));
             let counter = preemptions.clone();

@@ -27,7 +27,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("server", &["admission", "engine", "ids", "kv", "request", "telemetry", "text"]),
     ("demo", &["model", "text"]),
     ("config", &["kv", "model"]),
-    ("eval", &["ids", "kv", "model", "ops", "step"]),
+    ("eval", &["calibrate", "ids", "kv", "model", "ops", "step"]),
     (
         "serve",
         &[
