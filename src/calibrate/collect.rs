@@ -70,6 +70,12 @@ struct Watch<'a> {
 }
 
 impl Observer for Watch<'_> {
+    fn inputs(&mut self, layer: usize, inputs: &[f32]) {
+        if self.failed.is_none() {
+            self.failed = self.moments.add_inputs(layer, inputs).err();
+        }
+    }
+
     fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]) {
         if self.failed.is_none() {
             self.failed = self.moments.add(layer, positions[0] as usize, keys, values).err();

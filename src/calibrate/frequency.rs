@@ -3,7 +3,6 @@
 
 use faer::{Mat, Side, c64};
 
-use super::pca::Stream;
 use crate::compress::{FrequencyBasis, Up};
 
 /// The leading pairs of one layer, and their energies.
@@ -15,28 +14,41 @@ pub(super) struct Found {
 }
 
 /// The `pairs` complex directions that lose the least of the keys, not centred: a mean direction is a component like others,
-/// so that sinks and positions off the mean come back right.
+/// so that sinks and positions off the mean come back right. `second` gives `E[x x^T]` of some key channels.
 ///
+/// `seen` gives them of the keys where `second` is of something else: energies are then counted by it.
 /// `weights: [kv_heads][half]` is what an error of a head at a frequency is worth; by these, and turned back by an `up` of their
 /// own. `None` where the eigenvalue iteration does not converge.
-pub(super) fn solve(keys: &Stream, (kv_heads, half): (usize, usize), pairs: usize, weights: Option<&[f64]>) -> Option<Found> {
-    let mut all: Vec<(f64, usize, Vec<c64>)> = Vec::new();
+pub(super) fn solve(
+    second: impl Fn(&[usize]) -> Mat<f64>,
+    seen: Option<&dyn Fn(&[usize]) -> Mat<f64>>,
+    (kv_heads, half): (usize, usize),
+    pairs: usize,
+    weights: Option<&[f64]>,
+) -> Option<Found> {
+    let mut all: Vec<(f64, f64, usize, Vec<c64>)> = Vec::new();
     let mut total = 0.0;
     let root = |h: usize, f: usize| weights.map_or(1.0, |w| w[h * half + f].sqrt());
     for f in 0..half {
         let channels: Vec<usize> = [f, half + f].iter().flat_map(|c| (0..kv_heads).map(move |h| 2 * half * h + c)).collect();
-        let m = keys.second(&channels);
         // E[z z^H] of z = a + ib.
-        let covariance = Mat::from_fn(kv_heads, kv_heads, |i, j| {
-            let (a, b) = ((i, j), (kv_heads + i, kv_heads + j));
-            let re = m[a] + m[b];
-            let im = m[(kv_heads + i, j)] - m[(i, kv_heads + j)];
-            c64::new(re, im) * root(i, f) * root(j, f)
-        });
-        total += (0..kv_heads).map(|h| covariance[(h, h)].re).sum::<f64>();
+        let covariance_of = |m: Mat<f64>| {
+            Mat::from_fn(kv_heads, kv_heads, |i, j| {
+                let (a, b) = ((i, j), (kv_heads + i, kv_heads + j));
+                let re = m[a] + m[b];
+                let im = m[(kv_heads + i, j)] - m[(i, kv_heads + j)];
+                c64::new(re, im) * root(i, f) * root(j, f)
+            })
+        };
+        let covariance = covariance_of(second(&channels));
+        let met = seen.map(|seen| covariance_of(seen(&channels)));
+        let counted = met.as_ref().unwrap_or(&covariance);
+        total += (0..kv_heads).map(|h| counted[(h, h)].re).sum::<f64>();
         let eigen = covariance.self_adjoint_eigen(Side::Lower).ok()?;
         for i in 0..kv_heads {
-            all.push((eigen.S()[i].re.max(0.0), f, eigen.U().col(i).iter().copied().collect()));
+            let vector = eigen.U().col(i);
+            let energy = met.as_ref().map_or(eigen.S()[i].re, |met| (vector.adjoint() * met * vector).re);
+            all.push((eigen.S()[i].re, energy.max(0.0), f, vector.iter().copied().collect()));
         }
     }
     // Stable, so that equal energies keep the order of frequencies.
@@ -44,7 +56,7 @@ pub(super) fn solve(keys: &Stream, (kv_heads, half): (usize, usize), pairs: usiz
     all.truncate(pairs);
     let mut basis = FrequencyBasis { kv_heads, half, frequencies: Vec::new(), directions: Vec::new(), up: Up::Directions };
     let mut up = Vec::new();
-    for (_, f, vector) in &all {
+    for (_, _, f, vector) in &all {
         basis.frequencies.push(*f as u32);
         // The phase of a component is free: the element of largest magnitude is made real, so that calibrating twice gives
         // the same file.
@@ -60,5 +72,5 @@ pub(super) fn solve(keys: &Stream, (kv_heads, half): (usize, usize), pairs: usiz
     if weights.is_some() {
         basis.up = Up::Nested(up);
     }
-    Some(Found { basis, energies: all.into_iter().map(|(e, ..)| e).collect(), total })
+    Some(Found { basis, energies: all.into_iter().map(|(_, e, ..)| e).collect(), total })
 }

@@ -1,6 +1,7 @@
 //! Bases in closed form. [`Moments`] watches the keys and values that a forward pass makes of calibration text;
 //! [`solve`] gives the bases that lose the least of them: the centred principal components of each layer's output,
-//! which are the optimum of CSKV's reconstruction loss before quantisation.
+//! which are the optimum of CSKV's reconstruction loss before quantisation; and, to compare with, those that the weights alone
+//! give ([`Init`]).
 //!
 //! Cost on `n` tokens and `c` channels, per layer and for keys and values each: `n c^2` multiply-adds to watch, in
 //! f64; memory about `4 n c` bytes up to `n = c`, `8 c^2` beyond (Llama-2-7B: 8.6 GB over all layers); then the
@@ -25,11 +26,13 @@ mod collect;
 mod demo;
 mod frequency;
 mod pca;
+mod sample;
 mod text;
 
 pub use collect::collect;
 pub use demo::demo_prompts;
 pub(crate) use demo::{ADJECTIVES, NOUNS};
+pub use sample::{Telling, sample};
 pub use text::calibration_text;
 
 /// What calibration has seen of each layer: first and second moments of its keys before rope and of its values.
@@ -43,16 +46,68 @@ pub struct Moments {
     layers: Vec<[pca::Stream; 2]>,
     /// Per layer: sums over tokens and query heads of the energy of queries, `[kv_heads][head_dim / 2]`.
     queries: Vec<Vec<f64>>,
+    /// Per layer: sums over tokens of the magnitude of what its projections see, `[hidden]`.
+    inputs: Vec<Vec<f64>>,
 }
 
-/// What errors are worth when bases are found.
+/// How bases are found.
 #[derive(Clone, Copy, Debug)]
-pub enum Weighting<'a> {
-    /// The same everywhere: the closed form.
+pub enum Init<'a> {
+    /// The singular vectors of the projections' weights, per layer: [`products`] of an even input. The paper's plain SVD:
+    /// `x A = x W V S^-1/2` is a projection of the key `x W` on the right singular vectors `V`.
+    Svd(&'a [Products]),
+    /// Those of the weights scaled by the inputs that they meet: [`products`] of [`Moments::input_magnitudes`]. ASVD with
+    /// `alpha = 1/2` (arXiv 2312.05821), as the paper starts from.
+    Asvd(&'a [Products]),
+    /// The principal components of keys and values: the optimum of the paper's loss, errors counting the same everywhere.
     Closed,
     /// The weighted closed form: errors of keys count by the energy of the queries that meet them at their frequency, errors of
     /// values by what the output projection makes of them: per layer, [`value_metric`].
     Weighted(&'a [Vec<f64>]),
+}
+
+/// What the weights of one layer make of an input without correlations, and its means: of keys and of values.
+#[derive(Clone, Debug)]
+pub struct Products {
+    /// `W diag(input) W^T`.
+    second: [Mat<f64>; 2],
+    /// The biases.
+    mean: [Vec<f32>; 2],
+}
+
+/// One projection: its weights, its bias, and the weight of the norm over each head that follows it, if they are there.
+pub type Projected<'a> = (Matrix<'a>, Option<&'a [f32]>, Option<&'a [f32]>);
+
+/// [`Products`] of the projections to keys and to values, for inputs of these magnitudes.
+///
+/// A norm over each head (QK-norm) scales channels by its weight; that it divides by the head's length is left out, as no
+/// singular value decomposition of weights can know it.
+///
+/// Cost: `channels^2 * hidden` multiply-adds each.
+pub fn products(projections: [Projected<'_>; 2], input: &[f64]) -> Products {
+    let one = |(w, bias, norm): Projected<'_>| {
+        let gain = |row: usize| norm.map_or(1.0, |n| f64::from(n[row % n.len()]));
+        let mut row = vec![0.0; w.in_features];
+        let mut scaled = Mat::zeros(w.out_features, w.in_features);
+        for r in 0..w.out_features {
+            read_row(w, r, &mut row);
+            row.iter().zip(input).enumerate().for_each(|(c, (&x, i))| scaled[(r, c)] = gain(r) * f64::from(x) * i.sqrt());
+        }
+        let second = &scaled * scaled.transpose();
+        // Under a norm the bias is no mean of what comes out.
+        let mean = bias.filter(|_| norm.is_none()).map_or(vec![0.0; w.out_features], <[f32]>::to_vec);
+        (second, mean)
+    };
+    let [(keys, key_mean), (values, value_mean)] = projections.map(one);
+    Products { second: [keys, values], mean: [key_mean, value_mean] }
+}
+
+fn read_row(w: Matrix<'_>, r: usize, to: &mut [f32]) {
+    let range = r * w.in_features..(r + 1) * w.in_features;
+    match w.data {
+        MatrixData::F32(data) => to.copy_from_slice(&data[range]),
+        MatrixData::Bf16(data) => to.iter_mut().zip(&data[range]).for_each(|(to, x)| *to = x.to_f32()),
+    }
 }
 
 /// What an error of the values of a layer is worth: per KV head, the sum over its query heads of `W^T W`, `W` being their columns
@@ -64,13 +119,7 @@ pub fn value_metric(model: &ModelConfig, output: Matrix<'_>) -> Vec<f64> {
     let mut metric = vec![0.0; model.kv_heads * d * d];
     let mut row = vec![0.0; output.in_features];
     for r in 0..output.out_features {
-        match output.data {
-            MatrixData::F32(w) => row.copy_from_slice(&w[r * output.in_features..][..output.in_features]),
-            MatrixData::Bf16(w) => {
-                let from = &w[r * output.in_features..][..output.in_features];
-                row.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
-            }
-        }
+        read_row(output, r, &mut row);
         for (head, w) in row.chunks_exact(d).enumerate() {
             let to = &mut metric[head * model.kv_heads / model.heads * d * d..][..d * d];
             for (to, &a) in to.chunks_exact_mut(d).zip(w) {
@@ -162,7 +211,34 @@ impl Moments {
         let channels = model.kv_channels();
         let layers = (0..model.layers).map(|_| [pca::Stream::new(channels), pca::Stream::new(channels)]).collect();
         let queries = vec![vec![0.0; channels / 2]; model.layers];
-        Moments { heads: model.heads, kv_heads: model.kv_heads, channels, sinks, layers, queries }
+        let inputs = vec![vec![0.0; model.hidden]; model.layers];
+        Moments { heads: model.heads, kv_heads: model.kv_heads, channels, sinks, layers, queries, inputs }
+    }
+
+    /// Takes in what the projections of `layer` saw: `[n][hidden]`.
+    ///
+    /// # Errors
+    /// Where a number is not finite. Nothing is taken in then.
+    ///
+    /// # Panics
+    /// Where the model has no such layer.
+    pub fn add_inputs(&mut self, layer: usize, inputs: &[f32]) -> Result<(), CalibrateError> {
+        let sums = &mut self.inputs[layer];
+        if let Some(at) = inputs.iter().position(|x| !x.is_finite()) {
+            return Err(CalibrateError::NotFinite { layer, part: "inputs", position: at / sums.len() });
+        }
+        for row in inputs.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
+        }
+        Ok(())
+    }
+
+    /// Mean magnitude of what the projections of `layer` saw, `[hidden]`, up to a factor. A channel that nothing came through
+    /// counts a millionth of the mean, as in the paper's code.
+    pub fn input_magnitudes(&self, layer: usize) -> Vec<f64> {
+        let sums = &self.inputs[layer];
+        let mean = sums.iter().sum::<f64>() / sums.len().max(1) as f64;
+        if mean > 0.0 { sums.iter().map(|s| s / mean + 1e-6).collect() } else { vec![1.0; sums.len()] }
     }
 
     /// Takes in the energy of the queries (before rope) that `layer` made: `[n][heads][head_dim]`.
@@ -174,7 +250,7 @@ impl Moments {
     /// Where the model has no such layer.
     pub fn add_queries(&mut self, layer: usize, queries: &[f32]) -> Result<(), CalibrateError> {
         if let Some(at) = queries.iter().position(|x| !x.is_finite()) {
-            return Err(CalibrateError::NotFinite { layer, part: "queries", position: at });
+            return Err(CalibrateError::NotFinite { layer, part: "queries", position: at * self.kv_heads / (self.heads * self.channels) });
         }
         let half = self.channels / self.kv_heads / 2;
         let per_token = self.heads * 2 * half;
@@ -240,7 +316,7 @@ pub fn tokens_needed(basis: BasisKind, rank: usize, model: &ModelConfig) -> usiz
 ///
 /// # Errors
 /// Where the ranks do not fit the model, or fewer tokens were seen than [`tokens_needed`].
-pub fn solve(moments: &Moments, basis: BasisKind, init: &Weighting<'_>, max: (usize, usize)) -> Result<Solution, CalibrateError> {
+pub fn solve(moments: &Moments, basis: BasisKind, init: &Init<'_>, max: (usize, usize)) -> Result<Solution, CalibrateError> {
     let (max_key_rank, max_value_rank) = max;
     let heads = basis.heads_per_group(moments.kv_heads);
     if heads == 0 || !moments.kv_heads.is_multiple_of(heads) {
@@ -257,7 +333,7 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Weighting<'_>, max: (us
         if rank == 0 || !rank.is_multiple_of(groups) || rank / groups > channels {
             return Err(CalibrateError::Rank { part, rank, groups, channels });
         }
-        if rank / groups >= first {
+        if rank / groups >= first && !matches!(init, Init::Svd(_) | Init::Asvd(_)) {
             return Err(CalibrateError::TooFewTokens { have: first, rank, need: rank / groups + 1 });
         }
     }
@@ -267,11 +343,15 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Weighting<'_>, max: (us
 
     let one = |(layer, streams): (usize, &[pca::Stream; 2])| -> Result<(LayerBasis, [Spectrum; 2]), CalibrateError> {
         let d = moments.channels / moments.kv_heads;
-        let query_weights = matches!(init, Weighting::Weighted(_)).then(|| moments.query_weights(layer));
+        let query_weights = matches!(init, Init::Weighted(_)).then(|| moments.query_weights(layer));
         let key_metric = query_weights.as_ref().map(|w| diagonal(w, d));
+        let products = match init {
+            Init::Svd(all) | Init::Asvd(all) => Some(&all[layer]),
+            Init::Closed | Init::Weighted(_) => None,
+        };
         let value_metric = match init {
-            Weighting::Closed => None,
-            Weighting::Weighted(metrics) => Some(cholesky(&metrics[layer], d).ok_or(CalibrateError::Eigen { layer, part: PARTS[1] })?),
+            Init::Svd(_) | Init::Asvd(_) | Init::Closed => None,
+            Init::Weighted(metrics) => Some(cholesky(&metrics[layer], d).ok_or(CalibrateError::Eigen { layer, part: PARTS[1] })?),
         };
         let part = |i: usize, rank: usize, metric: Option<&[Mat<f64>]>| -> Result<(Basis, Spectrum), CalibrateError> {
             let width = rank / groups;
@@ -279,19 +359,32 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Weighting<'_>, max: (us
             let mut spectrum = Spectrum { groups: Vec::with_capacity(groups) };
             for g in 0..groups {
                 let metric = metric.map(|m| &m[g * heads..(g + 1) * heads]);
-                let found = streams[i].principal(g * channels..(g + 1) * channels, width, metric);
+                let range = g * channels..(g + 1) * channels;
+                let found = match products {
+                    Some(products) => pca::leading(&products.second[i], range, width, &streams[i]),
+                    None => streams[i].principal(range, width, metric),
+                };
                 let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[i] })?;
                 directions.extend(found.directions);
                 up.extend(found.up.unwrap_or_default());
                 spectrum.groups.push((found.total, found.energies));
             }
-            let mean = streams[i].mean().into_iter().map(|x| x as f32).collect();
+            let mean = match products {
+                Some(products) => products.mean[i].clone(),
+                None => streams[i].mean().into_iter().map(|x| x as f32).collect(),
+            };
             let up = if metric.is_some() { Up::Nested(up) } else { Up::Directions };
             Ok((Basis { mean, groups, directions, up }, spectrum))
         };
         let (values, of_values) = part(1, max_value_rank, value_metric.as_deref())?;
         let (keys, of_keys) = if by_frequency {
-            let found = frequency::solve(&streams[0], (moments.kv_heads, d / 2), max_key_rank / 2, query_weights.as_deref());
+            let second = |channels: &[usize]| match products {
+                Some(Products { second: [m, _], .. }) => Mat::from_fn(channels.len(), channels.len(), |i, j| m[(channels[i], channels[j])]),
+                None => streams[0].second(channels),
+            };
+            let seen = |channels: &[usize]| streams[0].second(channels);
+            let seen = products.is_some().then_some(&seen as &dyn Fn(&[usize]) -> Mat<f64>);
+            let found = frequency::solve(second, seen, (moments.kv_heads, d / 2), max_key_rank / 2, query_weights.as_deref());
             let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[0] })?;
             let each = found.energies.iter().flat_map(|e| [e / 2.0; 2]).collect();
             (KeyBasis::Frequencies(found.basis), Spectrum { groups: vec![(found.total, each)] })
@@ -321,7 +414,7 @@ pub fn artifact(
     model: &ModelConfig,
     base: Fingerprint,
     profiles: &[Profile],
-    init: &Weighting<'_>,
+    init: &Init<'_>,
 ) -> Result<Calibrated, CalibrateError> {
     let name = |(by_frequency, heads): (bool, usize)| match by_frequency {
         true => "frequency".to_owned(),

@@ -147,6 +147,18 @@ impl Stream {
     }
 }
 
+/// The `rank` leading eigenvectors of a symmetric matrix's block at `channels`, and what `stream` has of energy (about zero) along
+/// them and in all. `None` where the eigenvalue iteration does not converge.
+pub(super) fn leading(of: &Mat<f64>, channels: Range<usize>, rank: usize, stream: &Stream) -> Option<Principal> {
+    let (first, size) = (channels.start, channels.len());
+    let eigen = of.submatrix(first, first, size, size).self_adjoint_eigen(Side::Lower).ok()?;
+    let vectors = Mat::from_fn(size, rank, |c, i| eigen.U()[(c, size - 1 - i)]);
+    let second = stream.second(&channels.collect::<Vec<_>>());
+    let energies = vectors.col_iter().map(|v| (v.transpose() * &second * v).max(0.0)).collect();
+    let total = (0..size).map(|i| second[(i, i)]).sum();
+    Some(Principal { directions: directions(vectors.as_ref()), up: None, energies, total })
+}
+
 /// `[channels of the range][rows]`, less `origin`: a column per row of the stream.
 fn centred(rows: &[f32], stride: usize, channels: Range<usize>, origin: &[f64]) -> Mat<f64> {
     let first = channels.start;

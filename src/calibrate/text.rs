@@ -37,6 +37,11 @@ impl Draw {
         ((z ^ (z >> 31)) % n as u64) as usize
     }
 
+    /// In `[0, 1)`.
+    pub(super) fn fraction(&mut self) -> f64 {
+        self.below(1 << 53) as f64 / (1u64 << 53) as f64
+    }
+
     pub(super) fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.below(from.len())]
     }

@@ -76,13 +76,16 @@ pub struct Compress {
     /// Where to write the artifact.
     #[arg(long)]
     pub out: PathBuf,
-    /// UTF-8 text to calibrate on; a built-in text when left out.
+    /// UTF-8 text to calibrate on; what the model says by itself when left out.
     #[arg(long)]
     pub text: Option<PathBuf>,
+    /// Seed of what the model says by itself.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
     /// Tokens to calibrate on, at most.
     #[arg(long, default_value_t = 16384)]
     pub tokens: usize,
-    /// What an error of keys and values is worth.
+    /// How bases are found.
     #[arg(long, value_enum, default_value_t = InitArg::Weighted)]
     pub init: InitArg,
     /// Worker threads [default: all cores].
@@ -396,9 +399,13 @@ pub enum DtypeArg {
 /// `--init`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum InitArg {
-    /// The same everywhere.
+    /// Singular vectors of the projections' weights.
+    Svd,
+    /// Those of the weights scaled by the inputs they meet.
+    Asvd,
+    /// What loses the least of keys and values, errors counting the same everywhere.
     Closed,
-    /// As much as the queries that meet a key, and the output projection of a value, make of it.
+    /// The same, errors counting as much as the queries that meet a key, and the output projection of a value, make of them.
     Weighted,
 }
 

@@ -43,6 +43,9 @@ pub struct Decoder<'a> {
 /// Sees every query, key (before rope) and value a forward pass computes, for every position in every layer: calibration reads
 /// the model through it.
 pub trait Observer {
+    /// Sees what the projections of the coming layer see, after the norm: `[n][hidden]`.
+    fn inputs(&mut self, layer: usize, inputs: &[f32]);
+
     /// `keys`, `values`: `[positions.len()][kv_channels]`.
     fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]);
 
@@ -225,6 +228,9 @@ impl<'a> Decoder<'a> {
         parts.iter().for_each(|p| s.positions.extend((0..p.n as u32).map(|i| p.position + i)));
         s.normed.resize(tokens * c.hidden, 0.0);
         ops.rms_norm(x, &w.input_norm, c.norm_eps, &mut s.normed);
+        if let Some(observer) = &mut pass.observer {
+            observer.inputs(layer, &s.normed);
+        }
 
         // Keys and values of every position.
         s.k.resize(tokens * c.kv_channels(), 0.0);

@@ -14,7 +14,7 @@ use crate::model::decoder::Decoder;
 use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::plan::{Ask, PlannedProfile, plan as arithmetic};
-use crate::serve::ready::{self, Source};
+use crate::serve::ready::{self, Calibration, Source, Text};
 
 /// Settings of a command that shares only some flags with a server.
 fn settings(config: Option<&std::path::PathBuf>, threads: Option<usize>) -> Result<Settings, ConfigError> {
@@ -71,19 +71,29 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
         ready::check_basis(profile, opened.checkpoint.config.kv_heads)?;
     }
     let bar = ProgressBar::new(0);
-    bar.set_style(ProgressStyle::with_template("calibrating {bar:32} {pos}/{len} tokens, {eta} left").expect("a valid template"));
-    let progress = |seen: usize, total: usize| {
+    bar.set_style(ProgressStyle::with_template("{msg} {bar:32} {pos}/{len} tokens, {eta} left").expect("a valid template"));
+    let progress = |what: &'static str, seen: usize, total: usize| {
+        if bar.message() != what {
+            bar.set_message(what);
+            bar.reset_eta();
+        }
         bar.set_length(total as u64);
         bar.set_position(seen as u64);
     };
     let begun = Instant::now();
-    let (calibrated, tokens) =
-        ready::compute(&opened, &mut decoder, &ops, &settings.profiles, text.as_deref(), Some((ask.tokens, &progress)), ask.init)?;
+    let source = text.as_deref().map_or(Text::Sampled(ask.seed), Text::Given);
+    let how = Calibration { text: source, tokens: Some(ask.tokens), init: ask.init, progress: &progress };
+    let (calibrated, tokens) = ready::compute(&opened, &mut decoder, &ops, &settings.profiles, &how)?;
     bar.finish_and_clear();
     let artifact: &Artifact = &calibrated.artifact;
     artifact.write(&ask.out)?;
     let mut out = std::io::stdout();
-    writeln!(out, "calibrated on {tokens} tokens in {:.1} s", begun.elapsed().as_secs_f64())?;
+    let of = match (&ask.text, &opened.source) {
+        (Some(path), _) => path.display().to_string(),
+        (None, Source::Demo) => "built-in prompts of the demo model's kind".to_owned(),
+        (None, Source::Folder(_)) => "text the model said itself".to_owned(),
+    };
+    writeln!(out, "calibrated on {tokens} tokens of {of} in {:.1} s", begun.elapsed().as_secs_f64())?;
     for energy in &calibrated.energy {
         writeln!(out, "{energy}")?;
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 
-use crate::calibrate::{self, Moments, Weighting, calibration_text, demo_prompts, tokens_needed};
+use crate::calibrate::{self, Init, Moments, Products, Telling, calibration_text, demo_prompts, tokens_needed};
 use crate::compress::artifact::{Artifact, Fingerprint};
 use crate::config::args::InitArg;
 use crate::demo;
@@ -14,7 +14,7 @@ use crate::ids::TokenId;
 use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::decoder::{Decoder, ReadyProfile};
-use crate::model::weights::{Data, LoadDtype, ModelWeights};
+use crate::model::weights::{Data, LayerWeights, LoadDtype, ModelWeights};
 use crate::ops::Ops;
 use crate::text::Tokenizer;
 
@@ -112,7 +112,8 @@ pub fn profiles(
         (Some(artifact), Bases::Artifact("built in".into()))
     } else {
         let begun = Instant::now();
-        let (calibrated, tokens) = compute(opened, decoder, ops, profiles, None, None, InitArg::Weighted)?;
+        let how = Calibration { text: Text::BuiltIn, tokens: None, init: InitArg::Weighted, progress: &|_, _, _| () };
+        let (calibrated, tokens) = compute(opened, decoder, ops, profiles, &how)?;
         (Some(calibrated.artifact), Bases::Computed { tokens, seconds: begun.elapsed().as_secs_f64() })
     };
     let ready = profiles.iter().map(|profile| -> anyhow::Result<ReadyProfile> {
@@ -147,13 +148,29 @@ pub fn check_basis(profile: &Profile, kv_heads: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Hears how many tokens are done, and of how many.
-pub type Progress<'a> = dyn Fn(usize, usize) + 'a;
+/// Hears what is going on, how many tokens are done, and of how many.
+pub type Progress<'a> = dyn Fn(&'static str, usize, usize) + 'a;
 
-/// Bases in closed form for the compressed ones of `profiles`; also how many tokens were seen.
-///
-/// `text` is calibrated on, or the built-in text (and prompts of its own kind for the demo model). `limit` bounds the
-/// tokens; without it, four times as many as the widest basis has directions, at least 1024.
+/// What a model is calibrated on.
+#[derive(Clone, Copy, Debug)]
+pub enum Text<'a> {
+    Given(&'a str),
+    /// What is built in: at hand at once. For the demo model, prompts of its own kind.
+    BuiltIn,
+    /// What the model says itself, from this seed; for the demo model what is built in, which is what it was made for.
+    Sampled(u64),
+}
+
+/// How bases are computed.
+pub struct Calibration<'a> {
+    pub text: Text<'a>,
+    /// Tokens at most; without it, four times as many as the widest basis has directions, at least 1024.
+    pub tokens: Option<usize>,
+    pub init: InitArg,
+    pub progress: &'a Progress<'a>,
+}
+
+/// Bases for the compressed ones of `profiles`; also how many tokens were seen.
 ///
 /// # Errors
 /// Where there is too little text, or the model makes numbers that are not finite.
@@ -162,9 +179,7 @@ pub fn compute(
     decoder: &mut Decoder<'_>,
     ops: &dyn Ops,
     profiles: &[Profile],
-    text: Option<&str>,
-    limit: Option<(usize, &Progress<'_>)>,
-    init: InitArg,
+    how: &Calibration<'_>,
 ) -> anyhow::Result<(calibrate::Calibrated, usize)> {
     let model = &opened.checkpoint.config;
     let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref());
@@ -173,39 +188,63 @@ pub fn compute(
         .max()
         .context("no cache profile compresses, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
-    let want = limit.map_or((4 * need).max(1024), |(n, _)| n);
-    let texts = calibration_tokens(opened, text, want, decoder.positions())?;
+    let want = how.tokens.unwrap_or((4 * need).max(1024));
+    let texts = calibration_tokens(opened, decoder, ops, how, want)?;
     let mut moments = Moments::new(model, sinks);
     let total: usize = texts.iter().map(Vec::len).sum();
     calibrate::collect(decoder, ops, &texts, &mut moments, |seen| {
-        if let Some((_, progress)) = limit {
-            progress(seen, total);
-        }
+        (how.progress)("calibrating", seen, total);
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
-    let metrics: Vec<Vec<f64>> = decoder.weights().layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
-    let weighting = match init {
-        InitArg::Closed => Weighting::Closed,
-        InitArg::Weighted => Weighting::Weighted(&metrics),
+    let layers = &decoder.weights().layers;
+    let metrics: Vec<Vec<f64>> = layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
+    let products = |input: &dyn Fn(usize) -> Vec<f64>| -> Vec<Products> {
+        let one = |(i, l): (usize, &LayerWeights<'_>)| {
+            let keys = (l.k.weight.matrix(), l.k.bias.as_deref(), l.k_norm.as_deref());
+            calibrate::products([keys, (l.v.weight.matrix(), l.v.bias.as_deref(), None)], &input(i))
+        };
+        layers.iter().enumerate().map(one).collect()
     };
-    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &weighting)?, total))
+    let made = |init: &Init<'_>| calibrate::artifact(&moments, model, fingerprint, profiles, init);
+    let calibrated = match how.init {
+        InitArg::Svd => made(&Init::Svd(&products(&|_| vec![1.0; model.hidden]))),
+        InitArg::Asvd => made(&Init::Asvd(&products(&|layer| moments.input_magnitudes(layer)))),
+        InitArg::Closed => made(&Init::Closed),
+        InitArg::Weighted => made(&Init::Weighted(&metrics)),
+    }?;
+    Ok((calibrated, total))
 }
 
-/// Sequences of at most `longest` tokens, at most `want` tokens together.
-fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest: usize) -> anyhow::Result<Vec<Vec<TokenId>>> {
-    let mut texts: Vec<Vec<TokenId>> = match (text, &opened.source) {
-        (None, Source::Demo) => {
+/// Sequences as long as the decoder takes at most, of at most `want` tokens together.
+fn calibration_tokens(
+    opened: &Opened,
+    decoder: &mut Decoder<'_>,
+    ops: &dyn Ops,
+    how: &Calibration<'_>,
+    want: usize,
+) -> anyhow::Result<Vec<Vec<TokenId>>> {
+    let longest = decoder.positions();
+    // Texts begin as the model expects a text to begin.
+    let ends = &opened.checkpoint.generation.eos;
+    let mut begin = opened.tokenizer.encode("", true, false)?;
+    begin.retain(|t| !ends.contains(t));
+    begin.truncate(longest.saturating_sub(1));
+    let pieces = |text: &str| -> anyhow::Result<Vec<Vec<TokenId>>> {
+        let tokens = opened.tokenizer.encode(text, false, false)?;
+        let piece = 1024.min(longest).saturating_sub(begin.len()).max(1);
+        Ok(tokens.chunks(piece).map(|c| begin.iter().chain(c).copied().collect()).collect())
+    };
+    let mut texts: Vec<Vec<TokenId>> = match (how.text, &opened.source) {
+        (Text::Given(text), _) => pieces(text)?,
+        (Text::BuiltIn | Text::Sampled(_), Source::Demo) => {
             // Prompts of about 900 tokens, the kind the model was made for; 2.6 characters to a token.
             let prompts = demo_prompts(want.div_ceil(900), 900 * 26 / 10);
             prompts.iter().map(|p| opened.tokenizer.encode(p, false, true)).collect::<Result<_, _>>()?
         }
-        (text, _) => {
-            let text = text.unwrap_or_else(|| calibration_text(want));
-            let tokens = opened.tokenizer.encode(text, false, false)?;
-            // Pieces of some length, each begun as the model expects a text to begin.
-            let begin = opened.tokenizer.encode("", true, false)?;
-            let piece = 1024.min(longest).saturating_sub(begin.len()).max(1);
-            tokens.chunks(piece).map(|c| begin.iter().chain(c).copied().collect()).collect()
+        (Text::BuiltIn, Source::Folder(_)) => pieces(calibration_text(want))?,
+        (Text::Sampled(seed), Source::Folder(_)) => {
+            let telling = Telling { begin: &begin, ends, want, seed };
+            calibrate::sample(decoder, ops, &telling, |seen| (how.progress)("sampling", seen, want))?
         }
     };
     let mut left = want;

@@ -1,9 +1,12 @@
 //! The closed form is the optimum, however the rows come in.
 
-use strait::calibrate::{CalibrateError, Moments, Weighting, artifact, solve, tokens_needed, value_metric};
+use strait::calibrate::{CalibrateError, Init, Moments, Telling, artifact, products, sample, solve, tokens_needed, value_metric};
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::compress::{FrequencyMap, KeyBasis, KeyMap, Projection};
 use strait::kv::layout::{BasisKind, Profile};
+use strait::model::decoder::Decoder;
+use strait::model::weights::LoadDtype;
+use strait::ops::cpu::Cpu;
 use strait::ops::{Matrix, MatrixData};
 
 use crate::artifact::{by_channels, channels_of, cskv, model};
@@ -117,7 +120,7 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
         let (keys, values) = (rows(1, n, 16, 0.0, falling), rows(2, n, 16, 5.0, falling));
         for (basis, groups) in [(BasisKind::Joint, 1), (BasisKind::Grouped(2), 2), (BasisKind::Grouped(1), 4)] {
             let widest = if groups == 1 && n == 12 { 8 } else { 16 }; // 12 tokens do not span 16 channels
-            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, &Weighting::Closed, (widest, widest)).unwrap();
+            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, &Init::Closed, (widest, widest)).unwrap();
             for (part, (data, of)) in
                 [(&keys, channels_of(&solution.layers[0].keys)), (&values, &solution.layers[0].values)].into_iter().enumerate()
             {
@@ -143,7 +146,7 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
 fn full_rank_gives_every_input_back() {
     for offset in [0.0, 100.0] {
         let data = rows(3, 200, 16, offset, falling);
-        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Weighting::Closed, (16, 16)).unwrap();
+        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Init::Closed, (16, 16)).unwrap();
         let p = channels_of(&solution.layers[0].keys).projection(16).unwrap();
         let (g, scale) = (&p.groups[0], 1.0 + offset as f32);
         for row in data.chunks_exact(16) {
@@ -164,7 +167,7 @@ fn directions_are_orthonormal_even_where_there_is_no_energy() {
     let rank_3: fn(usize) -> f64 = |i| if i < 3 { 1.0 } else { 0.0 };
     for (n, name) in [(12, "short"), (40, "long")] {
         for data in [rows(4, n, 16, 2.0, rank_3), vec![1.5; n * 16]] {
-            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Weighting::Closed, (10, 10)).unwrap();
+            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Init::Closed, (10, 10)).unwrap();
             let d = &channels_of(&solution.layers[0].keys).directions;
             for i in 0..10 {
                 for j in 0..10 {
@@ -182,7 +185,7 @@ fn a_large_common_offset_costs_no_accuracy() {
     // Mean a thousand times the deviation: one sum of squares in f32 would hold nothing of the deviation.
     let centred = rows(5, 1300, 8, 0.0, falling);
     let moved: Vec<f32> = centred.iter().map(|x| x + 1024.0).collect();
-    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, &Weighting::Closed, (4, 4)).unwrap());
+    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, &Init::Closed, (4, 4)).unwrap());
     for (x, y) in channels_of(&a.layers[0].keys).directions.iter().zip(&channels_of(&b.layers[0].keys).directions) {
         assert!((x - y).abs() < 2e-3, "{x} {y}");
     }
@@ -202,7 +205,7 @@ fn sinks_take_no_part() {
         spared.add(0, 3, &rest, &rest).unwrap();
     }
     assert_eq!((plain.tokens(), spared.tokens()), (60, 60));
-    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, &Weighting::Closed, (4, 4)).unwrap());
+    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, &Init::Closed, (4, 4)).unwrap());
     assert_eq!(a.layers, b.layers);
 }
 
@@ -224,27 +227,24 @@ fn what_cannot_be_calibrated_is_refused() {
 
     moments.add(0, 0, &data, &data).unwrap();
     assert!(matches!(
-        solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 2)),
+        solve(&moments, BasisKind::Joint, &Init::Closed, (2, 2)),
         Err(CalibrateError::Uneven { layer: 1, tokens: 0, first: 4 })
     ));
     moments.add(1, 0, &data, &data).unwrap();
-    let few = solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 4)).unwrap_err();
+    let few = solve(&moments, BasisKind::Joint, &Init::Closed, (2, 4)).unwrap_err();
     assert_eq!(few.to_string(), "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text");
     assert_eq!((tokens_needed(BasisKind::Joint, 4, &m), tokens_needed(BasisKind::Grouped(1), 4, &m)), (5, 3));
     assert!(
-        solve(&moments, BasisKind::Joint, &Weighting::Closed, (2, 3)).is_ok()
-            && solve(&moments, BasisKind::Grouped(1), &Weighting::Closed, (6, 6)).is_ok()
+        solve(&moments, BasisKind::Joint, &Init::Closed, (2, 3)).is_ok()
+            && solve(&moments, BasisKind::Grouped(1), &Init::Closed, (6, 6)).is_ok()
     );
     for (basis, rank) in [(BasisKind::Joint, 0), (BasisKind::Joint, 9), (BasisKind::Grouped(1), 3)] {
         assert!(
-            matches!(solve(&moments, basis, &Weighting::Closed, (rank, 2)), Err(CalibrateError::Rank { part: "keys", .. })),
+            matches!(solve(&moments, basis, &Init::Closed, (rank, 2)), Err(CalibrateError::Rank { part: "keys", .. })),
             "{basis:?} {rank}"
         );
     }
-    assert!(matches!(
-        solve(&moments, BasisKind::Grouped(3), &Weighting::Closed, (2, 2)),
-        Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })
-    ));
+    assert!(matches!(solve(&moments, BasisKind::Grouped(3), &Init::Closed, (2, 2)), Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })));
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn an_artifact_has_one_basis_per_grouping_as_wide_as_its_widest_profile() {
         cskv("cskv-75-4", 0.25, 4, BasisKind::Joint),
         cskv("grouped", 0.25, 4, BasisKind::Grouped(2)),
     ];
-    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles, &Weighting::Closed).unwrap();
+    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles, &Init::Closed).unwrap();
     let shapes: Vec<_> = made.artifact.bases().iter().map(|b| (b.name.as_str(), b.layers[2].keys.width())).collect();
     assert_eq!(shapes, [("grouped-2", 8), ("joint", 16)]);
     assert_eq!(made.artifact.layers(&profiles[2]).unwrap(), made.artifact.layers(&profiles[3]).unwrap());
@@ -323,7 +323,7 @@ fn by_frequency_what_is_dropped_is_the_error_and_weights_move_it_where_it_counts
         }
         moments.add_queries(0, &queries).unwrap();
         let energy = |h: usize, f: usize| queries.chunks_exact(32).map(|q| q[8 * h + f].powi(2) + q[8 * h + 4 + f].powi(2)).sum::<f32>();
-        let of = |weighting: &Weighting<'_>, rank: usize| {
+        let of = |weighting: &Init<'_>, rank: usize| {
             let solution = solve(&moments, BasisKind::Frequency, weighting, (32, 16)).unwrap();
             let KeyMap::Frequencies(map) = solution.layers[0].keys.map(rank).unwrap() else { panic!("keys by frequency") };
             assert!(matches!(solution.layers[0].keys, KeyBasis::Frequencies(_)));
@@ -332,10 +332,10 @@ fn by_frequency_what_is_dropped_is_the_error_and_weights_move_it_where_it_counts
         let metric = vec![(0..4 * 64).map(|i| f64::from(u8::from(i % 64 % 9 == 0))).collect::<Vec<_>>()];
         let total: f64 = data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
         for rank in [2, 8, 20, 32] {
-            let (errors, kept) = of(&Weighting::Closed, rank);
+            let (errors, kept) = of(&Init::Closed, rank);
             let error: f64 = errors.iter().sum();
             assert!((error / total - (1.0 - kept)).abs() < 1e-5, "n {n}, rank {rank}: {error} of {total}, kept {kept}");
-            let (weighted, _) = of(&Weighting::Weighted(&metric), rank);
+            let (weighted, _) = of(&Init::Weighted(&metric), rank);
             let worth = |errors: &[f64]| (0..16).map(|i| f64::from(energy(i / 4, i % 4)) * errors[i]).sum::<f64>();
             let (closed_worth, worth) = (worth(&errors), worth(&weighted));
             assert!(worth <= closed_worth * (1.0 + 1e-6) + 1e-4, "n {n}, rank {rank}: {worth}, unweighted {closed_worth}");
@@ -372,14 +372,107 @@ fn weighted_values_lose_least_of_what_the_output_projection_sees() {
     };
     let metrics = [metric];
     for rank in [4, 12, 24] {
-        let of = |weighting: &Weighting<'_>| {
+        let of = |weighting: &Init<'_>| {
             let solution = solve(&moments, BasisKind::Joint, weighting, (4, 32)).unwrap();
             seen(&solution.layers[0].values.projection(rank).unwrap())
         };
-        let (closed, weighted) = (of(&Weighting::Closed), of(&Weighting::Weighted(&metrics)));
+        let (closed, weighted) = (of(&Init::Closed), of(&Init::Weighted(&metrics)));
         assert!(weighted < 0.9 * closed, "rank {rank}: {weighted} against {closed} unweighted");
     }
-    let solution = solve(&moments, BasisKind::Joint, &Weighting::Weighted(&metrics), (4, 32)).unwrap();
+    let solution = solve(&moments, BasisKind::Joint, &Init::Weighted(&metrics), (4, 32)).unwrap();
     let whole = seen(&solution.layers[0].values.projection(32).unwrap());
     assert!(whole < 1e-4, "full rank loses {whole}");
+}
+
+/// Squared error that projecting keys on a basis, about its mean, leaves of `w diag(input)^(1/2)`.
+fn error_of_weights(p: &Projection, w: &[f32], input: &[f64]) -> f64 {
+    let (c, h) = (p.channels(), input.len());
+    let columns: Vec<f32> = (0..h).flat_map(|j| (0..c).map(move |i| (i, j))).map(|(i, j)| w[i * h + j] * input[j].sqrt() as f32).collect();
+    let mut about_zero = p.clone();
+    about_zero.mean.fill(0.0);
+    error(&about_zero, &columns) * h as f64
+}
+
+#[test]
+fn svd_and_asvd_leave_what_the_dropped_singular_values_say_and_lose_more_than_the_closed_form() {
+    let (c, h, n) = (16, 24, 400);
+    let w = rows(20, c, h, 0.0, falling);
+    let bias: Vec<f32> = (0..c).map(|i| i as f32 * 0.1).collect();
+    // Inputs of unlike magnitude: the third is large.
+    let inputs: Vec<f32> = rows(21, n, h, 0.0, falling).iter().enumerate().map(|(i, x)| if i % h == 2 { 30.0 * x } else { *x }).collect();
+    let keys: Vec<f32> = inputs
+        .chunks_exact(h)
+        .flat_map(|x| (0..c).map(|i| bias[i] + (0..h).map(|j| w[i * h + j] * x[j]).sum::<f32>()).collect::<Vec<_>>())
+        .collect();
+    let mut m = model(1, 4, 4, 4);
+    m.hidden = h;
+    let mut moments = Moments::new(&m, 0);
+    moments.add(0, 0, &keys, &keys).unwrap();
+    moments.add_inputs(0, &inputs).unwrap();
+    let magnitudes = moments.input_magnitudes(0);
+    let plain: Vec<f64> = (0..h).map(|j| inputs.iter().skip(j).step_by(h).map(|x| f64::from(x.abs())).sum()).collect();
+    for j in 0..h {
+        assert!((magnitudes[j] / magnitudes[0] - plain[j] / plain[0]).abs() < 1e-4 * magnitudes[j] / magnitudes[0]);
+    }
+    let matrix = Matrix { out_features: c, in_features: h, data: MatrixData::F32(&w) };
+    let projections = [(matrix, Some(&bias[..]), None); 2];
+    let (even, weighed) = ([products(projections, &vec![1.0; h])], [products(projections, &magnitudes)]);
+    let mut lost = Vec::new();
+    for (init, input) in [(Init::Svd(&even), vec![1.0; h]), (Init::Asvd(&weighed), magnitudes.clone())] {
+        // Columns and their negatives have no mean, so their covariance is the product of the weights.
+        let both: Vec<f32> = (0..2 * h)
+            .flat_map(|j| (0..c).map(move |i| (i, j)))
+            .map(|(i, j)| w[i * h + j % h] * input[j % h].sqrt() as f32 * if j < h { 1.0 } else { -1.0 })
+            .collect();
+        let values = eigenvalues(&both, c, 0, c);
+        let (total, solution) = (values.iter().sum::<f64>(), solve(&moments, BasisKind::Joint, &init, (c, c)).unwrap());
+        let basis = channels_of(&solution.layers[0].keys);
+        assert_eq!(basis.mean, bias, "the bias is the mean of what the weights make");
+        for rank in 1..=c {
+            let dropped = values[rank..].iter().sum::<f64>() * h as f64;
+            let got = error_of_weights(&basis.projection(rank).unwrap(), &w, &input);
+            assert!((got - dropped).abs() < 1e-5 * total * h as f64, "rank {rank}: {got} for {dropped}");
+        }
+        lost.push(error(&basis.projection(4).unwrap(), &keys));
+        // By frequency too, the whole of it gives keys back, and energies are of keys.
+        let whole = solve(&moments, BasisKind::Frequency, &init, (c, c)).unwrap();
+        let KeyMap::Frequencies(map) = whole.layers[0].keys.map(c).unwrap() else { panic!("keys by frequency") };
+        assert!(frequency_errors(&map, &keys).iter().all(|e| *e < 1e-4));
+        assert!((whole.spectra[0][0].kept(c) - 1.0).abs() < 1e-6);
+    }
+    let closed = solve(&moments, BasisKind::Joint, &Init::Closed, (c, c)).unwrap();
+    lost.push(error(&channels_of(&closed.layers[0].keys).projection(4).unwrap(), &keys));
+    assert!(lost[0] > 1.2 * lost[1] && lost[1] > lost[2], "svd, asvd, closed: {lost:?}");
+    // Neither needs text for its rank; inputs that are not finite are refused by layer and token.
+    let none = Moments::new(&m, 0);
+    assert!(solve(&none, BasisKind::Joint, &Init::Svd(&even), (c, c)).is_ok());
+    let mut bad = inputs.clone();
+    bad[5 * h + 1] = f32::NAN;
+    let message = moments.add_inputs(0, &bad).unwrap_err().to_string();
+    assert!(message.starts_with("layer 0 made inputs that are not finite (token 5 "), "{message}");
+}
+
+#[test]
+fn text_the_model_says_itself_is_as_asked_and_the_same_each_time() {
+    let checkpoint = strait::demo::checkpoint().unwrap();
+    let ends = &checkpoint.generation.eos;
+    let told = |seed: u64, begin: &[u32], want: usize| {
+        let mut decoder = Decoder::new(&checkpoint.config, checkpoint.weights(LoadDtype::Auto), 512, 512);
+        let mut heard = Vec::new();
+        let texts = sample(&mut decoder, &Cpu::new(2), &Telling { begin, ends, want, seed }, |n| heard.push(n)).unwrap();
+        assert!(heard.is_sorted() && heard.last() == Some(&want), "{heard:?}");
+        texts
+    };
+    let texts = told(1, &[1], 2000);
+    let total: usize = texts.iter().map(Vec::len).sum();
+    assert!((2000..2000 + 16 + 1).contains(&total), "{total} tokens");
+    for text in &texts {
+        assert!(text.len() <= 512 && text[0] == 1 && !text[..text.len() - 1].iter().any(|t| ends.contains(t)), "{text:?}");
+        assert!(ends.contains(text.last().unwrap()) || text.len() == 512 || texts.iter().rev().take(16).any(|t| t == text));
+    }
+    assert_eq!(texts, told(1, &[1], 2000));
+    assert_ne!(texts, told(2, &[1], 2000));
+    // With nothing to begin with, beginnings are drawn.
+    let first: std::collections::HashSet<u32> = told(1, &[], 500).iter().map(|t| t[0]).collect();
+    assert!(first.len() > 8);
 }

@@ -75,8 +75,7 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
     let mut moments = Moments::new(config, 4);
     calibrate::collect(&mut decoder, &Cpu::new(1), &texts, &mut moments, |_| ()).unwrap();
-    let artifact =
-        calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &calibrate::Weighting::Closed).unwrap().artifact;
+    let artifact = calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &calibrate::Init::Closed).unwrap().artifact;
     let ready: Vec<ReadyProfile> = profiles()
         .iter()
         .map(|p| ReadyProfile {
