@@ -10,7 +10,7 @@ use half::bf16;
 use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
 use strait::ids::PageAddr;
 use strait::kv::Arena;
-use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::ops::cpu::Cpu;
 use strait::ops::{AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob};
@@ -238,7 +238,7 @@ fn prefill(cpu: &Cpu, peak: f64) {
 /// Sealing pages, and decoding over them, beside the same context exact.
 fn sealed(cpu: &Cpu, _: f64) {
     for (heads, kv_heads, d, tokens) in [(32, 8, 64, 4096), (32, 8, 64, 32768), (16, 16, 64, 32768)] {
-        for (share, bits, basis) in [
+        for (share, bits, basis, quantiser) in [
             (0.2, 16, BasisKind::Joint),
             (0.2, 4, BasisKind::Joint),
             (0.2, 4, BasisKind::Grouped(1)),
@@ -247,14 +247,19 @@ fn sealed(cpu: &Cpu, _: f64) {
             (0.35, 4, BasisKind::Frequency),
             (0.35, 3, BasisKind::Frequency),
             (0.35, 2, BasisKind::Frequency),
-        ] {
+        ]
+        .into_iter()
+        .flat_map(|(share, bits, basis)| {
+            let turned = if bits <= 4 { &[Quantiser::Affine, Quantiser::Hadamard][..] } else { &[Quantiser::Affine] };
+            turned.iter().map(move |&quantiser| (share, bits, basis, quantiser))
+        }) {
             // Rebuilt keys of long contexts take the tool's patience.
             if tokens > 4096 && basis != BasisKind::Frequency {
                 continue;
             }
-            let cskv = Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks: 0, basis };
+            let cskv = Cskv { key_quantiser: quantiser, value_quantiser: quantiser, ..Cskv::shares((share, share), bits, (64, 0), basis) };
             let per_group = basis.heads_per_group(kv_heads);
-            let mut cache = Cache::new(heads, kv_heads, d, tokens + 128, Some(cskv));
+            let mut cache = Cache::new(heads, kv_heads, d, tokens + 128, Some(cskv.clone()));
             let side = |rank: usize| {
                 let (channels, ranks) = (per_group * d, rank / (kv_heads / per_group));
                 let groups = (0..kv_heads / per_group).map(|g| Group {
@@ -266,7 +271,7 @@ fn sealed(cpu: &Cpu, _: f64) {
                 Projection { mean: numbers(kv_heads * d), groups: groups.collect() }
             };
             let layer = cache.layout.sealed[0];
-            let (pairs, pair) = (layer.key_rank / 2, |x: &[f32]| x.as_chunks::<2>().0.to_vec());
+            let (pairs, pair) = (layer.keys.rank / 2, |x: &[f32]| x.as_chunks::<2>().0.to_vec());
             let keys = match basis {
                 BasisKind::Frequency => KeyMap::Frequencies(FrequencyMap {
                     kv_heads,
@@ -274,10 +279,11 @@ fn sealed(cpu: &Cpu, _: f64) {
                     frequencies: (0..pairs as u32).map(|j| j % (d as u32 / 2)).collect(),
                     down: pair(&numbers(2 * pairs * kv_heads)),
                     up: pair(&numbers(2 * pairs * kv_heads)),
+                    rotation: None,
                 }),
-                _ => KeyMap::Channels(side(layer.key_rank)),
+                _ => KeyMap::Channels(side(layer.keys.rank)),
             };
-            let compression = LayerCompression { keys, values: side(layer.value_rank) };
+            let compression = LayerCompression { keys, values: side(layer.values.rank) }.for_quantisers(&cskv);
             let pages = tokens / 64;
             let from = cache.pages[pages];
             let jobs: Vec<SealJob> =
@@ -289,12 +295,12 @@ fn sealed(cpu: &Cpu, _: f64) {
             let (q, mut out) = (numbers(heads * d), vec![0.0; heads * d]);
             let row = cache.row(Some(&compression), pages, tokens + 10, 1);
             let decode = best(|| cpu.attend(&cache.arena, cache.shape, &cache.table, &[row], &q, &mut out));
-            let bytes = (layer.end - layer.key_codes) * pages;
-            let products = heads * (layer.key_rank + layer.value_rank) * tokens;
+            let bytes = layer.bytes() * pages;
+            let products = heads * (layer.keys.rank + layer.values.rank) * tokens;
             println!(
-                "  {heads} heads on {kv_heads} of {d}, ranks {} and {}, {bits:>2} bits, {basis:?}   seal {:>7.1} us a page   decode over {tokens}: {:>7.2} ms, {:>6.2} us a page, {:>5.2} GB/s, {:>5.1} G products/s",
-                layer.key_rank,
-                layer.value_rank,
+                "  {heads} heads on {kv_heads} of {d}, ranks {} and {}, {bits:>2} bits {quantiser:?}, {basis:?}   seal {:>7.1} us a page   decode over {tokens}: {:>7.2} ms, {:>6.2} us a page, {:>5.2} GB/s, {:>5.1} G products/s",
+                layer.keys.rank,
+                layer.values.rank,
                 seal * 1e6 / pages as f64,
                 decode * 1e3,
                 decode * 1e6 / pages as f64,

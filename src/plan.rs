@@ -7,7 +7,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::ids::PAGE_TOKENS;
-use crate::kv::layout::{ExactType, PageLayout, PageSizes, Profile};
+use crate::kv::layout::{ExactType, PageLayout, PageSizes, Profile, Widths};
 use crate::model::config::ModelConfig;
 use crate::step::sealed_len;
 
@@ -29,8 +29,8 @@ pub struct Ask<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedProfile {
     pub profile: Profile,
-    /// (key, value) per layer; `None` follows the profile's shares.
-    pub ranks: Option<Vec<(usize, usize)>>,
+    /// Latents per layer; `None` follows the profile's shares.
+    pub widths: Option<Vec<Widths>>,
 }
 
 /// What fits. Prints as a table; serialises with the same numbers and more.
@@ -96,8 +96,8 @@ pub fn plan(ask: &Ask<'_>) -> Plan {
         .profiles
         .iter()
         .map(|p| {
-            assert!(p.ranks.as_ref().is_none_or(|r| r.len() == ask.model.layers), "ranks of {} are one pair per layer", p.profile.name);
-            PageLayout::new(ask.model, ask.exact, &p.profile, p.ranks.as_deref())
+            assert!(p.widths.as_ref().is_none_or(|r| r.len() == ask.model.layers), "widths of {} are one pair per layer", p.profile.name);
+            PageLayout::new(ask.model, ask.exact, &p.profile, p.widths.as_deref())
         })
         .collect();
     let sizes = layouts.iter().map(PageLayout::sizes);

@@ -34,6 +34,7 @@ pub fn collect(
     let profiles = [ReadyProfile { layout, compression: Vec::new() }];
     let mut seen = 0;
     for text in texts {
+        moments.begin();
         for (i, chunk) in text.chunks(CHUNK).enumerate() {
             let start = (i * CHUNK) as u32;
             let row = Row {
@@ -70,9 +71,10 @@ struct Watch<'a> {
 }
 
 impl Observer for Watch<'_> {
-    fn inputs(&mut self, layer: usize, inputs: &[f32]) {
+    fn inputs(&mut self, layer: usize, residual: &[f32], inputs: &[f32]) {
         if self.failed.is_none() {
             self.failed = self.moments.add_inputs(layer, inputs).err();
+            self.moments.add_residual(layer, residual);
         }
     }
 

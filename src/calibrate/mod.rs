@@ -1,7 +1,7 @@
 //! Bases in closed form. [`Moments`] watches the keys and values that a forward pass makes of calibration text;
 //! [`solve`] gives the bases that lose the least of them: the centred principal components of each layer's output,
 //! which are the optimum of CSKV's reconstruction loss before quantisation; and, to compare with, those that the weights alone
-//! give ([`Init`]).
+//! give ([`Source`]).
 //!
 //! Cost on `n` tokens and `c` channels, per layer and for keys and values each: `n c^2` multiply-adds to watch, in
 //! f64; memory about `4 n c` bytes up to `n = c`, `8 c^2` beyond (Llama-2-7B: 8.6 GB over all layers); then the
@@ -17,11 +17,12 @@ use faer::{Mat, Side};
 use rayon::prelude::*;
 
 use crate::compress::artifact::{Artifact, ArtifactError, BasisSet, Fingerprint, StoredProfile};
-use crate::compress::{Basis, KeyBasis, LayerBasis, Up};
-use crate::kv::layout::{BasisKind, Profile};
+use crate::compress::{Basis, KeyBasis, LayerBasis, RankError, Up};
+use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Size, Widths};
 use crate::model::config::ModelConfig;
 use crate::ops::{Matrix, MatrixData};
 
+mod allocate;
 mod collect;
 mod demo;
 mod frequency;
@@ -29,6 +30,7 @@ mod pca;
 mod sample;
 mod text;
 
+pub use allocate::{Choice, Trial, hull, spread};
 pub use collect::collect;
 pub use demo::demo_prompts;
 pub(crate) use demo::{ADJECTIVES, NOUNS};
@@ -48,11 +50,13 @@ pub struct Moments {
     queries: Vec<Vec<f64>>,
     /// Per layer: sums over tokens of the magnitude of what its projections see, `[hidden]`.
     inputs: Vec<Vec<f64>>,
+    /// What budgets are spread by, where there are some.
+    sample: Option<allocate::Sample>,
 }
 
-/// How bases are found.
+/// What bases are found from.
 #[derive(Clone, Copy, Debug)]
-pub enum Init<'a> {
+pub enum Source<'a> {
     /// The singular vectors of the projections' weights, per layer: [`products`] of an even input. The paper's plain SVD:
     /// `x A = x W V S^-1/2` is a projection of the key `x W` on the right singular vectors `V`.
     Svd(&'a [Products]),
@@ -178,6 +182,31 @@ pub struct EnergyKept {
     pub layers: Vec<(f64, f64)>,
 }
 
+/// Spreads budgets; remembers what it tried, which serves every budget of the same kind.
+pub struct Allocator<'a> {
+    sample: &'a allocate::Sample,
+    trial: Trial<'a>,
+    known: Vec<(Cskv, Vec<Vec<Choice>>)>,
+}
+
+impl Allocator<'_> {
+    /// Of a profile with a budget.
+    ///
+    /// # Errors
+    /// Where a rank is none of the basis.
+    pub fn allocate(&mut self, cskv: &Cskv, budget: u32, bases: &[LayerBasis]) -> Result<Vec<Widths>, CalibrateError> {
+        let kind = Cskv { size: Size::Budget(1), ..cskv.clone() };
+        let known = match self.known.iter().position(|k| k.0 == kind) {
+            Some(known) => known,
+            None => {
+                self.known.push((kind, allocate::hulls(self.sample, &self.trial, cskv, bases)?));
+                self.known.len() - 1
+            }
+        };
+        Ok(allocate::widths(&self.known[known].1, budget, &self.trial, cskv))
+    }
+}
+
 /// Why calibration gives no bases.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
@@ -200,6 +229,8 @@ pub enum CalibrateError {
     #[error("the eigenvectors of the {part} of layer {layer} were not found: the iteration did not converge")]
     Eigen { layer: usize, part: &'static str },
     #[error(transparent)]
+    Ranks(RankError),
+    #[error(transparent)]
     Artifact(#[from] ArtifactError),
 }
 
@@ -212,7 +243,33 @@ impl Moments {
         let layers = (0..model.layers).map(|_| [pca::Stream::new(channels), pca::Stream::new(channels)]).collect();
         let queries = vec![vec![0.0; channels / 2]; model.layers];
         let inputs = vec![vec![0.0; model.hidden]; model.layers];
-        Moments { heads: model.heads, kv_heads: model.kv_heads, channels, sinks, layers, queries, inputs }
+        Moments { heads: model.heads, kv_heads: model.kv_heads, channels, sinks, layers, queries, inputs, sample: None }
+    }
+
+    /// The same, keeping a sample of what layers make, by which budgets are spread.
+    pub fn sampling(model: &ModelConfig, sinks: usize) -> Self {
+        Moments { sample: Some(allocate::Sample::new(model)), ..Self::new(model, sinks) }
+    }
+
+    /// How budgets are best spread over bases as wide as there are channels.
+    ///
+    /// # Panics
+    /// Where no sample was kept.
+    pub fn allocator<'a>(&'a self, trial: Trial<'a>) -> Allocator<'a> {
+        Allocator { sample: self.sample.as_ref().expect("a sample was asked for"), trial, known: Vec::new() }
+    }
+
+    pub(crate) fn add_residual(&mut self, layer: usize, residual: &[f32]) {
+        if let Some(sample) = &mut self.sample {
+            sample.inputs(layer, residual);
+        }
+    }
+
+    /// A text begins.
+    pub(crate) fn begin(&mut self) {
+        if let Some(sample) = &mut self.sample {
+            sample.begin(self.channels);
+        }
     }
 
     /// Takes in what the projections of `layer` saw: `[n][hidden]`.
@@ -251,6 +308,9 @@ impl Moments {
     pub fn add_queries(&mut self, layer: usize, queries: &[f32]) -> Result<(), CalibrateError> {
         if let Some(at) = queries.iter().position(|x| !x.is_finite()) {
             return Err(CalibrateError::NotFinite { layer, part: "queries", position: at * self.kv_heads / (self.heads * self.channels) });
+        }
+        if let Some(sample) = &mut self.sample {
+            sample.queries(layer, queries);
         }
         let half = self.channels / self.kv_heads / 2;
         let per_token = self.heads * 2 * half;
@@ -293,6 +353,9 @@ impl Moments {
                 return Err(CalibrateError::NotFinite { layer, part, position: position + at / channels });
             }
         }
+        if let Some(sample) = &mut self.sample {
+            sample.add(layer, keys, values);
+        }
         for (stream, data) in self.layers[layer].iter_mut().zip(parts) {
             stream.push(data.get(skip..).unwrap_or(&[]));
         }
@@ -316,7 +379,7 @@ pub fn tokens_needed(basis: BasisKind, rank: usize, model: &ModelConfig) -> usiz
 ///
 /// # Errors
 /// Where the ranks do not fit the model, or fewer tokens were seen than [`tokens_needed`].
-pub fn solve(moments: &Moments, basis: BasisKind, init: &Init<'_>, max: (usize, usize)) -> Result<Solution, CalibrateError> {
+pub fn solve(moments: &Moments, basis: BasisKind, source: &Source<'_>, max: (usize, usize)) -> Result<Solution, CalibrateError> {
     let (max_key_rank, max_value_rank) = max;
     let heads = basis.heads_per_group(moments.kv_heads);
     if heads == 0 || !moments.kv_heads.is_multiple_of(heads) {
@@ -333,7 +396,7 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Init<'_>, max: (usize, 
         if rank == 0 || !rank.is_multiple_of(groups) || rank / groups > channels {
             return Err(CalibrateError::Rank { part, rank, groups, channels });
         }
-        if rank / groups >= first && !matches!(init, Init::Svd(_) | Init::Asvd(_)) {
+        if rank / groups >= first && !matches!(source, Source::Svd(_) | Source::Asvd(_)) {
             return Err(CalibrateError::TooFewTokens { have: first, rank, need: rank / groups + 1 });
         }
     }
@@ -343,15 +406,15 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Init<'_>, max: (usize, 
 
     let one = |(layer, streams): (usize, &[pca::Stream; 2])| -> Result<(LayerBasis, [Spectrum; 2]), CalibrateError> {
         let d = moments.channels / moments.kv_heads;
-        let query_weights = matches!(init, Init::Weighted(_)).then(|| moments.query_weights(layer));
+        let query_weights = matches!(source, Source::Weighted(_)).then(|| moments.query_weights(layer));
         let key_metric = query_weights.as_ref().map(|w| diagonal(w, d));
-        let products = match init {
-            Init::Svd(all) | Init::Asvd(all) => Some(&all[layer]),
-            Init::Closed | Init::Weighted(_) => None,
+        let products = match source {
+            Source::Svd(all) | Source::Asvd(all) => Some(&all[layer]),
+            Source::Closed | Source::Weighted(_) => None,
         };
-        let value_metric = match init {
-            Init::Svd(_) | Init::Asvd(_) | Init::Closed => None,
-            Init::Weighted(metrics) => Some(cholesky(&metrics[layer], d).ok_or(CalibrateError::Eigen { layer, part: PARTS[1] })?),
+        let value_metric = match source {
+            Source::Svd(_) | Source::Asvd(_) | Source::Closed => None,
+            Source::Weighted(metrics) => Some(cholesky(&metrics[layer], d).ok_or(CalibrateError::Eigen { layer, part: PARTS[1] })?),
         };
         let part = |i: usize, rank: usize, metric: Option<&[Mat<f64>]>| -> Result<(Basis, Spectrum), CalibrateError> {
             let width = rank / groups;
@@ -404,44 +467,100 @@ pub fn solve(moments: &Moments, basis: BasisKind, init: &Init<'_>, max: (usize, 
     Ok(Solution { layers, spectra })
 }
 
-/// The artifact in closed form for the compressed ones among `profiles`: one basis per grouping, as wide as the
-/// widest profile needs, at the same ranks in every layer.
+/// What bases of every init are found from. Parts that no profile asks for may be empty.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// Of profiles that name no init.
+    pub default: Init,
+    /// [`Source::Svd`], [`Source::Asvd`].
+    pub svd: Vec<Products>,
+    pub asvd: Vec<Products>,
+    /// [`Source::Weighted`].
+    pub metrics: Vec<Vec<f64>>,
+}
+
+impl Sources {
+    /// Of the closed form alone.
+    pub fn closed() -> Self {
+        Sources { default: Init::Closed, svd: vec![], asvd: vec![], metrics: vec![] }
+    }
+
+    fn of(&self, init: Init) -> Source<'_> {
+        match init {
+            Init::Svd => Source::Svd(&self.svd),
+            Init::Asvd => Source::Asvd(&self.asvd),
+            Init::Closed => Source::Closed,
+            Init::Weighted => Source::Weighted(&self.metrics),
+        }
+    }
+}
+
+/// The artifact of the compressed ones among `profiles` whose basis is computed: one basis per grouping and init, as wide as the widest
+/// profile needs; at the same ranks in every layer, or as `allocate` spreads the budgets, of (profile, its basis, as wide as there are
+/// channels).
 ///
 /// # Errors
-/// As [`solve`] and [`Artifact::new`].
+/// As [`solve`], [`Artifact::new`] and [`Allocator::allocate`].
+///
+/// # Panics
+/// Where a profile has a budget and there is no allocator.
 pub fn artifact(
     moments: &Moments,
     model: &ModelConfig,
     base: Fingerprint,
     profiles: &[Profile],
-    init: &Init<'_>,
+    sources: &Sources,
+    mut allocator: Option<&mut Allocator<'_>>,
 ) -> Result<Calibrated, CalibrateError> {
-    let name = |(by_frequency, heads): (bool, usize)| match by_frequency {
-        true => "frequency".to_owned(),
-        false if heads == model.kv_heads => "joint".to_owned(),
-        false => format!("grouped-{heads}"),
+    type Kind = (bool, usize, Init);
+    let name = |(by_frequency, heads, init): Kind| {
+        let kind = match by_frequency {
+            true => "frequency".to_owned(),
+            false if heads == model.kv_heads => "joint".to_owned(),
+            false => format!("grouped-{heads}"),
+        };
+        if init == sources.default { kind } else { format!("{kind}-{}", init.name()) }
     };
-    let mut widest: BTreeMap<(bool, usize), (usize, usize)> = BTreeMap::new();
-    let mut stored = Vec::new();
+    let mut widest: BTreeMap<String, (Kind, (usize, usize))> = BTreeMap::new();
+    let mut asked = Vec::new();
     for profile in profiles {
-        let Some(cskv) = &profile.cskv else { continue };
-        let kind = (cskv.basis == BasisKind::Frequency, cskv.basis.heads_per_group(model.kv_heads));
-        let (keys, values) = cskv.ranks(model);
-        let (k, v) = widest.entry(kind).or_default();
+        let Some(cskv) = profile.cskv.as_ref().filter(|c| c.basis.is_computed()) else { continue };
+        let init = cskv.init.unwrap_or(sources.default);
+        let kind = (cskv.basis == BasisKind::Frequency, cskv.basis.heads_per_group(model.kv_heads), init);
+        let widths = cskv.widths(model);
+        let (keys, values) = widths.map_or((model.kv_channels(), model.kv_channels()), |w| (w.keys.rank, w.values.rank));
+        let (_, (k, v)) = widest.entry(name(kind)).or_insert((kind, (0, 0)));
         (*k, *v) = (keys.max(*k), values.max(*v));
-        stored.push(StoredProfile { profile: profile.clone(), basis: name(kind), ranks: vec![(keys, values); model.layers] });
+        asked.push((profile, name(kind), widths));
     }
     let mut sets = Vec::new();
     let mut spectra = BTreeMap::new();
-    for (kind @ (by_frequency, heads), max) in widest {
+    for (name, (kind, max)) in widest {
+        let (by_frequency, heads, init) = kind;
         let basis = if by_frequency { BasisKind::Frequency } else { BasisKind::Grouped(heads) };
-        let solution = solve(moments, basis, init, max)?;
-        sets.push(BasisSet { name: name(kind), heads_per_group: heads, layers: solution.layers });
-        spectra.insert(name(kind), solution.spectra);
+        let solution = solve(moments, basis, &sources.of(init), max)?;
+        spectra.insert(name.clone(), solution.spectra);
+        sets.push(BasisSet { name, heads_per_group: heads, init, layers: solution.layers });
+    }
+    let mut stored = Vec::new();
+    for (profile, basis, widths) in asked {
+        let widths = match widths {
+            Some(widths) => vec![widths; model.layers],
+            None => {
+                let set = sets.iter().find(|s| s.name == basis).expect("every profile's basis was made");
+                let Some(cskv @ Cskv { size: Size::Budget(budget), .. }) = &profile.cskv else { unreachable!("shares have widths") };
+                allocator.as_mut().expect("a budget needs an allocator").allocate(cskv, *budget, &set.layers)?
+            }
+        };
+        let mut profile = profile.clone();
+        if let Some(cskv) = &mut profile.cskv {
+            cskv.init = sets.iter().find(|s| s.name == basis).map(|s| s.init);
+        }
+        stored.push(StoredProfile { profile, basis, widths });
     }
     let kept = |s: &StoredProfile| EnergyKept {
         profile: s.profile.name.clone(),
-        layers: spectra[&s.basis].iter().zip(&s.ranks).map(|([k, v], &(rk, rv))| (k.kept(rk), v.kept(rv))).collect(),
+        layers: spectra[&s.basis].iter().zip(&s.widths).map(|([k, v], w)| (k.kept(w.keys.rank), v.kept(w.values.rank))).collect(),
     };
     let energy = stored.iter().map(kept).collect();
     Ok(Calibrated { artifact: Artifact::new(base, model, sets, stored)?, energy })
@@ -468,6 +587,6 @@ impl Spectrum {
 impl fmt::Display for EnergyKept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} keeps of the energy of keys/values, in percent by layer:", self.profile)?;
-        self.layers.iter().try_for_each(|(k, v)| write!(f, " {:.1}/{:.1}", k * 100.0, v * 100.0))
+        self.layers.iter().try_for_each(|(k, v)| write!(f, " {:.1}/{:.1}", k.abs() * 100.0, v.abs() * 100.0))
     }
 }

@@ -12,18 +12,27 @@
 //! That is the safetensors format, so any reader of it opens the file. The manifest:
 //!
 //! ```text
-//! { "format": "strait-compression", "version": 2,
+//! { "format": "strait-compression", "version": 3,
 //!   "base": "<64 hex digits>",                    fingerprint of the checkpoint, as the loader computes it
 //!   "layers": L, "kv_heads": H, "head_dim": D,
 //!   "bases": [ { "name": "joint",
 //!                "keys": "channels",              or "frequencies"
 //!                "heads_per_group": H,            KV heads that share one map of channels; divides H
+//!                "init": "weighted",              or "closed", "svd", "asvd": how it was found, or what training began from
 //!                "up": "directions",              or "nested" or "trained": what turns latents back (below)
 //!                "widths": [[k, v], ...] } ],     per layer: latent elements of keys and values, all groups
-//!   "profiles": [ { "name": "cskv-80", "key_rank": 0.2, "value_rank": 0.2, "bits": 16, "window": 64, "sinks": 4,
+//!   "profiles": [ { "name": "cskv-80",
+//!                   "size": { "key_rank": 0.2, "value_rank": 0.2, "key_bits": 16, "value_bits": 16 },
+//!                                                 or { "budget": 512 }: bytes of a position over all layers
+//!                   "key_quantiser": "affine", "value_quantiser": "affine",      or "hadamard"
+//!                   "window": 64, "sinks": 4,
 //!                   "basis": "joint",             one of "bases"
-//!                   "ranks": [[k, v], ...] } ] }  per layer: leading latent elements used, all groups
+//!                   "layers": [ { "keys": { "rank": 26, "bits": 4 }, "values": { "rank": 26, "bits": 4 } }, ... ] } ] }
+//!                                                 leading latent elements used, all groups, and bits of each
 //! ```
+//!
+//! Of a hadamard profile, latents are turned by `quant::Rotation` of the rank, group by group, before they are quantised; a trained
+//! basis holds the maps as they are without that, like any other.
 //!
 //! Tensors, for every basis and layer and for `keys` (before rope) and `values`, with `C = H * D` channels,
 //! `G = H / heads_per_group` groups of `C / G` channels, and `R` the width:
@@ -62,11 +71,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Basis, FrequencyBasis, KeyBasis, LayerBasis, LayerCompression, RankError, Up};
 use crate::ids::PAGE_TOKENS;
-use crate::kv::layout::{BasisKind, Cskv, Profile};
+use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size, Width, Widths};
 use crate::model::config::ModelConfig;
 
 const FORMAT: &str = "strait-compression";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const MANIFEST: &str = "strait.manifest";
 const DIGEST: &str = "strait.blake3";
 
@@ -86,6 +95,8 @@ pub struct BasisSet {
     /// Part of the tensors' names: ASCII letters, digits, `-` and `_`.
     pub name: String,
     pub heads_per_group: usize,
+    /// How it was found, or what training began from.
+    pub init: Init,
     pub layers: Vec<LayerBasis>,
 }
 
@@ -96,8 +107,8 @@ pub struct StoredProfile {
     pub profile: Profile,
     /// Name of the [`BasisSet`] it reads.
     pub basis: String,
-    /// (key, value) latent widths per layer.
-    pub ranks: Vec<(usize, usize)>,
+    /// Latents per layer.
+    pub widths: Vec<Widths>,
 }
 
 /// Identity of a checkpoint's weights.
@@ -169,8 +180,44 @@ struct ManifestBasis {
     name: String,
     keys: KeyKind,
     heads_per_group: usize,
+    #[serde(with = "InitName")]
+    init: Init,
     up: UpKind,
     widths: Vec<(usize, usize)>,
+}
+
+/// [`Init`] as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Init", rename_all = "kebab-case")]
+enum InitName {
+    Svd,
+    Asvd,
+    Closed,
+    Weighted,
+}
+
+/// [`Quantiser`] as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Quantiser", rename_all = "kebab-case")]
+enum QuantiserName {
+    Affine,
+    Hadamard,
+}
+
+/// [`Size`] as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum ManifestSize {
+    Shares { key_rank: f64, value_rank: f64, key_bits: u32, value_bits: u32 },
+    Budget { budget: u32 },
+}
+
+/// [`Widths`] as they are written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ManifestWidths {
+    keys: Width,
+    values: Width,
 }
 
 /// What the keys of a basis set are taken by.
@@ -212,19 +259,21 @@ impl UpKind {
 #[serde(deny_unknown_fields)]
 struct ManifestProfile {
     name: String,
-    key_rank: f64,
-    value_rank: f64,
-    bits: u32,
+    size: ManifestSize,
+    #[serde(with = "QuantiserName")]
+    key_quantiser: Quantiser,
+    #[serde(with = "QuantiserName")]
+    value_quantiser: Quantiser,
     window: u32,
     sinks: u32,
     basis: String,
-    ranks: Vec<(usize, usize)>,
+    layers: Vec<ManifestWidths>,
 }
 
 /// What a compressed profile is served with.
 struct Choice<'a> {
     basis: &'a BasisSet,
-    ranks: Vec<(usize, usize)>,
+    widths: Vec<Widths>,
 }
 
 impl Artifact {
@@ -318,36 +367,37 @@ impl Artifact {
         &self.profiles
     }
 
-    /// (key, value) latent widths of `profile` per layer; none for `full`. See [`Artifact::layers`].
+    /// Latents of `profile` per layer, where its basis is a computed one; none for others. See [`Artifact::layers`].
     ///
     /// # Errors
     /// As [`Artifact::layers`], but for widths that its basis does not have.
-    pub fn ranks(&self, profile: &Profile) -> Result<Vec<(usize, usize)>, Error> {
+    pub fn widths(&self, profile: &Profile) -> Result<Vec<Widths>, Error> {
         match &profile.cskv {
-            None => Ok(Vec::new()),
-            Some(cskv) => Ok(self.choose(&profile.name, cskv)?.ranks),
+            Some(cskv) if cskv.basis.is_computed() => Ok(self.choose(&profile.name, cskv)?.widths),
+            _ => Ok(Vec::new()),
         }
     }
 
-    /// The maps of `profile`, per layer; none for `full`.
+    /// The maps of `profile`, per layer, where its basis is a computed one; none for others.
     ///
-    /// A profile that the artifact was made for (same name, shares and grouping) takes the basis and the ranks stored for it,
-    /// whatever its window and sinks, and whatever its bits unless the basis was trained for some. Any other takes, evenly
-    /// over the layers, the ranks of its shares from the first untrained basis of its grouping.
+    /// A profile that the artifact was made for (same name, size, quantiser and grouping) takes the basis and the widths stored for it,
+    /// whatever its window and sinks, and whatever its bits and quantiser unless the basis was trained for some. Any other takes, evenly
+    /// over the layers, the widths of its shares from the first untrained basis of its grouping and init.
     ///
     /// # Errors
-    /// Where no basis has the profile's grouping, or it is too narrow for its ranks.
+    /// Where no basis has the profile's grouping, or it is too narrow for its ranks; where a budget is not the one stored.
     pub fn layers(&self, profile: &Profile) -> Result<Vec<LayerCompression>, Error> {
-        let Some(cskv) = &profile.cskv else { return Ok(Vec::new()) };
-        let Choice { basis, ranks } = self.choose(&profile.name, cskv)?;
-        let layers = basis.layers.iter().zip(ranks).enumerate();
+        let Some(cskv) = profile.cskv.as_ref().filter(|c| c.basis.is_computed()) else { return Ok(Vec::new()) };
+        let Choice { basis, widths } = self.choose(&profile.name, cskv)?;
+        let layers = basis.layers.iter().zip(widths).enumerate();
         layers
-            .map(|(layer, (basis, (keys, values)))| {
+            .map(|(layer, (basis, widths))| {
                 let at = |part| move |source| Error::Rank { profile: profile.name.clone(), layer, part, source };
-                Ok(LayerCompression {
-                    keys: basis.keys.map(keys).map_err(at("keys"))?,
-                    values: basis.values.projection(values).map_err(at("values"))?,
-                })
+                let maps = LayerCompression {
+                    keys: basis.keys.map(widths.keys.rank).map_err(at("keys"))?,
+                    values: basis.values.projection(widths.values.rank).map_err(at("values"))?,
+                };
+                Ok(maps.for_quantisers(cskv))
             })
             .collect()
     }
@@ -356,34 +406,51 @@ impl Artifact {
         check_spec(name, cskv, &self.model)?;
         let heads_per_group = cskv.basis.heads_per_group(self.model.kv_heads);
         let kind = KeyKind::of(cskv.basis);
-        let fits = |b: &BasisSet| b.heads_per_group == heads_per_group && b.key_kind() == kind;
-        let same = |a: f64, b: f64| (a - b).abs() <= 1e-9;
+        let fits =
+            |b: &BasisSet| b.heads_per_group == heads_per_group && b.key_kind() == kind && cskv.init.is_none_or(|init| init == b.init);
         for stored in self.profiles.iter().filter(|p| p.profile.name == name) {
             let made = stored.profile.cskv.as_ref().expect("check refuses exact profiles");
             let basis = self.basis(&stored.basis).expect("check finds the basis of every profile");
-            if same(made.key_rank, cskv.key_rank)
-                && same(made.value_rank, cskv.value_rank)
-                && fits(basis)
-                && (!basis.trained() || made.bits == cskv.bits)
+            if !fits(basis) {
+                continue;
+            }
+            if made.size == cskv.size
+                && (!basis.trained() || (made.key_quantiser, made.value_quantiser) == (cskv.key_quantiser, cskv.value_quantiser))
             {
-                return Ok(Choice { basis, ranks: stored.ranks.clone() });
+                return Ok(Choice { basis, widths: stored.widths.clone() });
+            }
+            if let (Size::Shares { key_rank, value_rank, .. }, Size::Shares { key_rank: k, value_rank: v, .. }) = (made.size, cskv.size)
+                && (key_rank, value_rank) == (k, v)
+                && !basis.trained()
+            {
+                let own = cskv.widths(&self.model).expect("shares give widths");
+                let bits = |w: &Widths| Widths {
+                    keys: Width { bits: own.keys.bits, ..w.keys },
+                    values: Width { bits: own.values.bits, ..w.values },
+                };
+                return Ok(Choice { basis, widths: stored.widths.iter().map(bits).collect() });
             }
         }
+        let refuse = |reason: String| Error::Profile { profile: name.to_owned(), reason };
+        let widths = cskv.widths(&self.model).ok_or_else(|| {
+            refuse("the artifact was not made for this name and budget; make it anew with `strait compress`, or define shares".to_owned())
+        })?;
         let Some(basis) = self.bases.iter().find(|b| fits(b) && !b.trained()) else {
             let shape = |kind, heads| match kind {
                 KeyKind::Channels => format!("{heads} heads per group"),
                 KeyKind::Frequencies => "keys by frequency".to_owned(),
             };
             let describe = |b: &BasisSet| {
-                format!("{} ({}{})", b.name, shape(b.key_kind(), b.heads_per_group), if b.trained() { ", trained" } else { "" })
+                let init = b.init.name();
+                format!("{} ({}, {init}{})", b.name, shape(b.key_kind(), b.heads_per_group), if b.trained() { ", trained" } else { "" })
             };
             return Err(Error::NoBasis {
                 profile: name.to_owned(),
-                wanted: shape(kind, heads_per_group),
+                wanted: shape(kind, heads_per_group) + &cskv.init.map_or(String::new(), |i| format!(", {}", i.name())),
                 has: self.bases.iter().map(describe).collect::<Vec<_>>().join(", "),
             });
         };
-        Ok(Choice { basis, ranks: vec![cskv.ranks(&self.model); self.model.layers] })
+        Ok(Choice { basis, widths: vec![widths; self.model.layers] })
     }
 
     fn basis(&self, name: &str) -> Option<&BasisSet> {
@@ -436,16 +503,20 @@ impl Artifact {
             check_spec(name, cskv, &self.model)?;
             let basis =
                 self.basis(&stored.basis).ok_or_else(|| refuse(format!("it reads the basis {}, which is not there", stored.basis)))?;
+            if !cskv.basis.is_computed() {
+                return Err(refuse("it needs no basis".to_owned()));
+            }
             if cskv.basis.heads_per_group(self.model.kv_heads) != basis.heads_per_group || KeyKind::of(cskv.basis) != basis.key_kind() {
                 return Err(refuse(format!("it is grouped otherwise than its basis {}", basis.name)));
             }
-            if stored.ranks.len() != self.model.layers {
-                return Err(refuse(format!("it has ranks for {} of {} layers", stored.ranks.len(), self.model.layers)));
+            if stored.widths.len() != self.model.layers {
+                return Err(refuse(format!("it has ranks for {} of {} layers", stored.widths.len(), self.model.layers)));
             }
-            for (layer, (one, &(keys, values))) in basis.layers.iter().zip(&stored.ranks).enumerate() {
+            for (layer, (one, widths)) in basis.layers.iter().zip(&stored.widths).enumerate() {
                 let at = |part| move |source| Error::Rank { profile: name.clone(), layer, part, source };
-                one.keys.check_rank(keys).map_err(at("keys"))?;
-                one.values.check_rank(values).map_err(at("values"))?;
+                one.keys.check_rank(widths.keys.rank).map_err(at("keys"))?;
+                one.values.check_rank(widths.values.rank).map_err(at("values"))?;
+                check_bits(widths, cskv).map_err(refuse)?;
             }
         }
         Ok(())
@@ -456,6 +527,7 @@ impl Artifact {
             name: set.name.clone(),
             keys: set.key_kind(),
             heads_per_group: set.heads_per_group,
+            init: set.init,
             up: set.up_kind(),
             widths: set.layers.iter().map(|l| (l.keys.width(), l.values.width())).collect(),
         };
@@ -463,13 +535,18 @@ impl Artifact {
             let cskv = stored.profile.cskv.as_ref().expect("check refuses exact profiles");
             ManifestProfile {
                 name: stored.profile.name.clone(),
-                key_rank: cskv.key_rank,
-                value_rank: cskv.value_rank,
-                bits: cskv.bits,
+                size: match cskv.size {
+                    Size::Shares { key_rank, value_rank, key_bits, value_bits } => {
+                        ManifestSize::Shares { key_rank, value_rank, key_bits, value_bits }
+                    }
+                    Size::Budget(budget) => ManifestSize::Budget { budget },
+                },
+                key_quantiser: cskv.key_quantiser,
+                value_quantiser: cskv.value_quantiser,
                 window: cskv.window,
                 sinks: cskv.sinks,
                 basis: stored.basis.clone(),
-                ranks: stored.ranks.clone(),
+                layers: stored.widths.iter().map(|&Widths { keys, values }| ManifestWidths { keys, values }).collect(),
             }
         };
         Manifest {
@@ -544,7 +621,7 @@ impl KeyKind {
     fn of(basis: BasisKind) -> Self {
         match basis {
             BasisKind::Joint | BasisKind::Grouped(_) => KeyKind::Channels,
-            BasisKind::Frequency => KeyKind::Frequencies,
+            BasisKind::Frequency | BasisKind::Identity | BasisKind::Dropped => KeyKind::Frequencies,
         }
     }
 }
@@ -665,7 +742,7 @@ impl ManifestBasis {
             };
             layers.push(LayerBasis { keys, values });
         }
-        Ok(BasisSet { name: self.name.clone(), heads_per_group: self.heads_per_group, layers })
+        Ok(BasisSet { name: self.name.clone(), heads_per_group: self.heads_per_group, init: self.init, layers })
     }
 }
 
@@ -679,9 +756,23 @@ impl ManifestProfile {
             KeyKind::Channels if set.heads_per_group == model.kv_heads => BasisKind::Joint,
             KeyKind::Channels => BasisKind::Grouped(set.heads_per_group),
         };
-        let cskv =
-            Cskv { key_rank: self.key_rank, value_rank: self.value_rank, bits: self.bits, window: self.window, sinks: self.sinks, basis };
-        Ok(StoredProfile { profile: Profile { name: self.name, cskv: Some(cskv) }, basis: self.basis, ranks: self.ranks })
+        let size = match self.size {
+            ManifestSize::Shares { key_rank, value_rank, key_bits, value_bits } => {
+                Size::Shares { key_rank, value_rank, key_bits, value_bits }
+            }
+            ManifestSize::Budget { budget } => Size::Budget(budget),
+        };
+        let cskv = Cskv {
+            size,
+            key_quantiser: self.key_quantiser,
+            value_quantiser: self.value_quantiser,
+            window: self.window,
+            sinks: self.sinks,
+            basis,
+            init: Some(set.init),
+        };
+        let widths = self.layers.into_iter().map(|ManifestWidths { keys, values }| Widths { keys, values }).collect();
+        Ok(StoredProfile { profile: Profile { name: self.name, cskv: Some(cskv) }, basis: self.basis, widths })
     }
 }
 
@@ -756,18 +847,35 @@ fn check_frequencies(basis: &FrequencyBasis, set: &BasisSet, model: &ModelConfig
 
 fn check_spec(name: &str, cskv: &Cskv, model: &ModelConfig) -> Result<(), Error> {
     let refuse = |reason: String| Err(Error::Profile { profile: name.to_owned(), reason });
-    for (what, share) in [("key_rank", cskv.key_rank), ("value_rank", cskv.value_rank)] {
-        if !(share > 0.0 && share <= 1.0) {
-            return refuse(format!("{what} is {share} and must be above 0 and at most 1"));
+    if let Size::Shares { key_rank, value_rank, key_bits, value_bits } = cskv.size {
+        for (what, share) in [("key_rank", key_rank), ("value_rank", value_rank)] {
+            if !(share > 0.0 && share <= 1.0) {
+                return refuse(format!("{what} is {share} and must be above 0 and at most 1"));
+            }
         }
-    }
-    if ![16, 8, 4, 3, 2].contains(&cskv.bits) {
-        return refuse(format!("bits is {} and must be 16, 8, 4, 3 or 2", cskv.bits));
+        let width = |bits| Width { rank: 1, bits };
+        check_bits(&Widths { keys: width(key_bits), values: width(value_bits) }, cskv).or_else(refuse)?;
     }
     if cskv.sinks > PAGE_TOKENS {
         return refuse(format!("sinks is {} and must be at most {PAGE_TOKENS}, one page", cskv.sinks));
     }
     check_groups(cskv.basis.heads_per_group(model.kv_heads), model).or_else(refuse)
+}
+
+fn check_bits(widths: &Widths, cskv: &Cskv) -> Result<(), String> {
+    let (keys, values) = (widths.keys.bits, widths.values.bits);
+    for (bits, quantiser) in [(keys, cskv.key_quantiser), (values, cskv.value_quantiser)] {
+        if ![16, 8, 4, 3, 2].contains(&bits) {
+            return Err(format!("bits is {bits} and must be 16, 8, 4, 3 or 2"));
+        }
+        if quantiser == Quantiser::Hadamard && bits > 4 {
+            return Err(format!("bits is {bits}, and the hadamard quantiser has 4, 3 or 2"));
+        }
+    }
+    match (keys == 16) == (values == 16) {
+        true => Ok(()),
+        false => Err(format!("bits are {keys} of keys and {values} of values; 16 goes for both or neither")),
+    }
 }
 
 /// Puts what `fill` writes at `path`, or leaves everything as it was.

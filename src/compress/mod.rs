@@ -3,7 +3,12 @@
 
 use std::ops::Range;
 
+use crate::kv::layout::{Cskv, Quantiser, Widths};
+use crate::model::config::ModelConfig;
+use crate::quant::Rotation;
+
 pub mod artifact;
+pub mod seen;
 
 /// Per layer: how keys and values become latents.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,6 +62,60 @@ pub struct FrequencyMap {
     /// `[pairs][kv_heads]`, real and imaginary part.
     pub down: Vec<[f32; 2]>,
     pub up: Vec<[f32; 2]>,
+    /// Turns each block of as many latent elements before they are stored, and an absorbed query before it meets them.
+    pub rotation: Option<Rotation>,
+}
+
+impl FrequencyMap {
+    /// Latent of a key after rope `[kv_heads][head_dim]`, not turned by the rotation yet: see [`FrequencyMap::rotate`].
+    fn combine(&self, key: &[f32]) -> Vec<f32> {
+        let mut latent = Vec::with_capacity(2 * self.frequencies.len());
+        for (j, &f) in self.frequencies.iter().enumerate() {
+            let (mut re, mut im) = (0.0, 0.0);
+            for (h, &[c, d]) in self.down[j * self.kv_heads..][..self.kv_heads].iter().enumerate() {
+                let at = 2 * self.half * h + f as usize;
+                let (a, b) = (key[at], key[at + self.half]);
+                (re, im) = (re + c * a - d * b, im + c * b + d * a);
+            }
+            latent.extend([re, im]);
+        }
+        latent
+    }
+
+    /// Latent of a key after rope, `[kv_heads][head_dim]`, as it is stored.
+    pub fn latent(&self, key: &[f32]) -> Vec<f32> {
+        let mut latent = self.combine(key);
+        self.rotate(&mut latent, 1);
+        latent
+    }
+
+    /// The key after rope that a stored latent stands for.
+    pub fn key(&self, latent: &[f32]) -> Vec<f32> {
+        let mut latent = latent.to_vec();
+        if let Some(rotation) = &self.rotation {
+            latent.chunks_exact_mut(rotation.size()).for_each(|block| rotation.undo(block));
+        }
+        let mut key = vec![0.0; 2 * self.half * self.kv_heads];
+        for (j, &f) in self.frequencies.iter().enumerate() {
+            for (h, &[c, d]) in self.up[j * self.kv_heads..][..self.kv_heads].iter().enumerate() {
+                let at = 2 * self.half * h + f as usize;
+                key[at] += c * latent[2 * j] - d * latent[2 * j + 1];
+                key[at + self.half] += c * latent[2 * j + 1] + d * latent[2 * j];
+            }
+        }
+        key
+    }
+
+    /// Turns latents, or absorbed queries, in the columns of `x: [2 * pairs][lanes]`.
+    ///
+    /// # Panics
+    /// Where `x` is not that long.
+    pub fn rotate(&self, x: &mut [f32], lanes: usize) {
+        assert_eq!(x.len(), 2 * self.frequencies.len() * lanes, "latents of another map");
+        if let Some(rotation) = &self.rotation {
+            x.chunks_exact_mut((rotation.size() * lanes).max(1)).for_each(|block| rotation.apply(block, lanes));
+        }
+    }
 }
 
 /// `latent = (x - mean) . down`, `x ~ mean + latent . up`, block by block over groups of KV heads
@@ -80,7 +139,68 @@ pub struct Group {
     pub up: Vec<f32>,
 }
 
+impl LayerCompression {
+    /// Keys after rope and values as they are, head by head.
+    pub fn identity(model: &ModelConfig) -> Self {
+        let (kv_heads, half) = (model.kv_heads, model.head_dim / 2);
+        let one = |j: usize| (0..kv_heads).map(move |h| [f32::from(u8::from(j / half == h)), 0.0]);
+        let maps: Vec<[f32; 2]> = (0..kv_heads * half).flat_map(one).collect();
+        let frequencies = (0..kv_heads * half).map(|j| (j % half) as u32).collect();
+        let keys = FrequencyMap { kv_heads, half, frequencies, down: maps.clone(), up: maps, rotation: None };
+        let d = model.head_dim;
+        let unit: Vec<f32> = (0..d * d).map(|i| f32::from(u8::from(i / d == i % d))).collect();
+        let head = |h: usize| Group { channels: h * d..(h + 1) * d, ranks: h * d..(h + 1) * d, down: unit.clone(), up: unit.clone() };
+        let values = Projection { mean: vec![0.0; kv_heads * d], groups: (0..kv_heads).map(head).collect() };
+        LayerCompression { keys: KeyMap::Frequencies(keys), values }
+    }
+
+    /// Of a profile that keeps nothing of a sealed position.
+    pub fn dropped(model: &ModelConfig) -> Self {
+        let (kv_heads, half) = (model.kv_heads, model.head_dim / 2);
+        let keys = FrequencyMap { kv_heads, half, frequencies: vec![], down: vec![], up: vec![], rotation: None };
+        LayerCompression { keys: KeyMap::Frequencies(keys), values: Projection { mean: vec![0.0; model.kv_channels()], groups: vec![] } }
+    }
+
+    /// As the quantisers of keys and of values want it: for the Hadamard one, latents turned block by block. A rotation of channels
+    /// is folded into their map; that of frequencies stays a step of its own, as their map is sparse.
+    pub fn for_quantisers(mut self, cskv: &Cskv) -> Self {
+        if cskv.key_quantiser == Quantiser::Hadamard {
+            match &mut self.keys {
+                KeyMap::Channels(p) => p.rotate(),
+                KeyMap::Frequencies(map) if map.frequencies.is_empty() => {}
+                KeyMap::Frequencies(map) => {
+                    let blocks = cskv.basis.blocks(map.kv_heads).max(1);
+                    map.rotation = Some(Rotation::new(2 * map.frequencies.len() / blocks));
+                }
+            }
+        }
+        if cskv.value_quantiser == Quantiser::Hadamard {
+            self.values.rotate();
+        }
+        self
+    }
+
+    /// Latent elements of keys and of values.
+    pub fn ranks(&self) -> (usize, usize) {
+        (self.keys.rank(), self.values.rank())
+    }
+
+    /// Whether pages of these widths hold its latents.
+    pub fn fits(&self, widths: &Widths) -> bool {
+        self.ranks() == (widths.keys.rank, widths.values.rank)
+    }
+}
+
 impl Projection {
+    /// Turns the latents of each group, in both directions of the map.
+    fn rotate(&mut self) {
+        for group in self.groups.iter_mut().filter(|g| !g.ranks.is_empty()) {
+            let rotation = Rotation::new(group.ranks.len());
+            group.down.chunks_exact_mut(group.ranks.len()).for_each(|row| rotation.apply(row, 1));
+            rotation.apply(&mut group.up, group.channels.len());
+        }
+    }
+
     /// Latent width over all groups.
     pub fn rank(&self) -> usize {
         self.groups.last().map_or(0, |g| g.ranks.end)
@@ -187,7 +307,6 @@ impl KeyBasis {
             KeyBasis::Frequencies(b) => {
                 let width = 2 * b.frequencies.len();
                 match rank {
-                    0 => Err(RankError::Zero),
                     _ if rank > width => Err(RankError::TooWide { rank, width }),
                     _ if b.up.is_trained() && rank != width => Err(RankError::Trained { rank, width }),
                     _ if !rank.is_multiple_of(2) => Err(RankError::Odd { rank }),
@@ -215,6 +334,7 @@ impl KeyBasis {
                     frequencies: b.frequencies[..rank / 2].to_vec(),
                     down: directions.iter().map(|&[re, im]| [re, -im]).collect(),
                     up: b.up.own().map_or(directions, leading),
+                    rotation: None,
                 }))
             }
         }
@@ -232,8 +352,6 @@ pub enum RankError {
     Trained { rank: usize, width: usize },
     #[error("rank {rank} is asked of a frequency basis, whose latent elements come in pairs")]
     Odd { rank: usize },
-    #[error("rank 0 keeps nothing")]
-    Zero,
 }
 
 impl Basis {
@@ -252,7 +370,6 @@ impl Basis {
     pub fn check_rank(&self, rank: usize) -> Result<(), RankError> {
         let (groups, width) = (self.groups, self.width());
         match rank {
-            0 => Err(RankError::Zero),
             _ if rank > width => Err(RankError::TooWide { rank, width }),
             _ if self.up.is_trained() && rank != width => Err(RankError::Trained { rank, width }),
             _ if !rank.is_multiple_of(groups) => Err(RankError::Uneven { rank, groups }),

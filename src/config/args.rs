@@ -1,5 +1,6 @@
 //! The command line and the config file, as their users write them. Field names are the flags.
 
+use crate::kv::layout::Init;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,9 @@ pub struct Plan {
     /// Element of exact keys and values: follows the model's weights when `auto`.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto, env = "STRAIT_DTYPE")]
     pub dtype: DtypeArg,
+    /// Compression artifact of this model, whose ranks and profiles count [default: what is built in, or the profiles' shares].
+    #[arg(long, env = "STRAIT_COMPRESSION")]
+    pub compression: Option<PathBuf>,
     /// TOML file with further cache profiles.
     #[arg(long, env = "STRAIT_CONFIG")]
     pub config: Option<PathBuf>,
@@ -85,6 +89,13 @@ pub struct Compress {
     /// Tokens to calibrate on, at most.
     #[arg(long, default_value_t = 16384)]
     pub tokens: usize,
+    /// Leave the built-in profiles at even ranks, their savings nominal, as in the paper; otherwise each is spread like a budget.
+    #[arg(long)]
+    pub uniform: bool,
+    /// Also make profiles of so many bytes per token over all layers, named budget-BYTES: spread over layers, keys and values, ranks
+    /// and bits by what they buy.
+    #[arg(long, value_delimiter = ',', value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..))]
+    pub budget: Vec<u32>,
     /// How bases are found.
     #[arg(long, value_enum, default_value_t = InitArg::Weighted)]
     pub init: InitArg,
@@ -407,6 +418,17 @@ pub enum InitArg {
     Closed,
     /// The same, errors counting as much as the queries that meet a key, and the output projection of a value, make of them.
     Weighted,
+}
+
+impl From<InitArg> for Init {
+    fn from(arg: InitArg) -> Init {
+        match arg {
+            InitArg::Svd => Init::Svd,
+            InitArg::Asvd => Init::Asvd,
+            InitArg::Closed => Init::Closed,
+            InitArg::Weighted => Init::Weighted,
+        }
+    }
 }
 
 /// `--log-format`.

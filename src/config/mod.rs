@@ -26,8 +26,10 @@ pub struct Settings {
     pub threads: usize,
     pub kv_cache_memory_bytes: Option<u64>,
     pub profiles: Vec<Profile>,
-    /// Index in `profiles`.
-    pub default_profile: usize,
+    /// Names of those that the config file defines.
+    pub defined: Vec<String>,
+    /// Name of one of `profiles`, or of one that only the artifact has.
+    pub default_profile: String,
     pub compression: Option<PathBuf>,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: u32,
@@ -76,9 +78,10 @@ impl Settings {
             None => args::File::default(),
         };
         let flags = flags.clone().or(file.flags);
-        let mut profiles = builtin();
+        let (mut profiles, mut defined) = (builtin(), Vec::new());
         for (name, profile) in file.profiles {
             let profile = profile.resolve(&name)?;
+            defined.push(name.clone());
             match profiles.iter_mut().find(|p| p.name == name) {
                 Some(_) if name == "full" => {
                     return Err(ConfigError::BadProfile { name, fault: "full is the exact cache and cannot be redefined".into() });
@@ -88,10 +91,10 @@ impl Settings {
             }
         }
         let wanted = flags.cache_profile.unwrap_or_else(|| DEFAULT_PROFILE.into());
-        let default_profile = profiles.iter().position(|p| p.name == wanted).ok_or_else(|| ConfigError::UnknownProfile {
-            name: wanted,
-            known: profiles.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", "),
-        })?;
+        // An artifact may have profiles of its own.
+        if flags.compression.is_none() && profiles.iter().all(|p| p.name != wanted) {
+            return Err(ConfigError::UnknownProfile { name: wanted, known: names(&profiles) });
+        }
         let mut api_keys = flags.api_key;
         if let Some(path) = &flags.api_key_file {
             api_keys.extend(read_keys(path)?);
@@ -145,7 +148,8 @@ impl Settings {
             threads,
             kv_cache_memory_bytes: flags.kv_cache_memory_bytes.map(|Bytes(n)| n),
             profiles,
-            default_profile,
+            defined,
+            default_profile: wanted,
             compression: flags.compression,
             max_num_seqs,
             max_num_batched_tokens,
@@ -156,6 +160,11 @@ impl Settings {
             seed: flags.seed,
         })
     }
+}
+
+/// Names of profiles, for a message.
+pub fn names(profiles: &[Profile]) -> String {
+    profiles.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// One key per line; `#` begins a comment.

@@ -7,13 +7,17 @@
 //! sinks block     per layer, per KV head:  K^T [head_dim][S]   then  V [S][head_dim],  S = sinks rounded up to 16
 //! sealed page     per layer:
 //!   16 bit        key latents   [key_rank][64] f16         value latents [64][value_rank] f16
-//!   < 16 bit      key codes     [words(key_rank)][64] u32      key scales [key_rank] f16, key minima [key_rank] f16
+//!   affine        key codes     [words(key_rank)][64] u32      key scales [key_rank] f16, key minima [key_rank] f16
 //!                 value codes   [words(64)][value_rank] u32    value scales [groups][64] f16, value minima [groups][64] f16
+//!   hadamard      key codes     as above                       key scales [blocks][64] f16
+//!                 value codes   as above                       value scales [blocks][64] f16
 //! ```
 //!
-//! Key latents are of keys *before* rope, but of a `frequency` basis *after* it, with which it commutes. Keys are quantised per
-//! channel over the page, values per token in groups of [`VALUE_GROUP`] channels. Codes lie in words (`quant`): lanes are
-//! positions for keys, which are summed over channels, and channels for values, which are summed over positions.
+//! Key latents are of keys *before* rope, but of a `frequency` or `identity` basis *after* it. The affine quantiser takes keys per
+//! channel over the page, values per token in groups of [`VALUE_GROUP`] channels; the Hadamard one both per token, in blocks of
+//! channels that were rotated together. Codes lie in words (`quant`): lanes are positions for keys, which are summed over
+//! channels (in runs), and channels for values, which are summed over positions (strided).
+//! A basis that keeps nothing has sealed pages of the least size, [`PageAddr::UNIT`], without contents.
 //! Each of the four sections of a sealed layer begins on an 8-byte boundary, each layer on a 64-byte boundary, every page
 //! is a multiple of 64 bytes.
 
@@ -54,17 +58,68 @@ pub struct Profile {
 /// A compressed profile as an operator writes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cskv {
-    /// Share of the key channels kept, in `(0, 1]`.
-    pub key_rank: f64,
-    /// Share of the value channels kept, in `(0, 1]`.
-    pub value_rank: f64,
-    /// Bits of a latent element: 16, 8, 4, 3 or 2.
-    pub bits: u32,
+    pub size: Size,
+    pub key_quantiser: Quantiser,
+    pub value_quantiser: Quantiser,
     /// At least so many recent positions stay exact.
     pub window: u32,
     /// So many first positions stay exact.
     pub sinks: u32,
     pub basis: BasisKind,
+    /// How the basis is found; `None` leaves it to who computes it.
+    pub init: Option<Init>,
+}
+
+/// How much of a position a profile keeps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Size {
+    /// The same shares of the channels in every layer.
+    Shares {
+        /// Of the key channels, in `(0, 1]`.
+        key_rank: f64,
+        /// Of the value channels, in `(0, 1]`.
+        value_rank: f64,
+        /// Bits of a latent element of keys: 16, 8, 4, 3 or 2.
+        key_bits: u32,
+        /// Of values; 16 where that of keys is, and only there.
+        value_bits: u32,
+    },
+    /// So many bytes over all layers, scales counted, spread by what they buy.
+    Budget(u32),
+}
+
+/// How latents below 16 bits become codes (`quant`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Quantiser {
+    /// Scale and minimum: keys per channel over a page, values per token in groups.
+    Affine,
+    /// Latents rotated, and taken per token by one scale as if they were normal. At 4, 3 or 2 bits.
+    Hadamard,
+}
+
+/// How a basis is found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Init {
+    /// The singular vectors of the projections' weights.
+    Svd,
+    /// Those of the weights scaled by the inputs they meet.
+    Asvd,
+    /// What loses the least of keys and values, errors counting the same everywhere.
+    Closed,
+    /// The same, errors counting as much as the queries that meet a key, and the output projection of a value, make of them.
+    Weighted,
+}
+
+impl Init {
+    /// Its name in a profile and in an artifact.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Init::Svd => "svd",
+            Init::Asvd => "asvd",
+            Init::Closed => "closed",
+            Init::Weighted => "weighted",
+        }
+    }
 }
 
 /// Over which KV heads one basis is shared.
@@ -76,78 +131,180 @@ pub enum BasisKind {
     Grouped(usize),
     /// Keys by rope frequency over all KV heads, so that no key is rebuilt; values as `Joint`.
     Frequency,
+    /// Keys after rope and values as they are, head by head: only quantised (KIVI, TurboQuant).
+    Identity,
+    /// Nothing is kept beyond window and sinks (StreamingLLM).
+    Dropped,
 }
 
 impl BasisKind {
     /// KV heads that share a basis.
     pub fn heads_per_group(self, kv_heads: usize) -> usize {
         match self {
-            BasisKind::Joint | BasisKind::Frequency => kv_heads,
+            BasisKind::Joint | BasisKind::Frequency | BasisKind::Dropped => kv_heads,
             BasisKind::Grouped(n) => n,
+            BasisKind::Identity => 1,
         }
+    }
+
+    /// Blocks of key channels, and of value channels, that the Hadamard quantiser rotates and scales by themselves.
+    pub fn blocks(self, kv_heads: usize) -> usize {
+        kv_heads / self.heads_per_group(kv_heads).max(1)
+    }
+
+    /// Whether there is a basis to be found.
+    pub fn is_computed(self) -> bool {
+        !matches!(self, BasisKind::Identity | BasisKind::Dropped)
     }
 }
 
+/// Latents of the keys, or the values, of one layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Width {
+    pub rank: usize,
+    pub bits: u32,
+}
+
+/// Latents of one layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Widths {
+    pub keys: Width,
+    pub values: Width,
+}
+
 impl Cskv {
+    /// Even shares of keys and of values at the same bits, quantised affinely; (window, sinks) stay exact.
+    pub fn shares((key_rank, value_rank): (f64, f64), bits: u32, (window, sinks): (u32, u32), basis: BasisKind) -> Self {
+        Cskv {
+            size: Size::Shares { key_rank, value_rank, key_bits: bits, value_bits: bits },
+            key_quantiser: Quantiser::Affine,
+            value_quantiser: Quantiser::Affine,
+            window,
+            sinks,
+            basis,
+            init: None,
+        }
+    }
+
     /// Latent width of a layer for a share of the channels: whole channels per head, at least one
     /// (CSKV code: `int(density * head_dim) * n_kv_heads`).
     fn rank(share: f64, model: &ModelConfig) -> usize {
         ((share * model.head_dim as f64) as usize).clamp(1, model.head_dim) * model.kv_heads
     }
 
-    /// (key, value) latent widths of a layer for its shares. Those of frequency keys are pairs, hence even.
-    pub fn ranks(&self, model: &ModelConfig) -> (usize, usize) {
-        let (keys, values) = (Self::rank(self.key_rank, model), Self::rank(self.value_rank, model));
-        match self.basis {
+    /// Latents of a layer by its shares; `None` for a budget. Those of frequency keys are pairs, hence even.
+    pub fn widths(&self, model: &ModelConfig) -> Option<Widths> {
+        let Size::Shares { key_rank, value_rank, key_bits, value_bits } = self.size else { return None };
+        let (keys, values) = (Self::rank(key_rank, model), Self::rank(value_rank, model));
+        let (keys, values) = match self.basis {
             BasisKind::Frequency => (keys.next_multiple_of(2), values),
             BasisKind::Joint | BasisKind::Grouped(_) => (keys, values),
-        }
+            BasisKind::Identity => (model.kv_channels(), model.kv_channels()),
+            BasisKind::Dropped => (0, 0),
+        };
+        Some(Widths { keys: Width { rank: keys, bits: key_bits }, values: Width { rank: values, bits: value_bits } })
+    }
+}
+
+/// Latents of one kind in a sealed page, and where they lie from the page's start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SealedPart {
+    pub rank: usize,
+    pub bits: u32,
+    pub quantiser: Quantiser,
+    pub codes: usize,
+    /// Scales, then minima where there are some. Unused (equal to `codes`) at 16 bits.
+    pub meta: usize,
+}
+
+impl SealedPart {
+    /// Bytes of a page's key codes below 16 bits.
+    pub const fn key_code_bytes(&self) -> usize {
+        words(self.rank, self.bits) * P * 4
+    }
+
+    /// Bytes of a page's value codes below 16 bits.
+    pub const fn value_code_bytes(&self) -> usize {
+        words(P, self.bits) * self.rank * 4
     }
 }
 
 /// Byte offsets of one layer inside a sealed page, from the page's start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SealedLayer {
-    pub key_rank: usize,
-    pub value_rank: usize,
-    pub bits: u32,
-    pub key_codes: usize,
-    /// Scales, then minima. Unused (equal to `key_codes`) at 16 bits, as is `value_meta`.
-    pub key_meta: usize,
-    pub value_codes: usize,
-    pub value_meta: usize,
+    /// Blocks that the Hadamard quantiser scales by themselves, of keys and of values alike.
+    pub blocks: usize,
+    pub keys: SealedPart,
+    pub values: SealedPart,
     pub end: usize,
 }
 
 impl SealedLayer {
-    fn at(start: usize, key_rank: usize, value_rank: usize, bits: u32) -> Self {
+    fn at(start: usize, widths: Widths, quantisers: [Quantiser; 2], blocks: usize) -> Self {
         let align = |n: usize| n.next_multiple_of(8);
-        let key_codes = start;
-        if bits == 16 {
-            let value_codes = align(key_codes + key_rank * P * 2);
-            let end = align(value_codes + P * value_rank * 2);
-            return SealedLayer { key_rank, value_rank, bits, key_codes, key_meta: key_codes, value_codes, value_meta: value_codes, end };
+        let Widths { keys, values } = widths;
+        let part = |Width { rank, bits }, quantiser| SealedPart { rank, bits, quantiser, codes: start, meta: start };
+        let mut layer = SealedLayer { blocks, keys: part(keys, quantisers[0]), values: part(values, quantisers[1]), end: start };
+        let mut at = align(start + if keys.bits == 16 { keys.rank * P * 2 } else { layer.keys.key_code_bytes() });
+        layer.keys.meta = if keys.bits == 16 { layer.keys.codes } else { at };
+        at = align(at + layer.key_meta_bytes());
+        layer.values.codes = at;
+        at = align(at + if values.bits == 16 { P * values.rank * 2 } else { layer.values.value_code_bytes() });
+        layer.values.meta = if values.bits == 16 { layer.values.codes } else { at };
+        layer.end = align(at + layer.value_meta_bytes());
+        layer
+    }
+
+    /// Bytes that keys, or values, of this width take of a page, what aligns them left out.
+    pub fn part_bytes(width: Width, quantiser: Quantiser, blocks: usize, values: bool) -> usize {
+        let none = Width { rank: 0, bits: width.bits };
+        let widths = if values { Widths { keys: none, values: width } } else { Widths { keys: width, values: none } };
+        SealedLayer::at(0, widths, [quantiser; 2], blocks).end
+    }
+
+    /// Bytes of a page of these layers.
+    pub fn page_bytes(widths: &[Widths], quantisers: [Quantiser; 2], blocks: usize) -> usize {
+        let end = widths.iter().fold(0usize, |at, &w| SealedLayer::at(at.next_multiple_of(64), w, quantisers, blocks).end);
+        page(end.max(1)) as usize
+    }
+
+    /// Bytes of scales and minima of the keys.
+    pub const fn key_meta_bytes(&self) -> usize {
+        match (self.keys.bits, self.keys.quantiser) {
+            _ if self.keys.rank == 0 => 0,
+            (16, _) => 0,
+            (_, Quantiser::Affine) => self.keys.rank * 4,
+            (_, Quantiser::Hadamard) => self.blocks * P * 2,
         }
-        let key_meta = align(key_codes + Self::key_code_bytes(key_rank, bits));
-        let value_codes = align(key_meta + key_rank * 4);
-        let value_meta = align(value_codes + Self::value_code_bytes(value_rank, bits));
-        let end = align(value_meta + P * value_rank.div_ceil(VALUE_GROUP) * 4);
-        SealedLayer { key_rank, value_rank, bits, key_codes, key_meta, value_codes, value_meta, end }
     }
 
-    /// Bytes of a page's key codes below 16 bits.
-    pub const fn key_code_bytes(key_rank: usize, bits: u32) -> usize {
-        words(key_rank, bits) * P * 4
+    /// Bytes of scales and minima of the values.
+    pub const fn value_meta_bytes(&self) -> usize {
+        match (self.values.bits, self.values.quantiser) {
+            _ if self.values.rank == 0 => 0,
+            (16, _) => 0,
+            (_, Quantiser::Affine) => self.value_groups() * P * 4,
+            (_, Quantiser::Hadamard) => self.blocks * P * 2,
+        }
     }
 
-    /// Bytes of a page's value codes below 16 bits.
-    pub const fn value_code_bytes(value_rank: usize, bits: u32) -> usize {
-        words(P, bits) * value_rank * 4
+    /// Value channels that share a scale: a group of the affine quantiser, whose last may be smaller, or a block of the other.
+    pub const fn value_group(&self) -> usize {
+        match self.values.quantiser {
+            Quantiser::Affine => VALUE_GROUP,
+            Quantiser::Hadamard if self.values.rank == 0 => 1,
+            Quantiser::Hadamard => self.values.rank / self.blocks,
+        }
     }
 
     /// Groups of value channels that share a scale.
     pub const fn value_groups(&self) -> usize {
-        self.value_rank.div_ceil(VALUE_GROUP)
+        self.values.rank.div_ceil(self.value_group())
+    }
+
+    /// Bytes of a layer's part of a sealed page.
+    pub const fn bytes(&self) -> usize {
+        self.end - self.keys.codes
     }
 }
 
@@ -163,6 +320,8 @@ pub struct PageLayout {
     pub sinks: u32,
     /// One per layer; empty for `full`.
     pub sealed: Vec<SealedLayer>,
+    /// Sealed positions are gone: met by nobody.
+    pub drops: bool,
 }
 
 /// Bytes of each kind of page; zero where the profile has none. All the scheduler knows of a layout.
@@ -190,18 +349,18 @@ fn page(bytes: usize) -> u64 {
 }
 
 impl PageLayout {
-    /// The layout of `profile` on `model`. `ranks` gives (key, value) latent widths per layer where an artifact
-    /// sets them; otherwise they follow the profile's shares.
-    pub fn new(model: &ModelConfig, exact: ExactType, profile: &Profile, ranks: Option<&[(usize, usize)]>) -> Self {
+    /// The layout of `profile` on `model`. `widths` gives the latents of each layer where an artifact sets them; otherwise they
+    /// follow the profile's shares.
+    ///
+    /// # Panics
+    /// Where a budget has no widths.
+    pub fn new(model: &ModelConfig, exact: ExactType, profile: &Profile, widths: Option<&[Widths]>) -> Self {
         let mut sealed = Vec::new();
         if let Some(cskv) = &profile.cskv {
             let mut at = 0;
             for layer in 0..model.layers {
-                let (k, v) = match ranks {
-                    Some(ranks) => ranks[layer],
-                    None => cskv.ranks(model),
-                };
-                let one = SealedLayer::at(at, k, v, cskv.bits);
+                let widths = widths.map_or_else(|| cskv.widths(model).expect("a budget has widths of its own"), |all| all[layer]);
+                let one = SealedLayer::at(at, widths, [cskv.key_quantiser, cskv.value_quantiser], cskv.basis.blocks(model.kv_heads));
                 at = one.end.next_multiple_of(64);
                 sealed.push(one);
             }
@@ -215,6 +374,7 @@ impl PageLayout {
             window: profile.cskv.as_ref().map_or(0, |c| c.window),
             sinks: profile.cskv.as_ref().map_or(0, |c| c.sinks),
             sealed,
+            drops: profile.cskv.as_ref().is_some_and(|c| c.basis == BasisKind::Dropped),
         }
     }
 
@@ -244,7 +404,7 @@ impl PageLayout {
         let when = |yes: bool, bytes: usize| if yes { page(bytes) } else { 0 };
         PageSizes {
             exact: page(self.layers * self.exact_layer_bytes()),
-            sealed: when(compressed, self.sealed.last().map_or(0, |l| l.end)),
+            sealed: when(compressed, self.sealed.last().map_or(0, |l| l.end).max(1)),
             sinks: when(compressed && self.sinks > 0, self.layers * self.sinks_layer_bytes()),
             workspace: when(compressed, self.workspace_hidden() + P * self.hidden * 4),
         }
@@ -253,14 +413,9 @@ impl PageLayout {
     /// What the bytes of a sealed page hold. All zero for `full`.
     pub fn sealed_split(&self) -> SealedSplit {
         self.sealed.iter().fold(SealedSplit::default(), |sum, l| {
-            let (keys, values, metadata) = match l.bits {
-                16 => (l.key_rank * P * 2, P * l.value_rank * 2, 0),
-                bits => (
-                    SealedLayer::key_code_bytes(l.key_rank, bits),
-                    SealedLayer::value_code_bytes(l.value_rank, bits),
-                    l.key_rank * 4 + P * l.value_groups() * 4,
-                ),
-            };
+            let keys = if l.keys.bits == 16 { l.keys.rank * P * 2 } else { l.keys.key_code_bytes() };
+            let values = if l.values.bits == 16 { P * l.values.rank * 2 } else { l.values.value_code_bytes() };
+            let metadata = l.key_meta_bytes() + l.value_meta_bytes();
             SealedSplit { keys: sum.keys + keys as u64, values: sum.values + values as u64, metadata: sum.metadata + metadata as u64 }
         })
     }

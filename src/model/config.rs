@@ -65,6 +65,11 @@ pub enum RopeScaling {
 }
 
 impl ModelConfig {
+    /// What the product of a query and a key is multiplied by.
+    pub fn attention_scale(&self) -> f32 {
+        (self.head_dim as f32).powf(-0.5)
+    }
+
     /// Channels of all KV heads together.
     pub fn kv_channels(&self) -> usize {
         self.kv_heads * self.head_dim

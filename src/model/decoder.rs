@@ -44,7 +44,8 @@ pub struct Decoder<'a> {
 /// the model through it.
 pub trait Observer {
     /// Sees what the projections of the coming layer see, after the norm: `[n][hidden]`.
-    fn inputs(&mut self, layer: usize, inputs: &[f32]);
+    /// `residual` is what was normed.
+    fn inputs(&mut self, layer: usize, residual: &[f32], inputs: &[f32]);
 
     /// `keys`, `values`: `[positions.len()][kv_channels]`.
     fn observe(&mut self, layer: usize, positions: &[u32], keys: &[f32], values: &[f32]);
@@ -119,8 +120,7 @@ pub struct Pass<'p> {
 impl<'a> Decoder<'a> {
     /// A decoder for sequences of up to `positions`. `block` bounds the scratch memory of layer-by-layer prefill.
     pub fn new(config: &'a ModelConfig, weights: ModelWeights<'a>, positions: usize, block: usize) -> Self {
-        let heads =
-            Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: (config.head_dim as f32).powf(-0.5) };
+        let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
         let block = block.next_multiple_of(P);
         Decoder { config, weights, rope: RopeTable::new(config, positions), heads, block, scratch: Scratch::default() }
     }
@@ -131,6 +131,11 @@ impl<'a> Decoder<'a> {
     }
 
     /// Its weights.
+    /// Turns of all positions.
+    pub fn rope(&self) -> &RopeTable {
+        &self.rope
+    }
+
     pub fn weights(&self) -> &ModelWeights<'a> {
         &self.weights
     }
@@ -229,7 +234,7 @@ impl<'a> Decoder<'a> {
         s.normed.resize(tokens * c.hidden, 0.0);
         ops.rms_norm(x, &w.input_norm, c.norm_eps, &mut s.normed);
         if let Some(observer) = &mut pass.observer {
-            observer.inputs(layer, &s.normed);
+            observer.inputs(layer, x, &s.normed);
         }
 
         // Keys and values of every position.

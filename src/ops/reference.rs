@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
-use crate::kv::layout::{ExactType, PageLayout, SealedLayer, VALUE_GROUP};
+use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedLayer};
 use crate::ops::{AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob, exact_head_bytes};
 
 const P: usize = PAGE_TOKENS as usize;
@@ -83,7 +83,11 @@ impl Ops for Reference {
                     for head in kv_head * (heads / kv_heads)..(kv_head + 1) * (heads / kv_heads) {
                         let at = ((row.first + i) * heads + head) * d;
                         let q = &q[at..at + d];
-                        let score = |j: usize| (0..d).map(|c| f64::from(q[c]) * f64::from(keys[j * d + c])).sum::<f64>() * f64::from(scale);
+                        // A profile that drops its sealed positions meets only its sinks among them.
+                        let sinks = if row.sinks.is_some() { row.view.layout.sinks as usize } else { 0 };
+                        let gone = if row.view.layout.drops { sinks..row.sealed.len() * P } else { 0..0 };
+                        let dot = |j: usize| (0..d).map(|c| f64::from(q[c]) * f64::from(keys[j * d + c])).sum::<f64>() * f64::from(scale);
+                        let score = |j: usize| if gone.contains(&j) { f64::NEG_INFINITY } else { dot(j) };
                         let scores: Vec<f64> = (0..visible).map(score).collect();
                         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
@@ -123,6 +127,9 @@ impl Ops for Reference {
             };
             let keys: Vec<Vec<f32>> = keys.chunks_exact(width).map(latent).collect();
             let values: Vec<Vec<f32>> = values.chunks_exact(width).map(|v| project(&compression.values, v)).collect();
+            if layout.drops {
+                continue;
+            }
             write_keys(arena, job.to, &sealed, &keys, skip);
             write_values(arena, job.to, &sealed, &values, skip);
         }
@@ -194,6 +201,8 @@ fn gather(arena: &Arena, row: &AttendRow<'_>, table: &RopeTable, kv_head: usize,
                 key[c] = element(arena, layout.exact, page, at, c * stride + j);
                 value[c] = element(arena, layout.exact, page, at + head_bytes, j * d + c);
             }
+        } else if j < sealed_positions && layout.drops {
+            // Nobody meets it.
         } else if j < sealed_positions {
             let compression = row.view.compression.expect("sealed pages belong to a compressed profile");
             let sealed = &layout.sealed[row.view.layer];
@@ -253,11 +262,12 @@ fn frequency_latent(map: &FrequencyMap, key: &[f32]) -> Vec<f32> {
         }
         latent.extend([re as f32, im as f32]);
     }
-    latent
+    turn(map, &latent, false)
 }
 
 /// `z[h] = sum over j of up[j][h] c[j]`: a turned key of one head.
 fn frequency_key(map: &FrequencyMap, latent: &[f32], kv_head: usize) -> Vec<f32> {
+    let latent = turn(map, latent, true);
     let mut key = vec![0.0f64; 2 * map.half];
     for (j, &f) in map.frequencies.iter().enumerate() {
         let [a, b] = [latent[2 * j], latent[2 * j + 1]].map(f64::from);
@@ -287,101 +297,187 @@ fn quantise(x: &[f32], bits: u32) -> (f16, f16, Vec<u32>) {
     (scale, min, x.iter().map(|&v| code(v)).collect())
 }
 
-/// Word and bit of bit `b` of code `i` of `n`, as `quant` documents them.
-fn code_bit(bits: u32, n: usize, i: usize, b: usize) -> (usize, usize) {
+/// Word and bit of bit `b` of a code of `n`, which is byte `byte` of quad `quad`, as `quant` documents them.
+fn code_bit(bits: u32, n: usize, (quad, byte): (usize, usize), b: usize) -> (usize, usize) {
+    let quads = n.div_ceil(4);
     if bits == 3 && b == 2 {
-        return (n.div_ceil(16) + i / 32, 16 * (i % 16 / 8) + 8 * (i / 16 % 2) + i % 8);
+        return (quads.div_ceil(4) + quad / 8, 8 * byte + quad % 8);
     }
     let plane = if bits == 3 { 2 } else { bits as usize };
-    let per = 32 / plane;
-    (i / per, 16 * (i % per / (per / 2)) + plane * (i % (per / 2)) + b)
+    (quad / (8 / plane), 8 * byte + plane * (quad % (8 / plane)) + b)
 }
 
-/// Writes code `i` of `n` of a lane of `words: [..][lanes]`.
-fn put_code(words: &mut [u32], (lanes, lane): (usize, usize), bits: u32, n: usize, i: usize, code: u32) {
+/// Quad and byte of channel `i` of keys.
+fn in_runs(i: usize) -> (usize, usize) {
+    (i / 4, i % 4)
+}
+
+/// Quad and byte of position `i` of values.
+fn strided(i: usize) -> (usize, usize) {
+    (i % 16, i / 16)
+}
+
+/// Writes a code of `n` of a lane of `words: [..][lanes]`.
+fn put_code(words: &mut [u32], (lanes, lane): (usize, usize), bits: u32, n: usize, at: (usize, usize), code: u32) {
     for b in 0..bits as usize {
-        let (word, bit) = code_bit(bits, n, i, b);
+        let (word, bit) = code_bit(bits, n, at, b);
         let word = &mut words[word * lanes + lane];
         *word = *word & !(1 << bit) | (code >> b & 1) << bit;
     }
 }
 
-fn get_code(words: &[u32], (lanes, lane): (usize, usize), bits: u32, n: usize, i: usize) -> u32 {
+fn get_code(words: &[u32], (lanes, lane): (usize, usize), bits: u32, n: usize, at: (usize, usize)) -> u32 {
     let bit = |b: usize| {
-        let (word, bit) = code_bit(bits, n, i, b);
+        let (word, bit) = code_bit(bits, n, at, b);
         (words[word * lanes + lane] >> bit & 1) << b
     };
     (0..bits as usize).map(bit).sum()
 }
 
+/// Latents turned by the map's rotation, block by block, or turned back: `quant::Rotation` as its formula says.
+fn turn(map: &FrequencyMap, latent: &[f32], back: bool) -> Vec<f32> {
+    let Some(rotation) = &map.rotation else { return latent.to_vec() };
+    let n = rotation.size();
+    let h = 1 << n.trailing_zeros();
+    let m = n / h;
+    let entry = |to: usize, from: usize| {
+        let t = std::f64::consts::TAU * (from / h * (to / h)) as f64 / m as f64;
+        let minus = (from % h & to % h).count_ones() + (from as u32 + 1).wrapping_mul(0x9E37_79B1).count_ones();
+        (t.cos() + t.sin()) / (n as f64).sqrt() * if minus % 2 == 1 { -1.0 } else { 1.0 }
+    };
+    let block = |x: &[f32]| -> Vec<f32> {
+        let one =
+            |to: usize| (0..n).map(|from| f64::from(x[from]) * if back { entry(from, to) } else { entry(to, from) }).sum::<f64>() as f32;
+        (0..n).map(one).collect()
+    };
+    latent.chunks_exact(n).flat_map(block).collect()
+}
+
+/// `(deviation, codes)` of a block of normal numbers; see `quant::quantise_normal`.
+fn quantise_normal(x: &[f32], bits: u32) -> (f16, Vec<u32>) {
+    let (levels, unit) = crate::quant::levels(bits);
+    let nearest = |v: f64| -> u32 {
+        // Half way goes down.
+        (1..levels.len()).filter(|&i| v > (f64::from(levels[i - 1]) + f64::from(levels[i])) / 2.0).count() as u32
+    };
+    let rms = (x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
+    let codes = |deviation: f64| -> Vec<u32> {
+        let by = if deviation > 0.0 { (f64::from(unit) / deviation) as f32 } else { 0.0 };
+        x.iter().map(|&v| nearest(f64::from(v * by))).collect()
+    };
+    let first = codes(rms);
+    let level = |code: u32| f64::from(levels[code as usize]);
+    let (xl, ll) = x.iter().zip(&first).fold((0.0, 0.0), |(a, b), (&v, &c)| (a + f64::from(v) * level(c), b + level(c) * level(c)));
+    let deviation = if rms > 0.0 { to_f16((xl / ll * f64::from(unit)) as f32) } else { f16::ZERO };
+    if deviation > f16::ZERO { (deviation, codes(deviation.to_f64())) } else { (deviation, first) }
+}
+
 fn write_keys(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
-    let (rank, bits) = (sealed.key_rank, sealed.bits);
-    if bits < 16 {
-        arena.slice_mut::<u8>(page, sealed.key_codes, SealedLayer::key_code_bytes(rank, bits)).fill(0);
-    }
-    for r in 0..rank {
-        let channel: Vec<f32> = latents.iter().map(|l| l[r]).collect();
-        if bits == 16 {
-            let dst = arena.slice_mut::<f16>(page, sealed.key_codes + r * P * 2, P);
+    let (rank, bits, blocks) = (sealed.keys.rank, sealed.keys.bits, sealed.blocks);
+    if bits == 16 {
+        for r in 0..rank {
+            let dst = arena.slice_mut::<f16>(page, sealed.keys.codes + r * P * 2, P);
             for j in 0..P {
-                dst[j] = if j < skip { f16::ZERO } else { to_f16(channel[j]) };
+                dst[j] = if j < skip { f16::ZERO } else { to_f16(latents[j][r]) };
             }
-            continue;
         }
-        let (scale, min, codes) = quantise(&channel[skip..], bits);
-        let dst = arena.slice_mut::<u32>(page, sealed.key_codes, SealedLayer::key_code_bytes(rank, bits) / 4);
-        for j in skip..P {
-            put_code(dst, (P, j), bits, rank, r, codes[j - skip]);
+        return;
+    }
+    arena.slice_mut::<u8>(page, sealed.keys.codes, sealed.keys.key_code_bytes()).fill(0);
+    let words = sealed.keys.key_code_bytes() / 4;
+    match sealed.keys.quantiser {
+        Quantiser::Affine => {
+            for r in 0..rank {
+                let channel: Vec<f32> = latents.iter().map(|l| l[r]).collect();
+                let (scale, min, codes) = quantise(&channel[skip..], bits);
+                let dst = arena.slice_mut::<u32>(page, sealed.keys.codes, words);
+                for j in skip..P {
+                    put_code(dst, (P, j), bits, rank, in_runs(r), codes[j - skip]);
+                }
+                let meta = arena.slice_mut::<f16>(page, sealed.keys.meta, 2 * rank);
+                (meta[r], meta[rank + r]) = (scale, min);
+            }
         }
-        let meta = arena.slice_mut::<f16>(page, sealed.key_meta, 2 * rank);
-        (meta[r], meta[rank + r]) = (scale, min);
+        Quantiser::Hadamard => {
+            for j in 0..P {
+                for (b, x) in latents[j].chunks((rank / blocks).max(1)).enumerate() {
+                    let (deviation, codes) = if j < skip { (f16::ZERO, vec![0; x.len()]) } else { quantise_normal(x, bits) };
+                    let dst = arena.slice_mut::<u32>(page, sealed.keys.codes, words);
+                    for (i, code) in codes.into_iter().enumerate() {
+                        put_code(dst, (P, j), bits, rank, in_runs(b * (rank / blocks) + i), code);
+                    }
+                    arena.slice_mut::<f16>(page, sealed.keys.meta, blocks * P)[b * P + j] = deviation;
+                }
+            }
+        }
     }
 }
 
 fn write_values(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: &[Vec<f32>], skip: usize) {
-    let (rank, bits, groups) = (sealed.value_rank, sealed.bits, sealed.value_groups());
+    let (rank, bits, groups, width) = (sealed.values.rank, sealed.values.bits, sealed.value_groups(), sealed.value_group());
     if bits < 16 {
-        arena.slice_mut::<u8>(page, sealed.value_codes, SealedLayer::value_code_bytes(rank, bits)).fill(0);
+        arena.slice_mut::<u8>(page, sealed.values.codes, sealed.values.value_code_bytes()).fill(0);
     }
     for (j, latent) in latents.iter().enumerate() {
         if bits == 16 {
-            let dst = arena.slice_mut::<f16>(page, sealed.value_codes + j * rank * 2, rank);
+            let dst = arena.slice_mut::<f16>(page, sealed.values.codes + j * rank * 2, rank);
             for r in 0..rank {
                 dst[r] = if j < skip { f16::ZERO } else { to_f16(latent[r]) };
             }
             continue;
         }
         for g in 0..groups {
-            let range = g * VALUE_GROUP..((g + 1) * VALUE_GROUP).min(rank);
-            let (scale, min, codes) =
-                if j < skip { (f16::ZERO, f16::ZERO, vec![0; range.len()]) } else { quantise(&latent[range.clone()], bits) };
-            let dst = arena.slice_mut::<u32>(page, sealed.value_codes, SealedLayer::value_code_bytes(rank, bits) / 4);
-            range.zip(codes).for_each(|(r, code)| put_code(dst, (rank, r), bits, P, j, code));
-            let meta = arena.slice_mut::<f16>(page, sealed.value_meta, 2 * groups * P);
-            (meta[g * P + j], meta[(groups + g) * P + j]) = (scale, min);
+            let range = g * width..((g + 1) * width).min(rank);
+            let x = &latent[range.clone()];
+            let (scale, min, codes) = match sealed.values.quantiser {
+                _ if j < skip => (f16::ZERO, f16::ZERO, vec![0; range.len()]),
+                Quantiser::Affine => quantise(x, bits),
+                Quantiser::Hadamard => {
+                    let (deviation, codes) = quantise_normal(x, bits);
+                    (deviation, f16::ZERO, codes)
+                }
+            };
+            let dst = arena.slice_mut::<u32>(page, sealed.values.codes, sealed.values.value_code_bytes() / 4);
+            range.zip(codes).for_each(|(r, code)| put_code(dst, (rank, r), bits, P, strided(j), code));
+            let meta = arena.slice_mut::<f16>(page, sealed.values.meta, sealed.value_meta_bytes() / 2);
+            meta[g * P + j] = scale;
+            if sealed.values.quantiser == Quantiser::Affine {
+                meta[(groups + g) * P + j] = min;
+            }
         }
     }
 }
 
 /// Key and value latents of one position of a sealed page.
 fn read_sealed(arena: &Arena, page: PageAddr, sealed: &SealedLayer, slot: usize) -> (Vec<f32>, Vec<f32>) {
-    let (bits, k, v, groups) = (sealed.bits, sealed.key_rank, sealed.value_rank, sealed.value_groups());
-    if bits == 16 {
-        let key = |r: usize| arena.slice::<f16>(page, sealed.key_codes + 2 * (r * P + slot), 1)[0].to_f32();
-        let value = |r: usize| arena.slice::<f16>(page, sealed.value_codes + 2 * (slot * v + r), 1)[0].to_f32();
+    let (k, v, groups) = (sealed.keys.rank, sealed.values.rank, sealed.value_groups());
+    if sealed.keys.bits == 16 {
+        let key = |r: usize| arena.slice::<f16>(page, sealed.keys.codes + 2 * (r * P + slot), 1)[0].to_f32();
+        let value = |r: usize| arena.slice::<f16>(page, sealed.values.codes + 2 * (slot * v + r), 1)[0].to_f32();
         return ((0..k).map(key).collect(), (0..v).map(value).collect());
     }
-    let decode = |code: u32, scale: f16, min: f16| min.to_f32() + code as f32 * scale.to_f32();
+    let affine = |code: u32, scale: f16, min: f16| min.to_f32() + code as f32 * scale.to_f32();
+    let normal = |code: u32, deviation: f16, bits: u32| {
+        let (levels, unit) = crate::quant::levels(bits);
+        f32::from(levels[code as usize]) / unit * deviation.to_f32()
+    };
     let key = |r: usize| {
-        let words = arena.slice::<u32>(page, sealed.key_codes, SealedLayer::key_code_bytes(k, bits) / 4);
-        let meta = arena.slice::<f16>(page, sealed.key_meta, 2 * k);
-        decode(get_code(words, (P, slot), bits, k, r), meta[r], meta[k + r])
+        let words = arena.slice::<u32>(page, sealed.keys.codes, sealed.keys.key_code_bytes() / 4);
+        let meta = arena.slice::<f16>(page, sealed.keys.meta, sealed.key_meta_bytes() / 2);
+        let code = get_code(words, (P, slot), sealed.keys.bits, k, in_runs(r));
+        match sealed.keys.quantiser {
+            Quantiser::Affine => affine(code, meta[r], meta[k + r]),
+            Quantiser::Hadamard => normal(code, meta[r / (k / sealed.blocks) * P + slot], sealed.keys.bits),
+        }
     };
     let value = |r: usize| {
-        let words = arena.slice::<u32>(page, sealed.value_codes, SealedLayer::value_code_bytes(v, bits) / 4);
-        let meta = arena.slice::<f16>(page, sealed.value_meta, 2 * groups * P);
-        let g = r / VALUE_GROUP;
-        decode(get_code(words, (v, r), bits, P, slot), meta[g * P + slot], meta[(groups + g) * P + slot])
+        let words = arena.slice::<u32>(page, sealed.values.codes, sealed.values.value_code_bytes() / 4);
+        let meta = arena.slice::<f16>(page, sealed.values.meta, sealed.value_meta_bytes() / 2);
+        let (g, code) = (r / sealed.value_group(), get_code(words, (v, r), sealed.values.bits, P, strided(slot)));
+        match sealed.values.quantiser {
+            Quantiser::Affine => affine(code, meta[g * P + slot], meta[(groups + g) * P + slot]),
+            Quantiser::Hadamard => normal(code, meta[g * P + slot], sealed.values.bits),
+        }
     };
     ((0..k).map(key).collect(), (0..v).map(value).collect())
 }

@@ -17,7 +17,7 @@ use serde_json::json;
 use tower::ServiceExt;
 
 use crate::config::args::{self, Asked, Asking, ServeFlags, StyleArg};
-use crate::config::{ConfigError, Settings};
+use crate::config::{self, ConfigError, Settings};
 use crate::eval::ask::{Body, Client, Sending, Transport};
 use crate::eval::forced::{Machine, Said, force};
 use crate::eval::http::Http;
@@ -25,6 +25,7 @@ use crate::eval::report::{Answers, Cell, Forced, ForcedRow, Origin, STUDENT, WIL
 use crate::eval::run::{self, Marked, RunError, Sheet};
 use crate::eval::score::{Block, Estimate, student, wilson};
 use crate::eval::tasks::{Material, Niah, Style, Task, sentences};
+use crate::kv::layout::Profile;
 use crate::serve::ready::{Bases, Source};
 use crate::server::{self, Server};
 use crate::telemetry::Telemetry;
@@ -156,6 +157,7 @@ impl Examiner {
         let settings = settings(&ask.asked, Some(ask))?;
         let telemetry = Arc::new(Telemetry::new("eval"));
         let ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
+        check_known(&ask.asked, &ready.profile_specs)?;
         let server = Server::new(server::Config { seed: settings.seed, ..server::Config::new(super::PAGES) }, telemetry);
         let (summary, thread) = super::install(&server, ready)?;
         let inside = Some((server.clone(), thread));
@@ -247,11 +249,17 @@ fn settings(asked: &Asked, asking: Option<&Asking>) -> anyhow::Result<Settings> 
         ..ServeFlags::default()
     })?;
     // Before a model is loaded for nothing.
-    let known = || settings.profiles.iter().map(|p| p.name.as_str());
-    if let Some(name) = asked.profiles.iter().find(|name| known().all(|k| k != name.as_str())) {
-        bail!(ConfigError::UnknownProfile { name: name.clone(), known: known().collect::<Vec<_>>().join(", ") });
+    if settings.compression.is_none() {
+        check_known(asked, &settings.profiles)?;
     }
     Ok(settings)
+}
+
+fn check_known(asked: &Asked, profiles: &[Profile]) -> anyhow::Result<()> {
+    match asked.profiles.iter().find(|name| profiles.iter().all(|p| p.name != **name)) {
+        Some(name) => bail!(ConfigError::UnknownProfile { name: name.clone(), known: config::names(profiles) }),
+        None => Ok(()),
+    }
 }
 
 fn told(bases: &Bases) -> Option<String> {
@@ -326,15 +334,17 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
 /// Perplexity and divergence of a model of this process.
 fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let settings = settings(&ask.asked, None)?;
-    let names: Vec<&str> = settings.profiles.iter().map(|p| p.name.as_str()).collect();
+    let telemetry = Arc::new(Telemetry::new("eval"));
+    let mut ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
+    check_known(&ask.asked, &ready.profile_specs)?;
+    let names: Vec<String> = ready.profile_specs.iter().map(|p| p.name.clone()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let chosen: Vec<&str> =
         if ask.asked.profiles.is_empty() { names.clone() } else { ask.asked.profiles.iter().map(String::as_str).collect() };
     let index = |name: &str| names.iter().position(|n| *n == name);
     let mut seen = HashSet::new();
     let lanes: Vec<usize> = chosen.iter().filter_map(|name| index(name)).filter(|lane| seen.insert(*lane)).collect();
     let full = index(FULL).context("the settings have no profile full")?;
-    let telemetry = Arc::new(Telemetry::new("eval"));
-    let mut ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
     run::check_lengths(&ask.lengths, Some(ready.context))?;
     let tokenizer = &ready.opened.tokenizer;
     let (begin, tokens) = (tokenizer.encode("", true, false)?, tokenizer.encode(text, false, false)?);

@@ -15,6 +15,7 @@ use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 
 use crate::admission;
+use crate::config::ConfigError;
 use crate::config::Settings;
 use crate::config::args::{LogFormat, ServeFlags};
 use crate::demo;
@@ -163,7 +164,10 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let exact = ready::exact_type(&weights);
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
-    let (profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, &settings.profiles, settings.compression.as_deref())?;
+    let (profile_specs, profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
+    let default_profile = profile_specs.iter().position(|p| p.name == settings.default_profile).ok_or_else(|| {
+        ConfigError::UnknownProfile { name: settings.default_profile.clone(), known: crate::config::names(&profile_specs) }
+    })?;
     if let Bases::Computed { tokens, seconds } = &bases {
         tracing::info!(
             "no compression artifact: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)"
@@ -192,7 +196,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     };
     // The least that is worth serving: one prompt of a page and a page of answer.
     let least = (2 * PAGE_TOKENS).min(context);
-    if let Err((need, have)) = Fit::new(&config).check(ProfileIndex(settings.default_profile as u8), least.div_ceil(2), least / 2) {
+    if let Err((need, have)) = Fit::new(&config).check(ProfileIndex(default_profile as u8), least.div_ceil(2), least / 2) {
         bail!(
             "the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile"
         );
@@ -207,12 +211,12 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         parts: Parts { decoder, arena, profiles, ops, scheduler: config, emit },
         names,
         context,
-        default_profile: settings.default_profile,
+        default_profile,
         bases,
         backend,
         load_seconds: begun.elapsed().as_secs_f64(),
         weight_bytes,
-        profile_specs: settings.profiles.clone(),
+        profile_specs,
         prefix_caching: settings.prefix_caching,
         opened,
     })

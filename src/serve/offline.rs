@@ -8,8 +8,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::compress::artifact::Artifact;
 use crate::config::args::{self, Bytes, DtypeArg, ServeFlags};
+use crate::config::profiles::{BUDGETED, budget};
 use crate::config::{ConfigError, Settings};
-use crate::kv::layout::ExactType;
+use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Size};
 use crate::model::decoder::Decoder;
 use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
@@ -34,10 +35,23 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
         DtypeArg::F32 => ExactType::F32,
         DtypeArg::Auto => ready::exact_type(&ready::weights(&opened, LoadDtype::Auto)),
     };
+    let settings = Settings { compression: ask.compression.clone(), ..settings };
+    let (specs, artifact) = ready::described(&opened, &settings)?;
     let mut profiles = Vec::new();
-    for profile in settings.profiles {
+    for profile in specs {
         ready::check_basis(&profile, model.kv_heads)?;
-        profiles.push(PlannedProfile { profile, ranks: None });
+        let computed = profile.cskv.as_ref().is_some_and(|c| c.basis.is_computed());
+        let widths = match artifact.as_ref().filter(|_| computed) {
+            Some(artifact) => Some(artifact.widths(&profile)?),
+            None => None,
+        };
+        if let (None, Some(Cskv { size: Size::Budget(_), .. })) = (&widths, &profile.cskv) {
+            anyhow::bail!(
+                "cache profile {:?} is a budget, which an artifact spreads: make one with `strait compress` and give it with --compression",
+                profile.name
+            );
+        }
+        profiles.push(PlannedProfile { profile, widths });
     }
     let Bytes(arena_bytes) = ask.kv_cache_memory_bytes;
     let mut lengths: Vec<u32> = ask.lengths.iter().copied().filter(|&n| n > 0).collect();
@@ -53,8 +67,19 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
 /// # Errors
 /// Where the model or the text cannot be read, the text is too short, or the artifact cannot be written.
 pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
-    let settings = settings(ask.config.as_ref(), ask.threads)?;
+    let mut settings = settings(ask.config.as_ref(), ask.threads)?;
     let opened = Source::of(ask.model.as_ref()).open()?;
+    let exact = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));
+    let full = PageLayout::new(&opened.checkpoint.config, exact, &Profile { name: "full".into(), cskv: None }, None).bytes_per_token();
+    let shares = BUDGETED.into_iter().filter(|(name, ..)| !ask.uniform && !settings.defined.iter().any(|d| d == name));
+    let shares = shares.map(|(name, share, basis)| budget(name.to_owned(), (full * share) as u32, basis));
+    let named = ask.budget.iter().map(|&bytes| budget(format!("budget-{bytes}"), bytes, BasisKind::Joint));
+    for profile in shares.chain(named).collect::<Vec<_>>() {
+        match settings.profiles.iter_mut().find(|p| p.name == profile.name) {
+            Some(known) => *known = profile,
+            None => settings.profiles.push(profile),
+        }
+    }
     let text = match &ask.text {
         None => None,
         Some(path) => {
@@ -82,7 +107,7 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     };
     let begun = Instant::now();
     let source = text.as_deref().map_or(Text::Sampled(ask.seed), Text::Given);
-    let how = Calibration { text: source, tokens: Some(ask.tokens), init: ask.init, progress: &progress };
+    let how = Calibration { text: source, tokens: Some(ask.tokens), init: ask.init.into(), progress: &progress };
     let (calibrated, tokens) = ready::compute(&opened, &mut decoder, &ops, &settings.profiles, &how)?;
     bar.finish_and_clear();
     let artifact: &Artifact = &calibrated.artifact;

@@ -6,16 +6,17 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 
-use crate::calibrate::{self, Init, Moments, Products, Telling, calibration_text, demo_prompts, tokens_needed};
+use crate::calibrate::{self, Moments, Products, Sources, Telling, Trial, calibration_text, demo_prompts, tokens_needed};
+use crate::compress::LayerCompression;
 use crate::compress::artifact::{Artifact, Fingerprint};
-use crate::config::args::InitArg;
+use crate::config::Settings;
 use crate::demo;
 use crate::ids::TokenId;
-use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use crate::kv::layout::{BasisKind, Cskv, ExactType, Init, PageLayout, Profile, Size, Width, Widths};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::model::weights::{Data, LayerWeights, LoadDtype, ModelWeights};
-use crate::ops::Ops;
+use crate::ops::{Matrix, Ops};
 use crate::text::Tokenizer;
 
 /// Where a model comes from.
@@ -87,7 +88,10 @@ pub enum Bases {
     },
 }
 
-/// Lays out `profiles`, with bases from an artifact, or in closed form from calibration text.
+/// The profiles of `settings`, laid out, with bases from an artifact, or in closed form from calibration text.
+///
+/// A profile that comes with the program is what the artifact says under its name, if it does, unless the config file defines it; and
+/// those that only the artifact has are served as well.
 ///
 /// # Errors
 /// Where the artifact does not fit, or a profile asks for what the model does not have.
@@ -96,42 +100,85 @@ pub fn profiles(
     decoder: &mut Decoder<'_>,
     ops: &dyn Ops,
     exact: ExactType,
-    profiles: &[Profile],
-    compression: Option<&Path>,
-) -> anyhow::Result<(Vec<ReadyProfile>, Bases)> {
+    settings: &Settings,
+) -> anyhow::Result<(Vec<Profile>, Vec<ReadyProfile>, Bases)> {
     let model = &opened.checkpoint.config;
-    for profile in profiles {
+    let mut profiles = settings.profiles.clone();
+    for profile in &profiles {
         check_basis(profile, model.kv_heads)?;
     }
+    let needs = |profiles: &[Profile]| profiles.iter().any(|p| p.cskv.as_ref().is_some_and(|c| c.basis.is_computed()));
     let fingerprint = Fingerprint(opened.checkpoint.digest());
-    let (artifact, bases) = if profiles.iter().all(|p| p.cskv.is_none()) {
-        (None, Bases::None)
-    } else if let Some(path) = compression {
+    let (artifact, bases) = if let Some(path) = &settings.compression {
         (Some(Artifact::read(path, model, fingerprint)?), Bases::Artifact(path.display().to_string()))
-    } else if let Some(artifact) = built_in(opened, fingerprint, profiles)? {
+    } else if !needs(&profiles) {
+        (None, Bases::None)
+    } else if let Some(artifact) = built_in(opened, fingerprint, settings)? {
         (Some(artifact), Bases::Artifact("built in".into()))
     } else {
         let begun = Instant::now();
-        let how = Calibration { text: Text::BuiltIn, tokens: None, init: InitArg::Weighted, progress: &|_, _, _| () };
-        let (calibrated, tokens) = compute(opened, decoder, ops, profiles, &how)?;
+        let how = Calibration { text: Text::BuiltIn, tokens: None, init: Init::Weighted, progress: &|_, _, _| () };
+        let (calibrated, tokens) = compute(opened, decoder, ops, &profiles, &how)?;
         (Some(calibrated.artifact), Bases::Computed { tokens, seconds: begun.elapsed().as_secs_f64() })
     };
+    if let Some(artifact) = &artifact {
+        redefine(&mut profiles, artifact, &settings.defined);
+    }
     let ready = profiles.iter().map(|profile| -> anyhow::Result<ReadyProfile> {
-        let Some(artifact) = artifact.as_ref().filter(|_| profile.cskv.is_some()) else {
-            return Ok(ReadyProfile { layout: PageLayout::new(model, exact, profile, None), compression: Vec::new() });
+        let (layers, widths) = match &profile.cskv {
+            None => (Vec::new(), None),
+            Some(cskv) if !cskv.basis.is_computed() => {
+                let one =
+                    if cskv.basis == BasisKind::Identity { LayerCompression::identity(model) } else { LayerCompression::dropped(model) };
+                (vec![one.for_quantisers(cskv); model.layers], None)
+            }
+            Some(_) => {
+                let artifact = artifact.as_ref().expect("a basis that is computed has an artifact");
+                (artifact.layers(profile)?, Some(artifact.widths(profile)?))
+            }
         };
-        let ranks = artifact.ranks(profile)?;
-        Ok(ReadyProfile { layout: PageLayout::new(model, exact, profile, Some(&ranks)), compression: artifact.layers(profile)? })
+        Ok(ReadyProfile { layout: PageLayout::new(model, exact, profile, widths.as_deref()), compression: layers })
     });
-    Ok((ready.collect::<anyhow::Result<_>>()?, bases))
+    let ready = ready.collect::<anyhow::Result<_>>()?;
+    Ok((profiles, ready, bases))
+}
+
+/// The profiles of `settings` as they would be served, and the artifact that says so, where there is one: given, or built in.
+///
+/// # Errors
+/// Where the artifact cannot be read or is of another model.
+pub fn described(opened: &Opened, settings: &Settings) -> anyhow::Result<(Vec<Profile>, Option<Artifact>)> {
+    let (model, fingerprint) = (&opened.checkpoint.config, Fingerprint(opened.checkpoint.digest()));
+    let artifact = match &settings.compression {
+        Some(path) => Some(Artifact::read(path, model, fingerprint)?),
+        None => built_in(opened, fingerprint, settings)?,
+    };
+    let mut profiles = settings.profiles.clone();
+    if let Some(artifact) = &artifact {
+        redefine(&mut profiles, artifact, &settings.defined);
+    }
+    Ok((profiles, artifact))
+}
+
+/// What an artifact says of profiles that the config file does not define, and those that it alone has.
+pub fn redefine(profiles: &mut Vec<Profile>, artifact: &Artifact, defined: &[String]) {
+    for stored in artifact.profiles().iter().map(|s| &s.profile) {
+        match profiles.iter_mut().find(|p| p.name == stored.name) {
+            Some(known) if !defined.contains(&known.name) => *known = stored.clone(),
+            Some(_) => {}
+            None => profiles.push(stored.clone()),
+        }
+    }
 }
 
 /// The demo model's own artifact, where it serves all of these profiles.
-fn built_in(opened: &Opened, fingerprint: Fingerprint, profiles: &[Profile]) -> anyhow::Result<Option<Artifact>> {
+fn built_in(opened: &Opened, fingerprint: Fingerprint, settings: &Settings) -> anyhow::Result<Option<Artifact>> {
     if !matches!(opened.source, Source::Demo) {
         return Ok(None);
     }
     let artifact = Artifact::from_bytes(demo::ARTIFACT, &opened.checkpoint.config, fingerprint)?;
+    let mut profiles = settings.profiles.clone();
+    redefine(&mut profiles, &artifact, &settings.defined);
     Ok(profiles.iter().all(|p| artifact.layers(p).is_ok()).then_some(artifact))
 }
 
@@ -166,7 +213,7 @@ pub struct Calibration<'a> {
     pub text: Text<'a>,
     /// Tokens at most; without it, four times as many as the widest basis has directions, at least 1024.
     pub tokens: Option<usize>,
-    pub init: InitArg,
+    pub init: Init,
     pub progress: &'a Progress<'a>,
 }
 
@@ -182,22 +229,26 @@ pub fn compute(
     how: &Calibration<'_>,
 ) -> anyhow::Result<(calibrate::Calibrated, usize)> {
     let model = &opened.checkpoint.config;
-    let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref());
+    let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref()).filter(|c| c.basis.is_computed());
+    let full = Widths { keys: Width { rank: model.kv_channels(), bits: 4 }, values: Width { rank: model.kv_channels(), bits: 4 } };
     let need = cskv()
-        .flat_map(|c| <[usize; 2]>::from(c.ranks(model)).map(|rank| tokens_needed(c.basis, rank, model)))
+        .flat_map(|c| {
+            let Widths { keys, values } = c.widths(model).unwrap_or(full);
+            [keys, values].map(|w| tokens_needed(c.basis, w.rank, model))
+        })
         .max()
-        .context("no cache profile compresses, so there is nothing to calibrate")?;
+        .context("no cache profile has a basis to be computed, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
+    let budgets = cskv().any(|c| matches!(c.size, Size::Budget(_)));
     let want = how.tokens.unwrap_or((4 * need).max(1024));
     let texts = calibration_tokens(opened, decoder, ops, how, want)?;
-    let mut moments = Moments::new(model, sinks);
+    let mut moments = if budgets { Moments::sampling(model, sinks) } else { Moments::new(model, sinks) };
     let total: usize = texts.iter().map(Vec::len).sum();
     calibrate::collect(decoder, ops, &texts, &mut moments, |seen| {
         (how.progress)("calibrating", seen, total);
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
     let layers = &decoder.weights().layers;
-    let metrics: Vec<Vec<f64>> = layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
     let products = |input: &dyn Fn(usize) -> Vec<f64>| -> Vec<Products> {
         let one = |(i, l): (usize, &LayerWeights<'_>)| {
             let keys = (l.k.weight.matrix(), l.k.bias.as_deref(), l.k_norm.as_deref());
@@ -205,14 +256,17 @@ pub fn compute(
         };
         layers.iter().enumerate().map(one).collect()
     };
-    let made = |init: &Init<'_>| calibrate::artifact(&moments, model, fingerprint, profiles, init);
-    let calibrated = match how.init {
-        InitArg::Svd => made(&Init::Svd(&products(&|_| vec![1.0; model.hidden]))),
-        InitArg::Asvd => made(&Init::Asvd(&products(&|layer| moments.input_magnitudes(layer)))),
-        InitArg::Closed => made(&Init::Closed),
-        InitArg::Weighted => made(&Init::Weighted(&metrics)),
-    }?;
-    Ok((calibrated, total))
+    let asked = |init: Init| cskv().any(|c| c.init.unwrap_or(how.init) == init);
+    let outputs: Vec<Matrix<'_>> = layers.iter().map(|l| l.o.weight.matrix()).collect();
+    let sources = Sources {
+        default: how.init,
+        svd: if asked(Init::Svd) { products(&|_| vec![1.0; model.hidden]) } else { vec![] },
+        asvd: if asked(Init::Asvd) { products(&|layer| moments.input_magnitudes(layer)) } else { vec![] },
+        metrics: if asked(Init::Weighted) { outputs.iter().map(|w| calibrate::value_metric(model, *w)).collect() } else { vec![] },
+    };
+    let trial = Trial { model, ops, rope: decoder.rope(), outputs: &outputs };
+    let mut allocator = budgets.then(|| moments.allocator(trial));
+    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &sources, allocator.as_mut())?, total))
 }
 
 /// Sequences as long as the decoder takes at most, of at most `want` tokens together.

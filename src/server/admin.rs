@@ -17,6 +17,7 @@ use super::{ApiError, Loaded, Phase, Server};
 use crate::admission::wire::Message;
 use crate::admission::{Refusal, ServedProfile};
 use crate::ids::ProfileIndex;
+use crate::kv::layout::Size;
 
 /// The description of this API.
 #[derive(OpenApi)]
@@ -120,12 +121,20 @@ fn card(loaded: &Loaded, name: &str) -> ModelCard {
         name: served.profile.name.clone(),
         default: index == usize::from(model.default_profile.0),
         bytes_per_token: served.bytes_per_token,
-        compression: served.profile.cskv.as_ref().map(|c| CompressionCard {
-            key_rank: c.key_rank,
-            value_rank: c.value_rank,
-            bits: c.bits,
-            window: c.window,
-            sinks: c.sinks,
+        compression: served.profile.cskv.as_ref().map(|c| {
+            let shares = match c.size {
+                Size::Shares { key_rank, value_rank, key_bits, value_bits } => Some((key_rank, value_rank, key_bits, value_bits)),
+                Size::Budget(_) => None,
+            };
+            CompressionCard {
+                key_rank: shares.map(|s| s.0),
+                value_rank: shares.map(|s| s.1),
+                key_bits: shares.map(|s| s.2),
+                value_bits: shares.map(|s| s.3),
+                budget: if let Size::Budget(bytes) = c.size { Some(bytes) } else { None },
+                window: c.window,
+                sinks: c.sinks,
+            }
         }),
     };
     ModelCard {

@@ -216,11 +216,15 @@ pub struct ProfileCard {
 /// A compressed profile.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct CompressionCard {
-    /// Share of the key channels kept.
-    pub key_rank: f64,
-    /// Share of the value channels kept.
-    pub value_rank: f64,
-    pub bits: u32,
+    /// Share of the key channels kept; null for a budget.
+    pub key_rank: Option<f64>,
+    /// Share of the value channels kept; null for a budget.
+    pub value_rank: Option<f64>,
+    /// Bits of a latent element, of keys and of values; null for a budget.
+    pub key_bits: Option<u32>,
+    pub value_bits: Option<u32>,
+    /// Bytes of a position over all layers that were spread by what they buy; null for shares.
+    pub budget: Option<u32>,
     /// So many recent positions stay exact.
     pub window: u32,
     /// So many first positions stay exact.

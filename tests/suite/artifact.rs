@@ -6,7 +6,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use strait::compress::artifact::{Artifact, ArtifactError, BasisSet, Fingerprint, StoredProfile};
 use strait::compress::{Basis, FrequencyBasis, KeyBasis, KeyMap, LayerBasis, Projection, RankError, Up};
-use strait::kv::layout::{BasisKind, Cskv, Profile};
+use strait::kv::layout::{BasisKind, Cskv, Init, Profile, Width, Widths};
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 
 const BASE: Fingerprint = Fingerprint([0xab; 32]);
@@ -33,7 +33,7 @@ pub(crate) fn model(layers: usize, heads: usize, kv_heads: usize, head_dim: usiz
 }
 
 pub(crate) fn cskv(name: &str, share: f64, bits: u32, basis: BasisKind) -> Profile {
-    Profile { name: name.into(), cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks: 4, basis }) }
+    Profile { name: name.into(), cskv: Some(Cskv::shares((share, share), bits, (64, 4), basis)) }
 }
 
 /// Numbers that differ everywhere.
@@ -58,6 +58,12 @@ pub(crate) fn channels_of(basis: &KeyBasis) -> &Basis {
     basis
 }
 
+/// The profile as an artifact has it, whose basis was found somehow.
+fn found(mut profile: Profile) -> Profile {
+    profile.cskv.as_mut().unwrap().init = Some(Init::Closed);
+    profile
+}
+
 /// A frequency basis of 3 pairs, and weighted values.
 fn by_frequency(layer: usize) -> LayerBasis {
     let numbers = |n: usize, seed: f32| (0..n).map(|i| (seed + layer as f32 + i as f32 * 0.7).sin()).collect::<Vec<_>>();
@@ -73,6 +79,7 @@ fn example() -> (ModelConfig, Artifact) {
     let set = |name: &str, heads: usize, widths: (usize, usize), trained: bool| BasisSet {
         name: name.into(),
         heads_per_group: heads,
+        init: Init::Closed,
         layers: (0..2)
             .map(|l| LayerBasis {
                 keys: KeyBasis::Channels(basis(8, 2 / heads, widths.0, l as f32, trained)),
@@ -80,8 +87,11 @@ fn example() -> (ModelConfig, Artifact) {
             })
             .collect(),
     };
-    let stored =
-        |profile: Profile, basis: &str, ranks: [(usize, usize); 2]| StoredProfile { profile, basis: basis.into(), ranks: ranks.to_vec() };
+    let stored = |profile: Profile, basis: &str, ranks: [(usize, usize); 2]| {
+        let own = profile.cskv.as_ref().unwrap().widths(&model).unwrap();
+        let one = |(k, v)| Widths { keys: Width { rank: k, ..own.keys }, values: Width { rank: v, ..own.values } };
+        StoredProfile { profile: found(profile), basis: basis.into(), widths: ranks.map(one).to_vec() }
+    };
     let profiles = vec![
         stored(cskv("half", 0.5, 16, BasisKind::Joint), "joint", [(6, 2), (2, 4)]),
         stored(cskv("half-4", 0.5, 4, BasisKind::Joint), "joint", [(4, 4); 2]),
@@ -89,7 +99,8 @@ fn example() -> (ModelConfig, Artifact) {
         stored(cskv("trained", 0.5, 4, BasisKind::Joint), "qat", [(4, 4); 2]),
         stored(cskv("turning", 0.5, 4, BasisKind::Frequency), "frequency", [(4, 2), (6, 4)]),
     ];
-    let frequency = BasisSet { name: "frequency".into(), heads_per_group: 2, layers: vec![by_frequency(0), by_frequency(1)] };
+    let frequency =
+        BasisSet { name: "frequency".into(), heads_per_group: 2, init: Init::Closed, layers: vec![by_frequency(0), by_frequency(1)] };
     let bases = vec![set("joint", 2, (6, 4), false), set("heads", 1, (4, 4), false), set("qat", 2, (4, 4), true), frequency];
     let artifact = Artifact::new(BASE, &model, bases, profiles).unwrap();
     (model, artifact)
@@ -158,7 +169,10 @@ fn profiles_find_their_ranks() {
         (cskv("turns", 0.25, 16, BasisKind::Frequency), vec![(2, 2); 2], "keys by frequency, evenly"),
     ];
     for (profile, want, why) in cases {
-        assert_eq!(artifact.ranks(&profile).unwrap(), want, "{why}");
+        let stored = artifact.widths(&profile).unwrap();
+        assert_eq!(stored.iter().map(|w| (w.keys.rank, w.values.rank)).collect::<Vec<_>>(), want, "{why}");
+        let asked = profile.cskv.as_ref().unwrap().widths(&model(2, 4, 2, 4)).unwrap();
+        assert!(stored.iter().all(|w| (w.keys.bits, w.values.bits) == (asked.keys.bits, asked.values.bits)), "{why}");
         let widths: Vec<_> = artifact.layers(&profile).unwrap().iter().map(|l| (l.keys.rank(), l.values.rank())).collect();
         assert_eq!(widths, want, "{why}");
     }
@@ -183,7 +197,7 @@ fn profiles_find_their_ranks() {
     let message = trained.layers(&cskv("a", 0.5, 4, joint)).unwrap_err().to_string();
     assert_eq!(
         message,
-        "the compression artifact has no 2 heads per group basis for the profile a; it has: qat (2 heads per group, trained)"
+        "the compression artifact has no 2 heads per group basis for the profile a; it has: qat (2 heads per group, closed, trained)"
     );
     assert_eq!(set.layers[0].keys.check_rank(2), Err(RankError::Trained { rank: 2, width: 4 }));
 }
@@ -256,7 +270,7 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
     let cases: [(Edit, &str); 23] = [
         (
             |m, _| m["version"] = json!(1),
-            "the compression artifact has format version 1 and this build reads version 2; make it anew with `strait compress`",
+            "the compression artifact has format version 1 and this build reads version 3; make it anew with `strait compress`",
         ),
         (
             |m, _| m["format"] = json!("x"),

@@ -1,9 +1,12 @@
 //! The closed form is the optimum, however the rows come in.
 
-use strait::calibrate::{CalibrateError, Init, Moments, Telling, artifact, products, sample, solve, tokens_needed, value_metric};
+use strait::calibrate::{
+    CalibrateError, Choice, Moments, Source, Sources, Telling, Trial, artifact, collect, hull, products, sample, solve, spread,
+    tokens_needed, value_metric,
+};
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::compress::{FrequencyMap, KeyBasis, KeyMap, Projection};
-use strait::kv::layout::{BasisKind, Profile};
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser, Size, Width, Widths};
 use strait::model::decoder::Decoder;
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
@@ -120,7 +123,7 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
         let (keys, values) = (rows(1, n, 16, 0.0, falling), rows(2, n, 16, 5.0, falling));
         for (basis, groups) in [(BasisKind::Joint, 1), (BasisKind::Grouped(2), 2), (BasisKind::Grouped(1), 4)] {
             let widest = if groups == 1 && n == 12 { 8 } else { 16 }; // 12 tokens do not span 16 channels
-            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, &Init::Closed, (widest, widest)).unwrap();
+            let solution = solve(&watched(1, 4, 4, &keys, &values), basis, &Source::Closed, (widest, widest)).unwrap();
             for (part, (data, of)) in
                 [(&keys, channels_of(&solution.layers[0].keys)), (&values, &solution.layers[0].values)].into_iter().enumerate()
             {
@@ -146,7 +149,7 @@ fn the_error_of_every_rank_is_the_energy_of_what_was_dropped_and_no_basis_does_b
 fn full_rank_gives_every_input_back() {
     for offset in [0.0, 100.0] {
         let data = rows(3, 200, 16, offset, falling);
-        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Init::Closed, (16, 16)).unwrap();
+        let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Source::Closed, (16, 16)).unwrap();
         let p = channels_of(&solution.layers[0].keys).projection(16).unwrap();
         let (g, scale) = (&p.groups[0], 1.0 + offset as f32);
         for row in data.chunks_exact(16) {
@@ -167,7 +170,7 @@ fn directions_are_orthonormal_even_where_there_is_no_energy() {
     let rank_3: fn(usize) -> f64 = |i| if i < 3 { 1.0 } else { 0.0 };
     for (n, name) in [(12, "short"), (40, "long")] {
         for data in [rows(4, n, 16, 2.0, rank_3), vec![1.5; n * 16]] {
-            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Init::Closed, (10, 10)).unwrap();
+            let solution = solve(&watched(1, 4, 4, &data, &data), BasisKind::Joint, &Source::Closed, (10, 10)).unwrap();
             let d = &channels_of(&solution.layers[0].keys).directions;
             for i in 0..10 {
                 for j in 0..10 {
@@ -185,7 +188,7 @@ fn a_large_common_offset_costs_no_accuracy() {
     // Mean a thousand times the deviation: one sum of squares in f32 would hold nothing of the deviation.
     let centred = rows(5, 1300, 8, 0.0, falling);
     let moved: Vec<f32> = centred.iter().map(|x| x + 1024.0).collect();
-    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, &Init::Closed, (4, 4)).unwrap());
+    let [a, b] = [&centred, &moved].map(|d| solve(&watched(1, 2, 4, d, d), BasisKind::Joint, &Source::Closed, (4, 4)).unwrap());
     for (x, y) in channels_of(&a.layers[0].keys).directions.iter().zip(&channels_of(&b.layers[0].keys).directions) {
         assert!((x - y).abs() < 2e-3, "{x} {y}");
     }
@@ -205,7 +208,7 @@ fn sinks_take_no_part() {
         spared.add(0, 3, &rest, &rest).unwrap();
     }
     assert_eq!((plain.tokens(), spared.tokens()), (60, 60));
-    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, &Init::Closed, (4, 4)).unwrap());
+    let [a, b] = [plain, spared].map(|m| solve(&m, BasisKind::Joint, &Source::Closed, (4, 4)).unwrap());
     assert_eq!(a.layers, b.layers);
 }
 
@@ -227,24 +230,27 @@ fn what_cannot_be_calibrated_is_refused() {
 
     moments.add(0, 0, &data, &data).unwrap();
     assert!(matches!(
-        solve(&moments, BasisKind::Joint, &Init::Closed, (2, 2)),
+        solve(&moments, BasisKind::Joint, &Source::Closed, (2, 2)),
         Err(CalibrateError::Uneven { layer: 1, tokens: 0, first: 4 })
     ));
     moments.add(1, 0, &data, &data).unwrap();
-    let few = solve(&moments, BasisKind::Joint, &Init::Closed, (2, 4)).unwrap_err();
+    let few = solve(&moments, BasisKind::Joint, &Source::Closed, (2, 4)).unwrap_err();
     assert_eq!(few.to_string(), "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text");
     assert_eq!((tokens_needed(BasisKind::Joint, 4, &m), tokens_needed(BasisKind::Grouped(1), 4, &m)), (5, 3));
     assert!(
-        solve(&moments, BasisKind::Joint, &Init::Closed, (2, 3)).is_ok()
-            && solve(&moments, BasisKind::Grouped(1), &Init::Closed, (6, 6)).is_ok()
+        solve(&moments, BasisKind::Joint, &Source::Closed, (2, 3)).is_ok()
+            && solve(&moments, BasisKind::Grouped(1), &Source::Closed, (6, 6)).is_ok()
     );
     for (basis, rank) in [(BasisKind::Joint, 0), (BasisKind::Joint, 9), (BasisKind::Grouped(1), 3)] {
         assert!(
-            matches!(solve(&moments, basis, &Init::Closed, (rank, 2)), Err(CalibrateError::Rank { part: "keys", .. })),
+            matches!(solve(&moments, basis, &Source::Closed, (rank, 2)), Err(CalibrateError::Rank { part: "keys", .. })),
             "{basis:?} {rank}"
         );
     }
-    assert!(matches!(solve(&moments, BasisKind::Grouped(3), &Init::Closed, (2, 2)), Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })));
+    assert!(matches!(
+        solve(&moments, BasisKind::Grouped(3), &Source::Closed, (2, 2)),
+        Err(CalibrateError::Groups { heads: 3, kv_heads: 2 })
+    ));
 }
 
 #[test]
@@ -259,7 +265,7 @@ fn an_artifact_has_one_basis_per_grouping_as_wide_as_its_widest_profile() {
         cskv("cskv-75-4", 0.25, 4, BasisKind::Joint),
         cskv("grouped", 0.25, 4, BasisKind::Grouped(2)),
     ];
-    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles, &Init::Closed).unwrap();
+    let made = artifact(&moments, &m, Fingerprint([3; 32]), &profiles, &Sources::closed(), None).unwrap();
     let shapes: Vec<_> = made.artifact.bases().iter().map(|b| (b.name.as_str(), b.layers[2].keys.width())).collect();
     assert_eq!(shapes, [("grouped-2", 8), ("joint", 16)]);
     assert_eq!(made.artifact.layers(&profiles[2]).unwrap(), made.artifact.layers(&profiles[3]).unwrap());
@@ -323,7 +329,7 @@ fn by_frequency_what_is_dropped_is_the_error_and_weights_move_it_where_it_counts
         }
         moments.add_queries(0, &queries).unwrap();
         let energy = |h: usize, f: usize| queries.chunks_exact(32).map(|q| q[8 * h + f].powi(2) + q[8 * h + 4 + f].powi(2)).sum::<f32>();
-        let of = |weighting: &Init<'_>, rank: usize| {
+        let of = |weighting: &Source<'_>, rank: usize| {
             let solution = solve(&moments, BasisKind::Frequency, weighting, (32, 16)).unwrap();
             let KeyMap::Frequencies(map) = solution.layers[0].keys.map(rank).unwrap() else { panic!("keys by frequency") };
             assert!(matches!(solution.layers[0].keys, KeyBasis::Frequencies(_)));
@@ -332,10 +338,10 @@ fn by_frequency_what_is_dropped_is_the_error_and_weights_move_it_where_it_counts
         let metric = vec![(0..4 * 64).map(|i| f64::from(u8::from(i % 64 % 9 == 0))).collect::<Vec<_>>()];
         let total: f64 = data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
         for rank in [2, 8, 20, 32] {
-            let (errors, kept) = of(&Init::Closed, rank);
+            let (errors, kept) = of(&Source::Closed, rank);
             let error: f64 = errors.iter().sum();
             assert!((error / total - (1.0 - kept)).abs() < 1e-5, "n {n}, rank {rank}: {error} of {total}, kept {kept}");
-            let (weighted, _) = of(&Init::Weighted(&metric), rank);
+            let (weighted, _) = of(&Source::Weighted(&metric), rank);
             let worth = |errors: &[f64]| (0..16).map(|i| f64::from(energy(i / 4, i % 4)) * errors[i]).sum::<f64>();
             let (closed_worth, worth) = (worth(&errors), worth(&weighted));
             assert!(worth <= closed_worth * (1.0 + 1e-6) + 1e-4, "n {n}, rank {rank}: {worth}, unweighted {closed_worth}");
@@ -372,14 +378,14 @@ fn weighted_values_lose_least_of_what_the_output_projection_sees() {
     };
     let metrics = [metric];
     for rank in [4, 12, 24] {
-        let of = |weighting: &Init<'_>| {
+        let of = |weighting: &Source<'_>| {
             let solution = solve(&moments, BasisKind::Joint, weighting, (4, 32)).unwrap();
             seen(&solution.layers[0].values.projection(rank).unwrap())
         };
-        let (closed, weighted) = (of(&Init::Closed), of(&Init::Weighted(&metrics)));
+        let (closed, weighted) = (of(&Source::Closed), of(&Source::Weighted(&metrics)));
         assert!(weighted < 0.9 * closed, "rank {rank}: {weighted} against {closed} unweighted");
     }
-    let solution = solve(&moments, BasisKind::Joint, &Init::Weighted(&metrics), (4, 32)).unwrap();
+    let solution = solve(&moments, BasisKind::Joint, &Source::Weighted(&metrics), (4, 32)).unwrap();
     let whole = seen(&solution.layers[0].values.projection(32).unwrap());
     assert!(whole < 1e-4, "full rank loses {whole}");
 }
@@ -418,7 +424,7 @@ fn svd_and_asvd_leave_what_the_dropped_singular_values_say_and_lose_more_than_th
     let projections = [(matrix, Some(&bias[..]), None); 2];
     let (even, weighed) = ([products(projections, &vec![1.0; h])], [products(projections, &magnitudes)]);
     let mut lost = Vec::new();
-    for (init, input) in [(Init::Svd(&even), vec![1.0; h]), (Init::Asvd(&weighed), magnitudes.clone())] {
+    for (init, input) in [(Source::Svd(&even), vec![1.0; h]), (Source::Asvd(&weighed), magnitudes.clone())] {
         // Columns and their negatives have no mean, so their covariance is the product of the weights.
         let both: Vec<f32> = (0..2 * h)
             .flat_map(|j| (0..c).map(move |i| (i, j)))
@@ -440,12 +446,12 @@ fn svd_and_asvd_leave_what_the_dropped_singular_values_say_and_lose_more_than_th
         assert!(frequency_errors(&map, &keys).iter().all(|e| *e < 1e-4));
         assert!((whole.spectra[0][0].kept(c) - 1.0).abs() < 1e-6);
     }
-    let closed = solve(&moments, BasisKind::Joint, &Init::Closed, (c, c)).unwrap();
+    let closed = solve(&moments, BasisKind::Joint, &Source::Closed, (c, c)).unwrap();
     lost.push(error(&channels_of(&closed.layers[0].keys).projection(4).unwrap(), &keys));
     assert!(lost[0] > 1.2 * lost[1] && lost[1] > lost[2], "svd, asvd, closed: {lost:?}");
     // Neither needs text for its rank; inputs that are not finite are refused by layer and token.
     let none = Moments::new(&m, 0);
-    assert!(solve(&none, BasisKind::Joint, &Init::Svd(&even), (c, c)).is_ok());
+    assert!(solve(&none, BasisKind::Joint, &Source::Svd(&even), (c, c)).is_ok());
     let mut bad = inputs.clone();
     bad[5 * h + 1] = f32::NAN;
     let message = moments.add_inputs(0, &bad).unwrap_err().to_string();
@@ -475,4 +481,121 @@ fn text_the_model_says_itself_is_as_asked_and_the_same_each_time() {
     // With nothing to begin with, beginnings are drawn.
     let first: std::collections::HashSet<u32> = told(1, &[], 500).iter().map(|t| t[0]).collect();
     assert!(first.len() > 8);
+}
+
+#[test]
+fn a_budget_goes_where_it_buys_most() {
+    let mut noise = Noise(31);
+    for _ in 0..200 {
+        let mut any = |parts: usize| -> Vec<Vec<Choice>> {
+            let one = |noise: &mut Noise| {
+                let n = 2 + (noise.next().abs() * 5.0) as usize;
+                let choices = (0..n).map(|i| Choice {
+                    width: Width { rank: i, bits: 4 },
+                    bytes: if i == 0 { 0 } else { 1 + (noise.next().abs() * 40.0) as usize },
+                    error: noise.next().abs() * if i == 0 { 4.0 } else { 1.0 },
+                });
+                choices.collect::<Vec<_>>()
+            };
+            (0..parts).map(|_| one(&mut noise)).collect()
+        };
+        let choices = any(3);
+        let hulls: Vec<Vec<Choice>> = choices.iter().cloned().map(hull).collect();
+        for (hull, all) in hulls.iter().zip(&choices) {
+            let slopes: Vec<f64> = hull.windows(2).map(|w| (w[0].error - w[1].error) / (w[1].bytes - w[0].bytes) as f64).collect();
+            assert!(slopes.iter().all(|s| *s > 0.0) && slopes.is_sorted_by(|a, b| a > b), "{hull:?}");
+            // No choice lies below the hull.
+            for c in all {
+                let at = hull.iter().rposition(|h| h.bytes <= c.bytes).unwrap();
+                let floor = match hull.get(at + 1) {
+                    Some(_) => hull[at].error - slopes[at] * (c.bytes - hull[at].bytes) as f64,
+                    None => hull[at].error,
+                };
+                assert!(c.error >= floor - 1e-9 || hull.get(at + 1).is_none() && c.error >= floor, "{c:?} is below {hull:?}");
+            }
+        }
+        // Along the order of steps, every spread is the best of all choices that take no more.
+        let most: usize = hulls.iter().map(|h| h.last().unwrap().bytes).sum();
+        let total = |c: &[Choice]| (c.iter().map(|c| c.bytes).sum::<usize>(), c.iter().map(|c| c.error).sum::<f64>());
+        for budget in 0..=most {
+            let (bytes, error) = total(&spread(&hulls, budget));
+            assert!(bytes <= budget);
+            let mut best = f64::INFINITY;
+            for a in &hulls[0] {
+                for b in &hulls[1] {
+                    for c in &hulls[2] {
+                        let (all, e) = total(&[*a, *b, *c]);
+                        best = if all <= bytes { best.min(e) } else { best };
+                    }
+                }
+            }
+            // Where a step did not fit, smaller ones behind it fill what it left, which is good but need not be best.
+            if budget == bytes && exact_step(&hulls, bytes) {
+                assert!(error <= best + 1e-9, "{budget} bytes: {error} where {best} is there");
+            }
+        }
+    }
+}
+
+/// Whether steps in the order of what they save come to this many bytes exactly, without one left out.
+fn exact_step(hulls: &[Vec<Choice>], bytes: usize) -> bool {
+    let mut steps: Vec<(f64, usize)> = hulls
+        .iter()
+        .flat_map(|h| h.windows(2).map(|w| ((w[0].error - w[1].error) / (w[1].bytes - w[0].bytes) as f64, w[1].bytes - w[0].bytes)))
+        .collect();
+    steps.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut sum = 0;
+    sum == bytes
+        || steps.iter().any(|(_, step)| {
+            sum += step;
+            sum == bytes
+        })
+}
+
+#[test]
+fn on_the_demo_model_a_budget_finds_the_layer_that_retrieves() {
+    let checkpoint = strait::demo::checkpoint().unwrap();
+    let model = &checkpoint.config;
+    let tokenizer = strait::demo::tokenizer().unwrap();
+    let texts: Vec<Vec<u32>> = strait::calibrate::demo_prompts(2, 1600).iter().map(|p| tokenizer.encode(p, false, true).unwrap()).collect();
+    let mut decoder = Decoder::new(model, checkpoint.weights(LoadDtype::F32), 2048, 512);
+    let mut moments = Moments::sampling(model, 4);
+    let ops = Cpu::new(2);
+    collect(&mut decoder, &ops, &texts, &mut moments, |_| ()).unwrap();
+    let outputs: Vec<Matrix<'_>> = decoder.weights().layers.iter().map(|l| l.o.weight.matrix()).collect();
+    let budget = |bytes: u32, quantiser: Quantiser| Profile {
+        name: format!("b{bytes}-{quantiser:?}"),
+        cskv: Some(Cskv {
+            size: Size::Budget(bytes),
+            value_quantiser: quantiser,
+            ..Cskv::shares((1.0, 1.0), 4, (64, 4), BasisKind::Joint)
+        }),
+    };
+    let profiles = [(96, Quantiser::Affine), (96, Quantiser::Hadamard), (300, Quantiser::Hadamard), (4000, Quantiser::Affine)]
+        .map(|(b, q)| budget(b, q));
+    let mut allocator = moments.allocator(Trial { model, ops: &ops, rope: decoder.rope(), outputs: &outputs });
+    let made = artifact(&moments, model, Fingerprint([1; 32]), &profiles, &Sources::closed(), Some(&mut allocator)).unwrap().artifact;
+    let mut before = 0.0;
+    for profile in &profiles {
+        let widths = made.widths(profile).unwrap();
+        let layout = PageLayout::new(model, ExactType::Bf16, profile, Some(&widths));
+        let Some(Cskv { size: Size::Budget(budget), .. }) = profile.cskv else { unreachable!() };
+        let bytes = layout.bytes_per_token();
+        assert!(bytes <= f64::from(budget) && (bytes > 0.85 * f64::from(budget) || budget > 2000), "{bytes} of {budget}: {widths:?}");
+        assert!(bytes >= before || budget == 96, "a larger budget buys more");
+        before = bytes;
+        if budget <= 300 {
+            let bits = |w: &Widths| w.keys.rank * w.keys.bits as usize + w.values.rank * w.values.bits as usize;
+            let most = widths.iter().map(bits).max().unwrap();
+            assert_eq!(bits(&widths[2]), most, "layer 2 does the retrieving: {widths:?}");
+        }
+        // What was allocated is served, and comes back from its file.
+        let maps = made.layers(profile).unwrap();
+        assert!(maps.iter().zip(&widths).all(|(m, w)| m.fits(w)));
+    }
+    let back = Artifact::from_bytes(&made.to_bytes(), model, Fingerprint([1; 32])).unwrap();
+    assert_eq!(back, made);
+    let other = budget(97, Quantiser::Hadamard);
+    let message = made.layers(&other).unwrap_err().to_string();
+    assert!(message.starts_with("the profile b97-Hadamard is not usable: the artifact was not made for this name and budget"), "{message}");
 }

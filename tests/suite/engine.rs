@@ -27,7 +27,7 @@ const POSITIONS: usize = 768;
 fn profiles() -> Vec<Profile> {
     let cskv = |name: &str, share, bits, sinks| Profile {
         name: name.into(),
-        cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window: 64, sinks, basis: BasisKind::Joint }),
+        cskv: Some(Cskv::shares((share, share), bits, (64, sinks), BasisKind::Joint)),
     };
     let mut turning = cskv("turning", 1.0, 16, 4);
     turning.cskv.iter_mut().for_each(|c| c.basis = BasisKind::Frequency);
@@ -75,7 +75,10 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
     let mut moments = Moments::new(config, 4);
     calibrate::collect(&mut decoder, &Cpu::new(1), &texts, &mut moments, |_| ()).unwrap();
-    let artifact = calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &calibrate::Init::Closed).unwrap().artifact;
+    let artifact = {
+        let sources = calibrate::Sources::closed();
+        calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &sources, None).unwrap().artifact
+    };
     let ready: Vec<ReadyProfile> = profiles()
         .iter()
         .map(|p| ReadyProfile {

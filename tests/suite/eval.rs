@@ -484,7 +484,7 @@ const POSITIONS: usize = 768;
 fn profiles() -> Vec<Profile> {
     let cskv = |name: &str, share, bits, sinks, window| Profile {
         name: name.into(),
-        cskv: Some(Cskv { key_rank: share, value_rank: share, bits, window, sinks, basis: BasisKind::Joint }),
+        cskv: Some(Cskv::shares((share, share), bits, (window, sinks), BasisKind::Joint)),
     };
     let full = Profile { name: "full".into(), cskv: None };
     vec![full, cskv("lossless", 1.0, 16, 4, 64), cskv("fifth", 0.2, 16, 4, 64), cskv("fifth-4", 0.2, 4, 0, 100)]
@@ -503,7 +503,10 @@ fn model(name: &str) -> Model {
     let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
     let mut moments = Moments::new(config, 4);
     calibrate::collect(&mut decoder, &Cpu::new(1), &texts, &mut moments, |_| ()).unwrap();
-    let artifact = calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &calibrate::Init::Closed).unwrap().artifact;
+    let artifact = {
+        let sources = calibrate::Sources::closed();
+        calibrate::artifact(&moments, config, Fingerprint([0; 32]), &profiles(), &sources, None).unwrap().artifact
+    };
     let ready = profiles()
         .iter()
         .map(|p| ReadyProfile {

@@ -1,6 +1,6 @@
 //! The planner's numbers, against numbers worked out by hand.
 
-use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Width, Widths};
 use strait::model::config::ModelConfig;
 use strait::plan::{Ask, Plan, PlannedProfile, ProfilePlan, Requests, SealedPage, plan};
 use strait::step::sealed_len;
@@ -28,7 +28,7 @@ fn profiles() -> Vec<PlannedProfile> {
         cskv("cskv-95", 0.2, 4, joint),
         cskv("three", 0.2, 3, joint),
     ]
-    .map(|profile| PlannedProfile { profile, ranks: None })
+    .map(|profile| PlannedProfile { profile, widths: None })
     .into()
 }
 
@@ -62,7 +62,7 @@ fn a_sealed_page_is_its_keys_values_metadata_and_padding() {
     assert_eq!(p[2].sealed_page, Some(SealedPage { bytes: 1_638_400, keys: 819_200, values: 819_200, metadata: 0, padding: 0 }));
     let metadata = 32 * (200 * 4 + 64 * 7 * 4);
     assert_eq!(p[3].sealed_page, Some(SealedPage { bytes: 493_568, keys: 204_800, values: 204_800, metadata, padding: 32 * 32 }));
-    // Three bits: 13 words of low bits and 7 of third bits per position for 200 channels; 4 and 2 per value channel.
+    // Three bits: 50 quads in 13 words of low bits and 7 of third bits per position for 200 channels; 4 and 2 per value channel.
     let three = p[4].sealed_page.unwrap();
     assert_eq!((three.keys, three.values), (32 * 64 * 20 * 4, 32 * 200 * 6 * 4));
     let qwen = planned(&qwen_25_7b(), 1 << 34, &[]).profiles[3].sealed_page.unwrap();
@@ -111,12 +111,9 @@ fn a_request_that_fits_is_the_last_that_does() {
     // By brute force over every step of a growing sequence, from the layout and the page's rules alone.
     let model = model(3, 4, 2, 16);
     for (window, sinks, arena) in [(64, 4, 3 << 20), (1, 0, 1 << 20), (100, 64, 5 << 20), (32, 1, 700_000)] {
-        let profile = Profile {
-            name: "p".into(),
-            cskv: Some(Cskv { key_rank: 0.25, value_rank: 0.5, bits: 4, window, sinks, basis: BasisKind::Joint }),
-        };
+        let profile = Profile { name: "p".into(), cskv: Some(Cskv::shares((0.25, 0.5), 4, (window, sinks), BasisKind::Joint)) };
         let sizes = PageLayout::new(&model, ExactType::F32, &profile, None).sizes();
-        let profiles = [PlannedProfile { profile, ranks: None }];
+        let profiles = [PlannedProfile { profile, widths: None }];
         let got = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &profiles, arena_bytes: arena, lengths: &[500] });
         let slabs_of = |pages: u64, bytes: u64| if pages == 0 { 0 } else { pages.div_ceil(got.slab_bytes / bytes) };
         let slabs = arena / got.slab_bytes;
@@ -140,8 +137,9 @@ fn a_request_that_fits_is_the_last_that_does() {
 #[test]
 fn an_artifacts_ranks_replace_the_shares() {
     let model = model(2, 4, 2, 64);
-    let ranks = vec![(8, 16), (32, 64)];
-    let profile = PlannedProfile { profile: cskv("p", 0.5, 16, BasisKind::Joint), ranks: Some(ranks) };
+    let width = |rank| Width { rank, bits: 16 };
+    let widths = [(8, 16), (32, 64)].map(|(k, v)| Widths { keys: width(k), values: width(v) }).to_vec();
+    let profile = PlannedProfile { profile: cskv("p", 0.5, 16, BasisKind::Joint), widths: Some(widths) };
     let got = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &[profile], arena_bytes: 1 << 20, lengths: &[] });
     assert_eq!(got.profiles[0].bytes_per_token, 2.0 * (8.0 + 16.0 + 32.0 + 64.0));
 }

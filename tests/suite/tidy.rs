@@ -14,7 +14,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("step", &["ids"]),
     ("quant", &[]),
     ("kv", &["ids", "model::config", "quant"]),
-    ("compress", &["ids", "kv", "model::config"]),
+    ("compress", &["ids", "kv", "model::config", "quant"]),
     ("ops", &["ids", "kv", "compress", "quant"]),
     ("model", &["ids", "kv", "compress", "ops", "request", "step", "model::config"]),
     ("pages", &["ids", "kv"]),
@@ -192,6 +192,6 @@ fn the_example_config_file_is_read() {
     use strait::config::args::ServeFlags;
     let flags = ServeFlags { config: Some(root().join("config/strait.toml")), ..ServeFlags::default() };
     let settings = Settings::resolve(&flags).unwrap();
-    assert_eq!(settings.profiles[settings.default_profile].name, "cskv-80");
+    assert_eq!(settings.default_profile, "cskv-80");
     assert!(settings.profiles.iter().any(|p| p.name == "mine"));
 }

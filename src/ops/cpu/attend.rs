@@ -13,7 +13,7 @@
 
 use half::{bf16, f16};
 
-use super::codes::{Codes, Numbers};
+use super::codes::{Codes, Meaning, Numbers};
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::rows::turned;
 use super::simd::{Element, Kernel, Lanes, dispatch};
@@ -22,8 +22,9 @@ use super::{Cpu, latent};
 use crate::compress::{Group, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
-use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
+use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
 use crate::ops::{AttendRow, Heads, RopeTable, exact_head_bytes};
+use crate::quant::{Order, levels};
 
 /// Positions of a page.
 const P: usize = PAGE_TOKENS as usize;
@@ -91,7 +92,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         }
         let queries = lines.clamp(1, row.n.max(1));
         let query_blocks = row.n.div_ceil(queries);
-        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1, false);
+        let tiles = tiles(row, row.position as usize + row.n.max(1) - 1, row.view.layout.drops);
         let spans = tiles.div_ceil(SPAN);
         plans.push(RowPlan { units: 0, blocks, queries, query_blocks, spans, partials: 0 });
         blocks += query_blocks * kv_heads;
@@ -132,8 +133,9 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, out: &mut [f32]) {
         let each = State::floats(plan.queries * group, head_dim);
         let partial = partials.get().cast::<f32>().wrapping_add(plan.partials + (block * plan.spans + span) * each);
         let n = plan.queries.min(row.n - first);
-        let parts = if phase == Phase::Merge { tiles(row, row.position as usize + first + n - 1, false).div_ceil(SPAN) } else { 0 };
-        let unit = Unit { call, row, kv_head, first, n, phase, skips: false, span, partial, each, parts, out: out.get() };
+        let skips = row.view.layout.drops;
+        let parts = if phase == Phase::Merge { tiles(row, row.position as usize + first + n - 1, skips).div_ceil(SPAN) } else { 0 };
+        let unit = Unit { call, row, kv_head, first, n, phase, skips, span, partial, each, parts, out: out.get() };
         // SAFETY: `Cpu` holds only instruction sets this machine has; rows were checked, no two of them overlap, and
         // units write lines, or partials, of their own.
         unsafe { dispatch(cpu.isa, unit) }
@@ -446,7 +448,7 @@ impl<'a> Basis<'a> {
         let KeyMap::Channels(keys) = &compression.keys else { panic!("keys of a frequency basis are never rebuilt") };
         let (keys, key_mean, key_channel) = group_of(keys, kv_head * d, d);
         let (values, value_mean, value_channel) = group_of(&compression.values, kv_head * d, d);
-        assert!(keys.ranks.end <= layer.key_rank && values.ranks.end <= layer.value_rank, "basis wider than the page");
+        assert!(keys.ranks.end <= layer.keys.rank && values.ranks.end <= layer.values.rank, "basis wider than the page");
         Basis { keys, key_mean, key_channel, values, value_mean, value_channel, layer }
     }
 }
@@ -791,15 +793,24 @@ impl Unit<'_> {
         // SAFETY: the room has `[rank][64]` latents, `[head_dim][64]` keys and two `[head_dim / 2][64]` tables; the
         // basis was checked to have `[rank][channels]` and the head's channels.
         unsafe {
-            if layer.bits == 16 {
-                let codes = arena.slice::<f16>(page, layer.key_codes + group.ranks.start * 2 * P, rank * P);
+            if layer.keys.bits == 16 {
+                let codes = arena.slice::<f16>(page, layer.keys.codes + group.ranks.start * 2 * P, rank * P);
                 S::enter(Widen { from: codes.as_ptr(), to: room.key_latents, n: rank * P });
             } else {
                 let codes = key_codes(arena, page, &layer);
-                let (scales, minima) = arena.slice::<f16>(page, layer.key_meta, 2 * layer.key_rank).split_at(layer.key_rank);
+                let meta = arena.slice::<f16>(page, layer.keys.meta, layer.key_meta_bytes() / 2);
+                let mut scales = [0.0f32; P];
+                if layer.keys.quantiser == Quantiser::Hadamard && layer.keys.rank > 0 {
+                    let block = group.ranks.start / (layer.keys.rank / layer.blocks);
+                    let (_, unit) = levels(layer.keys.bits);
+                    scales.iter_mut().zip(&meta[block * P..][..P]).for_each(|(to, s)| *to = s.to_f32() / unit);
+                }
                 for (r, i) in group.ranks.clone().enumerate() {
-                    let (scale, min, to) = (scales[i].to_f32(), minima[i].to_f32(), room.key_latents.add(r * P));
-                    S::enter(Numbers { codes, i, lane: 0, width: P, scale, min, to });
+                    let meaning = match layer.keys.quantiser {
+                        Quantiser::Affine => Meaning::Affine { scale: meta[i].to_f32(), min: meta[layer.keys.rank + i].to_f32() },
+                        Quantiser::Hadamard => Meaning::NormalEach { scales: scales.as_ptr() },
+                    };
+                    S::enter(Numbers { codes, i, lane: 0, width: P, meaning, to: room.key_latents.add(r * P) });
                 }
             }
             let up = group.up.as_ptr().add(basis.key_channel);
@@ -829,23 +840,27 @@ impl Unit<'_> {
         for p in place.from..P {
             // SAFETY: the room has `latent_stride`, no less than the rank, for each position.
             let to = unsafe { room.values.add(p * room.latent_stride) };
-            if layer.bits == 16 {
-                let codes = arena.slice::<f16>(page, layer.value_codes + (p * layer.value_rank + ranks.start) * 2, ranks.len());
+            if layer.values.bits == 16 {
+                let codes = arena.slice::<f16>(page, layer.values.codes + (p * layer.values.rank + ranks.start) * 2, ranks.len());
                 // SAFETY: as above.
                 unsafe { S::enter(Widen { from: codes.as_ptr(), to, n: ranks.len() }) }
                 continue;
             }
             let codes = value_codes(arena, page, &layer);
-            let groups = layer.value_groups();
-            let (scales, minima) = arena.slice::<f16>(page, layer.value_meta, 2 * groups * P).split_at(groups * P);
+            let (groups, width) = (layer.value_groups(), layer.value_group());
+            let meta = arena.slice::<f16>(page, layer.values.meta, layer.value_meta_bytes() / 2);
             let mut lane = ranks.start;
             while lane < ranks.end {
-                let group = lane / VALUE_GROUP;
-                let next = ranks.end.min((group + 1) * VALUE_GROUP);
-                let (scale, min) = (scales[group * P + p].to_f32(), minima[group * P + p].to_f32());
+                let group = lane / width;
+                let next = ranks.end.min((group + 1) * width);
+                let scale = meta[group * P + p].to_f32();
+                let meaning = match layer.values.quantiser {
+                    Quantiser::Affine => Meaning::Affine { scale, min: meta[(groups + group) * P + p].to_f32() },
+                    Quantiser::Hadamard => Meaning::Normal { scale: scale / levels(layer.values.bits).1 },
+                };
                 let to = to.wrapping_add(lane - ranks.start);
                 // SAFETY: the codes have every lane of the ranks, and `to` room for them.
-                unsafe { S::enter(Numbers { codes, i: p, lane, width: next - lane, scale, min, to }) };
+                unsafe { S::enter(Numbers { codes, i: p, lane, width: next - lane, meaning, to }) };
                 lane = next;
             }
         }
@@ -881,15 +896,16 @@ impl Unit<'_> {
 
 /// Key codes of a sealed page, below 16 bits.
 pub(super) fn key_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
-    let (n, bits) = (layer.key_rank, layer.bits);
-    Codes { words: arena.slice::<u32>(page, layer.key_codes, SealedLayer::key_code_bytes(n, bits) / 4).as_ptr(), lanes: P, n, bits }
+    let keys = &layer.keys;
+    let words = arena.slice::<u32>(page, keys.codes, keys.key_code_bytes() / 4).as_ptr();
+    Codes { words, lanes: P, n: keys.rank, bits: keys.bits, order: Order::Runs }
 }
 
 /// Value codes of a sealed page, below 16 bits.
 pub(super) fn value_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
-    let (lanes, bits) = (layer.value_rank, layer.bits);
-    let words = arena.slice::<u32>(page, layer.value_codes, SealedLayer::value_code_bytes(lanes, bits) / 4).as_ptr();
-    Codes { words, lanes, n: P, bits }
+    let values = &layer.values;
+    let words = arena.slice::<u32>(page, values.codes, values.value_code_bytes() / 4).as_ptr();
+    Codes { words, lanes: values.rank, n: P, bits: values.bits, order: Order::Strided }
 }
 
 /// Turns keys, `n` elements in either half, by tables that lie alike.

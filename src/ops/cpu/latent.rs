@@ -18,14 +18,15 @@ use half::f16;
 
 use super::Cpu;
 use super::attend::{Call, Phase, SPAN, Softmax, State, Unit, WORTH_SHARING, group_of, key_codes, tiles, value_codes};
-use super::codes::{Codes, PairProduct, Spread};
+use super::codes::{Codes, Into, PairProduct, QuadProduct, Spread, signed_levels, unsigned_levels};
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::simd::{Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
 use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
-use crate::kv::layout::{SealedLayer, VALUE_GROUP};
+use crate::kv::layout::{Quantiser, SealedLayer, SealedPart, VALUE_GROUP};
 use crate::ops::AttendRow;
+use crate::quant::{Order, levels};
 
 const P: usize = PAGE_TOKENS as usize;
 /// Lines a unit aims at: enough that spreading codes out is little beside the products, few enough to stay in cache.
@@ -68,7 +69,7 @@ pub(super) fn absorbs(row: &AttendRow<'_>) -> bool {
 
 fn map_of<'a>(row: &AttendRow<'a>) -> Option<(&'a FrequencyMap, &'a Projection, SealedLayer)> {
     match row.view.compression {
-        Some(c) if !row.sealed.is_empty() => match &c.keys {
+        Some(c) if !row.sealed.is_empty() && !row.view.layout.drops => match &c.keys {
             KeyMap::Frequencies(map) => Some((map, &c.values, row.view.layout.sealed[row.view.layer])),
             KeyMap::Channels(_) => None,
         },
@@ -76,14 +77,60 @@ fn map_of<'a>(row: &AttendRow<'a>) -> Option<(&'a FrequencyMap, &'a Projection, 
     }
 }
 
-/// Floats of one absorbed query: in the order of channels at 16 bits; below, the first codes of all pairs, then the second.
+/// Floats of one absorbed query: in the order of channels at 16 bits; below, for the affine quantiser, the first codes of all pairs,
+/// then the second; for the other, words of [`NormalQuery`].
 fn absorbed_floats(layer: &SealedLayer) -> usize {
-    if layer.bits == 16 { layer.key_rank } else { 2 * pairs(layer).next_multiple_of(16) }
+    match (layer.keys.bits, layer.keys.quantiser) {
+        (16, _) => layer.keys.rank,
+        (_, Quantiser::Affine) => 2 * codes_of(layer).pairs().next_multiple_of(16),
+        (_, Quantiser::Hadamard) => NormalQuery::words(layer),
+    }
 }
 
-/// Pairs of key codes of a position.
-fn pairs(layer: &SealedLayer) -> usize {
-    Codes { words: std::ptr::null(), lanes: P, n: layer.key_rank, bits: layer.bits }.pairs()
+/// Key codes of a page of this layer, wherever it is.
+fn codes_of(layer: &SealedLayer) -> Codes {
+    Codes { words: std::ptr::null(), lanes: P, n: layer.keys.rank, bits: layer.keys.bits, order: Order::Runs }
+}
+
+/// An absorbed query for normal keys: weights of 16 bits in two bytes each, a quad to a word, and how sums are read.
+///
+/// ```text
+/// [0, q)       signed upper bytes, q quads of channels in runs
+/// [q, 2 q)     signed lower bytes:  weight = 256 upper + lower
+/// 2 q, 2 q + 1 what is to be added to the sums of upper and of lower bytes, since levels are met 128 too high
+/// 2 q + 2      f32: what a sum is multiplied by, beside the deviation of its position
+/// ```
+struct NormalQuery;
+
+impl NormalQuery {
+    fn words(layer: &SealedLayer) -> usize {
+        2 * codes_of(layer).quads() + 3
+    }
+
+    /// Writes the query `a: [key_rank]` of a line that meets channels `[from, to)` only.
+    fn write(layer: &SealedLayer, a: &[f32], to: &mut [u32]) {
+        let quads = codes_of(layer).quads();
+        // The greatest weight whose upper byte is one.
+        const TOP: f32 = 127.0 * 256.0 + 127.0;
+        let top = a.iter().fold(0.0f32, |top, x| top.max(x.abs()));
+        let factor = if top > 0.0 && top.is_finite() { TOP / top } else { 0.0 };
+        let (mut upper, mut lower) = (0i32, 0i32);
+        to.fill(0);
+        for (i, &x) in a.iter().enumerate() {
+            let weight = (x * factor).round_ties_even() as i32;
+            let high = (weight + 128) >> 8;
+            let low = weight - 256 * high;
+            (upper, lower) = (upper + high, lower + low);
+            let (quad, byte) = Order::Runs.quad(i);
+            to[quad] |= u32::from(high as i8 as u8) << (8 * byte);
+            to[quads + quad] |= u32::from(low as i8 as u8) << (8 * byte);
+        }
+        to[2 * quads] = (-128 * upper) as u32;
+        to[2 * quads + 1] = (-128 * lower) as u32;
+        let finite = a.iter().all(|x| x.is_finite());
+        let back = if finite { top / TOP / levels(layer.keys.bits).1 } else { f32::NAN };
+        to[2 * quads + 2] = back.to_bits();
+    }
 }
 
 /// The rows of the call that [`absorbs`] says are met here. Rows were checked.
@@ -103,7 +150,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let (sealed_spans, exact) = (row.sealed.len().div_ceil(SPAN), tiles(row, row.position as usize + first + n - 1, true));
             let spans = exact.div_ceil(SPAN);
             let each = State::floats(n * group, shape.head_dim);
-            let floats = sealed_spans * State::floats(n * shape.heads, layer.value_rank) + spans * shape.kv_heads * each;
+            let floats = sealed_spans * State::floats(n * shape.heads, layer.values.rank) + spans * shape.kv_heads * each;
             if !scratch.blocks.is_empty() && partials + floats > MEMORY {
                 break;
             }
@@ -111,7 +158,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             units += sealed_spans + spans * shape.kv_heads;
             absorbed += n * shape.heads * absorbed_floats(&layer).next_multiple_of(16);
             partials += floats;
-            work += n * shape.heads * (row.sealed.len() * (layer.key_rank + layer.value_rank) + 2 * exact * shape.head_dim) * P;
+            work += n * shape.heads * (row.sealed.len() * (layer.keys.rank + layer.values.rank) + 2 * exact * shape.head_dim) * P;
             first += n;
             if first == row.n {
                 first = 0;
@@ -137,7 +184,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let unit = i - block.units;
             let Some((_, _, layer)) = map_of(row) else { unreachable!("blocks are of absorbing rows") };
             let each = State::floats(block.n * group, shape.head_dim);
-            let sealed = State::floats(block.n * shape.heads, layer.value_rank);
+            let sealed = State::floats(block.n * shape.heads, layer.values.rank);
             let partial = partials.get().cast::<f32>().wrapping_add(block.partials);
             if unit < block.sealed_spans {
                 let absorbed = absorbed.get().cast::<f32>().wrapping_add(block.absorbed);
@@ -171,7 +218,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let row = &call.rows[block.row];
             let Some((_, values, layer)) = map_of(row) else { unreachable!("blocks are of absorbing rows") };
             let each = State::floats(block.n * group, shape.head_dim);
-            let sealed = State::floats(block.n * shape.heads, layer.value_rank);
+            let sealed = State::floats(block.n * shape.heads, layer.values.rank);
             let partial = partials.get().cast::<f32>().wrapping_add(block.partials);
             let unit = Unit {
                 call,
@@ -187,7 +234,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
                 parts: block.spans,
                 out: out.get(),
             };
-            let merge = Merge { unit, values, width: layer.value_rank, latents: partial, spans: block.sealed_spans };
+            let merge = Merge { unit, values, width: layer.values.rank, latents: partial, spans: block.sealed_spans };
             // SAFETY: as above; each unit writes the lines of its own heads.
             unsafe { dispatch(cpu.isa, merge) }
         });
@@ -198,10 +245,14 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
 /// When maps and pages do not fit each other; memory safety rests on this.
 fn check(map: &FrequencyMap, values: &Projection, layer: &SealedLayer, call: &Call<'_>) {
     assert_eq!((map.kv_heads, 2 * map.half), (call.shape.kv_heads, call.shape.head_dim), "basis of another model");
-    assert_eq!(2 * map.frequencies.len(), layer.key_rank, "basis of another width than the page");
+    assert_eq!(2 * map.frequencies.len(), layer.keys.rank, "basis of another width than the page");
     assert!(map.frequencies.iter().all(|&f| (f as usize) < map.half), "a frequency beyond the head");
     assert_eq!(map.up.len(), map.frequencies.len() * map.kv_heads, "up is not [pairs][kv_heads]");
-    assert_eq!((values.channels(), values.rank()), (call.shape.kv_heads * call.shape.head_dim, layer.value_rank), "basis of another model");
+    assert_eq!(
+        (values.channels(), values.rank()),
+        (call.shape.kv_heads * call.shape.head_dim, layer.values.rank),
+        "basis of another model"
+    );
 }
 
 /// The lines of a block, in their order: place in `q` of each.
@@ -222,23 +273,31 @@ fn lines<'a>(call: &'a Call<'_>, block: &'a Block) -> impl Iterator<Item = (usiz
 unsafe fn absorb(call: &Call<'_>, block: &Block, to: *mut f32) {
     let Some((map, _, layer)) = map_of(&call.rows[block.row]) else { unreachable!("blocks are of absorbing rows") };
     let floats = absorbed_floats(&layer).next_multiple_of(16);
-    let codes = Codes { words: std::ptr::null(), lanes: P, n: layer.key_rank, bits: layer.bits };
-    let half = if layer.bits == 16 { 1 } else { codes.half() };
-    let place = |channel: usize| match layer.bits {
-        16 => channel,
-        // Channel `i` of a word is the first or the second of pair `i % half` of that word.
-        _ => channel / (2 * half) * half + channel % half + if channel % (2 * half) < half { 0 } else { floats / 2 },
+    let plain = layer.keys.bits == 16 || layer.keys.quantiser == Quantiser::Hadamard;
+    let place = |channel: usize| match plain {
+        true => channel,
+        // Bytes 0 and 1 of a quad are the first codes of its pairs.
+        false => channel / 4 * 2 + channel % 2 + if channel % 4 < 2 { 0 } else { floats / 2 },
     };
+    let mut turned = vec![0.0; if map.rotation.is_some() || plain { layer.keys.rank } else { 0 }];
     for (line, (kv_head, at)) in lines(call, block).enumerate() {
         // SAFETY: the floats of this line.
         let to = unsafe { std::slice::from_raw_parts_mut(to.add(line * floats), floats) };
         let q = &call.q[at..at + 2 * map.half];
-        to.fill(0.0);
+        let absorbed: &mut [f32] = if plain { &mut turned } else { &mut *to };
+        absorbed.fill(0.0);
         for (j, &f) in map.frequencies.iter().enumerate() {
             let (re, im) = (q[f as usize], q[map.half + f as usize]);
             let [ur, ui] = map.up[j * map.kv_heads + kv_head];
-            to[place(2 * j)] = re * ur + im * ui;
-            to[place(2 * j + 1)] = im * ur - re * ui;
+            absorbed[place(2 * j)] = re * ur + im * ui;
+            absorbed[place(2 * j + 1)] = im * ur - re * ui;
+        }
+        if plain {
+            map.rotate(&mut turned, 1);
+            match layer.keys.bits {
+                16 => to[..turned.len()].copy_from_slice(&turned),
+                _ => NormalQuery::write(&layer, &turned, bytemuck::cast_slice_mut(&mut to[..NormalQuery::words(&layer)])),
+            }
         }
     }
 }
@@ -283,6 +342,8 @@ struct Room {
     value_meta: [*mut f32; 2],
     /// `[L][G rounded up to 4]`.
     value_bias: *mut f32,
+    /// Of a normal page: deviations of positions, `[blocks][64]` of keys, then of values.
+    deviations: *mut f32,
     /// Only at 16 bits: `[key_rank][64]` and `[64][V]`.
     wide_keys: *mut f32,
     wide_values: *mut f32,
@@ -291,10 +352,12 @@ struct Room {
 impl Kernel for Span<'_> {
     unsafe fn run<S: Lanes>(self) {
         let lines = self.lines();
-        let (wide, pad) = (self.layer.bits == 16, |n: usize| n.next_multiple_of(16));
-        let t = if wide { 0 } else { pad(pairs(&self.layer)) };
-        let v = pad(self.layer.value_rank);
-        let groups = self.layer.value_groups();
+        let layer = &self.layer;
+        let (wide, pad) = (layer.keys.bits == 16, |n: usize| n.next_multiple_of(16));
+        let affine = |part: &SealedPart, n: usize| if wide || part.quantiser == Quantiser::Hadamard { 0 } else { n };
+        let t = affine(&layer.keys, pad(codes_of(layer).pairs()));
+        let v = pad(layer.values.rank);
+        let groups = affine(&layer.values, layer.value_groups());
         let narrow = |n: usize| if wide { 0 } else { pad(n) };
         let sizes = [
             pad(lines),
@@ -304,17 +367,19 @@ impl Kernel for Span<'_> {
             t,
             t,
             t,
-            if wide { 0 } else { lines * t.max(VALUE_PAIRS) },
+            // Pairs of key weights; of value weights; or two bytes of value weights.
+            narrow(lines * t.max(VALUE_PAIRS)),
             pad(lines),
             pad(lines),
             narrow(CHUNK * P),
-            narrow(lines * P),
+            narrow(2 * lines * P),
             narrow(lines * P),
             pad(lines),
             narrow(groups * P),
             narrow(groups * P),
             narrow(lines * groups.next_multiple_of(4)),
-            if wide { self.layer.key_rank * P } else { 0 },
+            narrow(2 * layer.blocks * P),
+            if wide { layer.keys.rank * P } else { 0 },
             if wide { P * v } else { 0 },
         ];
         let mut buffer = scratch_take(sizes.iter().sum());
@@ -325,9 +390,9 @@ impl Kernel for Span<'_> {
             here
         });
         let [scale, line, scores, k0, k1, k2, k3, weights, back, bias, spread, sums, rest @ ..] = parts;
-        let [halves, greatest, v0, v1, value_bias, wide_keys, wide_values] = rest;
+        let [halves, greatest, v0, v1, value_bias, deviations, wide_keys, wide_values] = rest;
         // SAFETY: the partial has so many floats.
-        let state = unsafe { State::at(self.partial, lines, self.layer.value_rank) };
+        let state = unsafe { State::at(self.partial, lines, self.layer.values.rank) };
         let room = Room {
             state,
             scale,
@@ -343,6 +408,7 @@ impl Kernel for Span<'_> {
             greatest,
             value_meta: [v0, v1],
             value_bias,
+            deviations,
             wide_keys,
             wide_values,
         };
@@ -361,9 +427,15 @@ impl Kernel for Span<'_> {
                 if wide {
                     self.wide_page::<S>(&room, addr, from, v);
                 } else {
-                    self.score::<S>(&room, addr, t, next);
+                    match self.layer.keys.quantiser {
+                        Quantiser::Affine => self.score::<S>(&room, addr, t, next),
+                        Quantiser::Hadamard => self.score_normal::<S>(&room, addr, next),
+                    }
                     self.softmax::<S>(&room, from);
-                    self.gather::<S>(&room, addr, v, next);
+                    match self.layer.values.quantiser {
+                        Quantiser::Affine => self.gather::<S>(&room, addr, v, next),
+                        Quantiser::Hadamard => self.gather_normal::<S>(&room, addr, v, next),
+                    }
                 }
             }
         }
@@ -381,27 +453,27 @@ impl Span<'_> {
     unsafe fn score<S: Lanes>(&self, room: &Room, page: PageAddr, t: usize, next: Option<PageAddr>) {
         let (lines, layer) = (self.lines(), self.layer);
         let codes = key_codes(self.call.arena, page, &layer);
-        let (scales, minima) = self.call.arena.slice::<f16>(page, layer.key_meta, 2 * layer.key_rank).split_at(layer.key_rank);
+        let (scales, minima) = self.call.arena.slice::<f16>(page, layer.keys.meta, 2 * layer.keys.rank).split_at(layer.keys.rank);
         // SAFETY: the room has `t` floats for each part, no fewer than there are pairs.
         unsafe {
             for (k, meta) in [scales, minima].into_iter().enumerate() {
                 room.line.add(meta.len()).write_bytes(0, 2 * t - meta.len());
                 S::enter(Widen { from: meta.as_ptr(), to: room.line, n: meta.len() });
-                split(room.line, codes.half(), (room.key_meta[2 * k], room.key_meta[2 * k + 1]), codes.pairs());
+                split(room.line, (room.key_meta[2 * k], room.key_meta[2 * k + 1]), codes.pairs());
                 for part in &room.key_meta[2 * k..2 * k + 2] {
                     part.add(codes.pairs()).write_bytes(0, t - codes.pairs());
                 }
             }
             // The sum of `rank` products stays within 31 bits.
-            let top = ((1u32 << layer.bits) - 1) as f32;
-            let limit = (i32::MAX as f32 / (top * layer.key_rank as f32)).min(32767.0).floor();
+            let top = ((1u32 << layer.keys.bits) - 1) as f32;
+            let limit = (i32::MAX as f32 / (top * layer.keys.rank as f32)).min(32767.0).floor();
             S::enter(KeyWeights { room, absorbed: self.absorbed, lines, t, limit });
             let pairs = codes.pairs();
             let mut from = 0;
             while from < pairs {
                 let to = pairs.min(from + CHUNK);
-                self.ask::<S>(next, from / CHUNK);
-                S::enter(Spread { codes, lane: 0, width: P, from, to, out: room.spread, stride: P });
+                self.ask::<S>(next, from / CHUNK, pairs.div_ceil(CHUNK) + layer.value_groups());
+                S::enter(Spread { codes, lane: 0, width: P, from: from / 2, to: to / 2, into: Into::Pairs, out: room.spread, stride: P });
                 let mut line = 0;
                 while line < lines {
                     let rows = (lines - line).min(S::ROWS);
@@ -422,16 +494,123 @@ impl Span<'_> {
         }
     }
 
-    /// Asks for a part of the next page, one for each chunk of keys and group of values: all at once would fill the queues that
+    /// Asks for a part of the next page, one of `parts`, while this one is met: all at once would fill the queues that
     /// this page's own bytes come through.
-    unsafe fn ask<S: Lanes>(&self, next: Option<PageAddr>, part: usize) {
-        let (layer, parts) = (&self.layer, pairs(&self.layer).div_ceil(CHUNK) + self.layer.value_groups());
+    unsafe fn ask<S: Lanes>(&self, next: Option<PageAddr>, part: usize, parts: usize) {
+        let layer = &self.layer;
         if let Some(next) = next {
-            let each = (layer.end - layer.key_codes).div_ceil(parts).next_multiple_of(64);
-            let bytes = self.call.arena.slice::<u8>(next, layer.key_codes, layer.end - layer.key_codes);
+            let each = layer.bytes().div_ceil(parts).next_multiple_of(64);
+            let bytes = self.call.arena.slice::<u8>(next, layer.keys.codes, layer.bytes());
             let bytes = &bytes[(part * each).min(bytes.len())..((part + 1) * each).min(bytes.len())];
             // SAFETY: passed on.
             unsafe { S::enter(Prefetch { from: bytes.as_ptr(), bytes: bytes.len() }) }
+        }
+    }
+
+    /// Lines that meet a block of channels: all where there is but one, those of its KV head where each head is a block.
+    fn lines_of(&self, block: usize) -> std::ops::Range<usize> {
+        let each = self.lines() / self.layer.blocks;
+        block * each..(block + 1) * each
+    }
+
+    /// Parts that a page of normal latents is asked for in.
+    fn normal_parts(&self) -> usize {
+        let layer = &self.layer;
+        layer.blocks * ((layer.keys.rank / layer.blocks).div_ceil(4 * CHUNK) + (layer.values.rank / layer.blocks).div_ceil(P))
+    }
+
+    /// [`Span::score`] of normal keys.
+    unsafe fn score_normal<S: Lanes>(&self, room: &Room, page: PageAddr, next: Option<PageAddr>) {
+        let layer = &self.layer;
+        let codes = key_codes(self.call.arena, page, layer);
+        let meta = self.call.arena.slice::<f16>(page, layer.keys.meta, layer.key_meta_bytes() / 2);
+        let table = unsigned_levels(layer.keys.bits);
+        let (all, floats) = (codes.quads(), absorbed_floats(layer).next_multiple_of(16));
+        let each = if layer.blocks == 1 { all } else { layer.keys.rank / layer.blocks / 4 };
+        let parts = self.normal_parts();
+        let mut part = 0;
+        // SAFETY: the room has 64 sums for two rows of each line, and a chunk of quads; absorbed lines have what `NormalQuery` says.
+        unsafe {
+            S::enter(Widen { from: meta.as_ptr(), to: room.deviations, n: meta.len() });
+            for block in 0..layer.blocks {
+                let (first, end) = (block * each, (block + 1) * each);
+                let lines = self.lines_of(block);
+                let mut from = first;
+                while from < end {
+                    let to = end.min(from + CHUNK);
+                    self.ask::<S>(next, part, parts);
+                    part += 1;
+                    S::enter(Spread { codes, lane: 0, width: P, from, to, into: Into::Quads(&table), out: room.spread, stride: P });
+                    let (mut row, rows_end) = (2 * lines.start, 2 * lines.end);
+                    while row < rows_end {
+                        let rows = (rows_end - row).min(S::ROWS);
+                        by_rows!(rows, S, |R| {
+                            let (mut a, mut out) = ([self.absorbed.cast::<u32>(); R], [room.sums; R]);
+                            for r in 0..R {
+                                a[r] = a[r].add((row + r) / 2 * floats + (row + r) % 2 * all + from);
+                                out[r] = out[r].add((row + r) * P);
+                            }
+                            let b = room.spread.cast_const();
+                            let product =
+                                QuadProduct::<R, false> { a, b, b_step: P, n: to - from, out, width: P, accumulate: from > first };
+                            S::enter(product);
+                        });
+                        row += rows;
+                    }
+                    from = to;
+                }
+                if first == end {
+                    // Keys of which nothing is kept: all scores are zero.
+                    room.deviations.add(block * P).write_bytes(0, P);
+                    room.sums.add(2 * lines.start * P).write_bytes(0, 2 * lines.len() * P);
+                }
+                let query = self.absorbed.cast::<u32>().add(2 * all);
+                S::enter(NormalScores { room, lines, query, stride: floats, deviations: room.deviations.add(block * P) });
+            }
+        }
+    }
+
+    /// [`Span::gather`] of normal values.
+    unsafe fn gather_normal<S: Lanes>(&self, room: &Room, page: PageAddr, v: usize, next: Option<PageAddr>) {
+        let layer = &self.layer;
+        let codes = value_codes(self.call.arena, page, layer);
+        let meta = self.call.arena.slice::<f16>(page, layer.values.meta, layer.value_meta_bytes() / 2);
+        let table = signed_levels(layer.values.bits);
+        let unit = levels(layer.values.bits).1;
+        let each = layer.values.rank / layer.blocks;
+        let deviations = room.deviations.wrapping_add(layer.blocks * P);
+        let parts = self.normal_parts();
+        let mut part = parts - layer.blocks * each.div_ceil(P);
+        // SAFETY: the room has two rows of 16 weights and of 64 sums for each line, and 16 quads of 64 lanes.
+        unsafe {
+            S::enter(Widen { from: meta.as_ptr(), to: deviations, n: meta.len() });
+            for block in 0..layer.blocks {
+                let lines = self.lines_of(block);
+                S::enter(NormalWeights { room, lines: lines.clone(), deviations: deviations.add(block * P), unit });
+                let mut lane = block * each;
+                while lane < (block + 1) * each {
+                    let width = P.min((block + 1) * each - lane);
+                    self.ask::<S>(next, part, parts);
+                    part += 1;
+                    S::enter(Spread { codes, lane, width, from: 0, to: P / 4, into: Into::Quads(&table), out: room.spread, stride: P });
+                    let (mut row, rows_end) = (2 * lines.start, 2 * lines.end);
+                    while row < rows_end {
+                        let rows = (rows_end - row).min(S::ROWS);
+                        by_rows!(rows, S, |R| {
+                            let (mut a, mut out) = ([room.weights.cast_const(); R], [room.sums; R]);
+                            for r in 0..R {
+                                a[r] = a[r].add((row + r) * P / 4);
+                                out[r] = out[r].add((row + r) * P);
+                            }
+                            let b = room.spread.cast_const();
+                            S::enter(QuadProduct::<R, true> { a, b, b_step: P, n: P / 4, out, width, accumulate: false });
+                        });
+                        row += rows;
+                    }
+                    S::enter(NormalLatents { room, lines: lines.clone(), to: room.state.o.add(lane), v, width });
+                    lane += width;
+                }
+            }
         }
     }
 
@@ -466,25 +645,24 @@ impl Span<'_> {
     unsafe fn gather<S: Lanes>(&self, room: &Room, page: PageAddr, v: usize, next: Option<PageAddr>) {
         let (lines, layer, groups) = (self.lines(), self.layer, self.layer.value_groups());
         let codes = value_codes(self.call.arena, page, &layer);
-        let meta = self.call.arena.slice::<f16>(page, layer.value_meta, 2 * groups * P);
+        let meta = self.call.arena.slice::<f16>(page, layer.values.meta, 2 * groups * P);
         // SAFETY: the room has 64 floats for each group and line, and 32 pairs of 32 lanes.
         unsafe {
             S::enter(Widen { from: meta.as_ptr(), to: room.line, n: meta.len() });
             for k in 0..2 {
                 for g in 0..groups {
                     let (from, to) = (room.line.add((k * groups + g) * P), room.value_meta[k].add(g * P));
-                    split(from, codes.half(), (to, to.add(VALUE_PAIRS)), VALUE_PAIRS);
+                    std::ptr::copy_nonoverlapping(from, to, P);
                 }
             }
-            for line in 0..lines {
-                let (from, to) = (room.scores.add(line * P), room.halves.add(line * P));
-                split(from, codes.half(), (to, to.add(VALUE_PAIRS)), VALUE_PAIRS);
-            }
+            // Pair `p` is of positions `p` and `p + 32`: weights lie as scores do.
+            std::ptr::copy_nonoverlapping(room.scores, room.halves, lines * P);
             S::enter(ValueBias { room, lines, groups });
             for g in 0..groups {
-                self.ask::<S>(next, pairs(&layer).div_ceil(CHUNK) + g);
-                let (lane, width) = (g * VALUE_GROUP, VALUE_GROUP.min(layer.value_rank - g * VALUE_GROUP));
-                S::enter(Spread { codes, lane, width, from: 0, to: VALUE_PAIRS, out: room.spread, stride: VALUE_GROUP });
+                let chunks = codes_of(&layer).pairs().div_ceil(CHUNK);
+                self.ask::<S>(next, chunks + g, chunks + groups);
+                let (lane, width) = (g * VALUE_GROUP, VALUE_GROUP.min(layer.values.rank - g * VALUE_GROUP));
+                S::enter(Spread { codes, lane, width, from: 0, to: P / 4, into: Into::Pairs, out: room.spread, stride: VALUE_GROUP });
                 S::enter(ValueWeights { room, g, lines });
                 let mut line = 0;
                 while line < lines {
@@ -508,11 +686,11 @@ impl Span<'_> {
     /// A page of 16-bit latents: widened, and met as numbers.
     unsafe fn wide_page<S: Lanes>(&self, room: &Room, page: PageAddr, from: usize, v: usize) {
         let (lines, layer, arena) = (self.lines(), self.layer, self.call.arena);
-        let (rank, width) = (layer.key_rank, layer.value_rank);
+        let (rank, width) = (layer.keys.rank, layer.values.rank);
         let absorbed = rank.next_multiple_of(16);
         // SAFETY: the room has a tile of keys and of values, and 64 scores and `v` latents for every line.
         unsafe {
-            let keys = arena.slice::<f16>(page, layer.key_codes, rank * P);
+            let keys = arena.slice::<f16>(page, layer.keys.codes, rank * P);
             S::enter(Widen { from: keys.as_ptr(), to: room.wide_keys, n: rank * P });
             let mut line = 0;
             while line < lines {
@@ -529,7 +707,7 @@ impl Span<'_> {
             }
             self.softmax::<S>(room, from);
             for p in from..P {
-                let values = arena.slice::<f16>(page, layer.value_codes + p * width * 2, width);
+                let values = arena.slice::<f16>(page, layer.values.codes + p * width * 2, width);
                 S::enter(Widen { from: values.as_ptr(), to: room.wide_values.add(p * v), n: width });
             }
             let mut line = 0;
@@ -551,28 +729,17 @@ impl Span<'_> {
     }
 }
 
-/// Runs of `half` floats, in turn to the first and to the second codes of pairs, `pairs` of each.
+/// Runs of two floats, in turn to the first and to the second codes of pairs, `pairs` of each.
 ///
 /// # Safety
-/// `from` is valid for `2 * pairs`, the others for `pairs`, a multiple of `half`.
-unsafe fn split(from: *const f32, half: usize, to: (*mut f32, *mut f32), pairs: usize) {
-    #[inline(always)]
-    unsafe fn by<const HALF: usize>(from: *const f32, (first, second): (*mut f32, *mut f32), pairs: usize) {
-        for i in 0..pairs / HALF {
-            // SAFETY: runs `2 i` and `2 i + 1`.
-            unsafe {
-                let from = from.add(2 * i * HALF);
-                first.add(i * HALF).cast::<[f32; HALF]>().write_unaligned(from.cast::<[f32; HALF]>().read_unaligned());
-                second.add(i * HALF).cast::<[f32; HALF]>().write_unaligned(from.add(HALF).cast::<[f32; HALF]>().read_unaligned());
-            }
-        }
-    }
-    // SAFETY: passed on.
-    unsafe {
-        match half {
-            2 => by::<2>(from, to, pairs),
-            4 => by::<4>(from, to, pairs),
-            _ => by::<8>(from, to, pairs),
+/// `from` is valid for `2 * pairs`, the others for `pairs`, an even number.
+unsafe fn split(from: *const f32, (first, second): (*mut f32, *mut f32), pairs: usize) {
+    for i in 0..pairs / 2 {
+        // SAFETY: runs `2 i` and `2 i + 1`.
+        unsafe {
+            let from = from.add(4 * i);
+            first.add(2 * i).cast::<[f32; 2]>().write_unaligned(from.cast::<[f32; 2]>().read_unaligned());
+            second.add(2 * i).cast::<[f32; 2]>().write_unaligned(from.add(2).cast::<[f32; 2]>().read_unaligned());
         }
     }
 }
@@ -634,6 +801,123 @@ impl Kernel for Merge<'_> {
             unit.finish::<S>(&total);
         }
         scratch_back(buffer);
+    }
+}
+
+/// Sums of a block's products to scores of its lines.
+struct NormalScores<'a> {
+    room: &'a Room,
+    lines: std::ops::Range<usize>,
+    /// The tail of [`NormalQuery`] of line 0, and words from line to line.
+    query: *const u32,
+    stride: usize,
+    deviations: *const f32,
+}
+
+impl Kernel for NormalScores<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let NormalScores { room: Room { sums, scores, .. }, lines, query, stride, deviations } = self;
+        // SAFETY: 128 sums and 64 scores for each line, three words of its query.
+        unsafe {
+            for line in lines {
+                let query = query.add(line * stride);
+                let (upper, lower) = (S::word_values(S::splat_word(*query)), S::word_values(S::splat_word(*query.add(1))));
+                let back = S::splat(f32::from_bits(*query.add(2)));
+                let mut j = 0;
+                while j < P {
+                    let at = sums.add(2 * line * P + j).cast_const();
+                    let high = S::add(S::word_values(S::words(at)), upper);
+                    let low = S::add(S::word_values(S::words(at.add(P))), lower);
+                    let sum = S::fma(high, S::splat(256.0), low);
+                    S::store(scores.add(line * P + j), S::mul(S::mul(sum, back), S::load(deviations.add(j))));
+                    j += S::N;
+                }
+            }
+        }
+    }
+}
+
+/// Softmax weights times the deviations of a block, as 16-bit numbers in two bytes, and what their products are multiplied by.
+struct NormalWeights<'a> {
+    room: &'a Room,
+    lines: std::ops::Range<usize>,
+    deviations: *const f32,
+    unit: f32,
+}
+
+impl Kernel for NormalWeights<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let NormalWeights { room: Room { scores, weights, back, .. }, lines, deviations, unit } = self;
+        // SAFETY: 64 scores for each line, 16 words for either of its bytes.
+        unsafe {
+            for line in lines {
+                let from = scores.add(line * P);
+                let (mut top, mut sum) = (S::splat(0.0), S::splat(0.0));
+                let mut j = 0;
+                while j < P {
+                    let w = S::mul(S::load(from.add(j)), S::load(deviations.add(j)));
+                    (top, sum) = (S::max(top, w), S::add(sum, w));
+                    j += S::N;
+                }
+                let top = S::greatest(top);
+                let factor = if top > 0.0 && top.is_finite() { 65535.0 / top } else { 0.0 };
+                // A weight that is not finite makes the line so.
+                *back.add(line) = if factor > 0.0 { top / 65535.0 / unit } else { 0.0 } + 0.0 * S::sum(sum);
+                let factor = S::splat(factor);
+                let mut j = 0;
+                while j < P / 4 {
+                    let weight = |byte: usize| {
+                        let at = byte * (P / 4) + j;
+                        S::to_words(S::mul(S::mul(S::load(from.add(at)), S::load(deviations.add(at))), factor))
+                    };
+                    let (a, b, c, d) = (weight(0), weight(1), weight(2), weight(3));
+                    for (row, shift) in [(0, 8), (1, 0)] {
+                        let [a, b, c, d] = [a, b, c, d].map(|w| S::field(w, shift, 0xff));
+                        let quad = S::or_shifted::<16>(S::or_shifted::<8>(a, b), S::or_shifted::<8>(c, d));
+                        S::store_words(weights.add((2 * line + row) * P / 4 + j), quad);
+                    }
+                    j += S::N;
+                }
+            }
+        }
+    }
+}
+
+/// Adds the sums of `width` channels to the latents of lines, scaled to the new maxima.
+struct NormalLatents<'a> {
+    room: &'a Room,
+    lines: std::ops::Range<usize>,
+    /// Those channels of line 0.
+    to: *mut f32,
+    v: usize,
+    width: usize,
+}
+
+impl Kernel for NormalLatents<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let NormalLatents { room: Room { sums, back, scale, .. }, lines, to, v, width } = self;
+        // SAFETY: channels that do not fill a vector are stored as the part they are; sums are whole vectors.
+        unsafe {
+            for line in lines {
+                let (to, from) = (to.add(line * v), sums.add(2 * line * P).cast_const());
+                let (back, scale) = (S::splat(*back.add(line)), S::splat(*scale.add(line)));
+                let value = |j: usize, before: S::V| {
+                    let sum = S::fma(S::word_values(S::words(from.add(j))), S::splat(256.0), S::word_values(S::words(from.add(P + j))));
+                    S::fma(sum, back, S::mul(before, scale))
+                };
+                let mut j = 0;
+                while j + S::N <= width {
+                    S::store(to.add(j), value(j, S::load(to.add(j))));
+                    j += S::N;
+                }
+                if j < width {
+                    S::store_part(to.add(j), value(j, S::load_part(to.add(j), width - j)), width - j);
+                }
+            }
+        }
     }
 }
 

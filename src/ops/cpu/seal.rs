@@ -15,20 +15,27 @@ use super::tile::{Product, Widen, by_rows};
 use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::Arena;
-use crate::kv::layout::{ExactType, SealedLayer, VALUE_GROUP};
+use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
 use crate::ops::{LayerView, RopeTable, SealJob, exact_head_bytes};
-use crate::quant::{put, quantise_group, to_f16};
+use crate::quant::{Order, put, put_one, quantise_group, quantise_normal, to_f16};
 
 const P: usize = PAGE_TOKENS as usize;
 
 /// `Ops::seal` on `cpu`.
 pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
     let Some(compression) = view.compression else { panic!("a profile without compression seals nothing") };
+    if view.layout.drops {
+        return;
+    }
     let layer = view.layout.sealed[view.layer];
     assert_eq!(2 * table.half, view.layout.head_dim, "rope table of another model");
     let channels = view.layout.kv_heads * view.layout.head_dim;
-    assert_eq!((compression.keys.channels(), compression.keys.rank()), (channels, layer.key_rank), "basis of another model or width");
-    assert_eq!((compression.values.channels(), compression.values.rank()), (channels, layer.value_rank), "basis of another model or width");
+    assert_eq!((compression.keys.channels(), compression.keys.rank()), (channels, layer.keys.rank), "basis of another model or width");
+    assert_eq!(
+        (compression.values.channels(), compression.values.rank()),
+        (channels, layer.values.rank),
+        "basis of another model or width"
+    );
     let keys = match &compression.keys {
         KeyMap::Channels(p) => Some(p),
         KeyMap::Frequencies(map) => {
@@ -48,7 +55,7 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
         assert_eq!(channel, p.channels(), "groups do not tile the channels");
     }
     // Sections begin on 8-byte boundaries.
-    let bytes = layer.end - layer.key_codes;
+    let bytes = layer.bytes();
     let mut pages = cpu.seal.lock().unwrap_or_else(|e| e.into_inner());
     pages.clear();
     pages.resize(jobs.len() * bytes / 8, 0);
@@ -66,7 +73,7 @@ pub(super) fn seal(cpu: &Cpu, arena: &mut Arena, view: LayerView<'_>, table: &Ro
         });
     }
     for (i, job) in jobs.iter().enumerate() {
-        arena.slice_mut::<u8>(job.to, layer.key_codes, bytes).copy_from_slice(&pages[i * bytes..][..bytes]);
+        arena.slice_mut::<u8>(job.to, layer.keys.codes, bytes).copy_from_slice(&pages[i * bytes..][..bytes]);
     }
 }
 
@@ -86,11 +93,11 @@ impl Kernel for Page<'_> {
     unsafe fn run<S: Lanes>(mut self) {
         let (d, heads) = (self.view.layout.head_dim, self.view.layout.kv_heads);
         let channels = heads * d;
-        let (key_rank, value_rank) = (self.layer.key_rank, self.layer.value_rank);
-        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P, value_rank.div_ceil(4)];
+        let (key_rank, value_rank) = (self.layer.keys.rank, self.layer.values.rank);
+        let sizes = [channels * P, key_rank.max(value_rank) * P, d / 2 * P, d / 2 * P, key_rank.max(value_rank).div_ceil(4), key_rank];
         let mut buffer = scratch_take(sizes.iter().sum());
         let mut at = buffer.as_mut_ptr().cast::<f32>();
-        let [x, latents, cos, sin, codes] = sizes.map(|n| {
+        let [x, latents, cos, sin, codes, column] = sizes.map(|n| {
             let here = at;
             at = at.wrapping_add(n);
             here
@@ -109,9 +116,18 @@ impl Kernel for Page<'_> {
                     }
                     project_keys::<S>(projection, x, latents);
                 }
-                KeyMap::Frequencies(map) => S::enter(Combine { map, x, latents }),
+                KeyMap::Frequencies(map) => {
+                    S::enter(Combine { map, x, latents });
+                    map.rotate(std::slice::from_raw_parts_mut(latents, key_rank * P), P);
+                }
             }
-            self.write_keys(std::slice::from_raw_parts(latents, key_rank * P));
+            codes.cast::<u8>().write_bytes(0, key_rank.max(value_rank));
+            column.write_bytes(0, key_rank);
+            {
+                let codes = std::slice::from_raw_parts_mut(codes.cast::<u8>(), key_rank);
+                let column = std::slice::from_raw_parts_mut(column, key_rank);
+                self.write_keys(std::slice::from_raw_parts(latents, key_rank * P), codes, column);
+            }
 
             for head in 0..heads {
                 // Values lie `[64][head_dim]`: kept so, one block of channels per head.
@@ -124,7 +140,6 @@ impl Kernel for Page<'_> {
                 }
             }
             project_values::<S>(&self.compression.values, x, (d, value_rank), latents);
-            codes.cast::<u8>().write_bytes(0, value_rank);
             let codes = std::slice::from_raw_parts_mut(codes.cast::<u8>(), value_rank);
             self.write_values(std::slice::from_raw_parts(latents, value_rank * P), codes);
         }
@@ -155,40 +170,68 @@ impl Page<'_> {
 
     /// `n` elements at byte `from` of the page, which lie in this layer.
     fn part<T: bytemuck::Pod>(&mut self, from: usize, n: usize) -> &mut [T] {
-        bytemuck::cast_slice_mut(&mut self.to[from - self.layer.key_codes..][..n * size_of::<T>()])
+        bytemuck::cast_slice_mut(&mut self.to[from - self.layer.keys.codes..][..n * size_of::<T>()])
     }
 
-    /// `latents: [key_rank][64]`.
-    fn write_keys(&mut self, latents: &[f32]) {
-        let (SealedLayer { key_rank: rank, bits, key_codes, key_meta, .. }, skip) = (self.layer, self.job.skip as usize);
-        let mut codes = [0u8; P];
-        for (r, row) in latents.chunks_exact(P).enumerate() {
-            if bits == 16 {
-                write_halves(self.part(key_codes + (r * P + skip) * 2, P - skip), &row[skip..]);
-                continue;
+    /// `latents: [key_rank][64]`; room for the codes and the latents of a position.
+    fn write_keys(&mut self, latents: &[f32], codes: &mut [u8], column: &mut [f32]) {
+        let (SealedLayer { keys, blocks, .. }, skip) = (self.layer, self.job.skip as usize);
+        let (rank, bits) = (keys.rank, keys.bits);
+        if bits == 16 {
+            for (r, row) in latents.chunks_exact(P).enumerate() {
+                write_halves(self.part(keys.codes + (r * P + skip) * 2, P - skip), &row[skip..]);
             }
-            let shared = quantise_group(&row[skip..], bits, &mut codes[skip..]);
-            put(self.part(key_codes, SealedLayer::key_code_bytes(rank, bits) / 4), rank, bits, r, &codes);
-            let meta = self.part(key_meta, 2 * rank);
-            (meta[r], meta[rank + r]) = (shared.scale, shared.min);
+            return;
+        }
+        match keys.quantiser {
+            Quantiser::Affine => {
+                let mut codes = [0u8; P];
+                for (r, row) in latents.chunks_exact(P).enumerate() {
+                    let shared = quantise_group(&row[skip..], bits, &mut codes[skip..]);
+                    put(self.part(keys.codes, keys.key_code_bytes() / 4), (rank, bits, Order::Runs), r, &codes);
+                    let meta = self.part(keys.meta, 2 * rank);
+                    (meta[r], meta[rank + r]) = (shared.scale, shared.min);
+                }
+            }
+            Quantiser::Hadamard => {
+                let width = (rank / blocks).max(1);
+                for p in skip..P {
+                    column.iter_mut().zip(latents.chunks_exact(P)).for_each(|(to, row)| *to = row[p]);
+                    for (b, (x, codes)) in column.chunks(width).zip(codes.chunks_mut(width)).enumerate() {
+                        let deviation = quantise_normal(x, bits, codes);
+                        self.part(keys.meta, blocks * P)[b * P + p] = deviation;
+                    }
+                    let words = self.part(keys.codes, keys.key_code_bytes() / 4);
+                    codes.iter().enumerate().for_each(|(i, &code)| put_one(words, (rank, bits, Order::Runs), i, (P, p), code));
+                }
+            }
         }
     }
 
     /// `latents: [64][value_rank]`, and room for the codes of a position.
     fn write_values(&mut self, latents: &[f32], codes: &mut [u8]) {
-        let SealedLayer { value_rank: rank, bits, value_codes, value_meta, .. } = self.layer;
-        let groups = self.layer.value_groups();
-        for (p, row) in latents.chunks_exact(rank).enumerate().skip(self.job.skip as usize) {
+        let SealedLayer { values, .. } = self.layer;
+        let (rank, bits, groups, width) = (values.rank, values.bits, self.layer.value_groups(), self.layer.value_group());
+        let metas = self.layer.value_meta_bytes() / 2;
+        for (p, row) in latents.chunks_exact(rank.max(1)).enumerate().skip(self.job.skip as usize) {
             if bits == 16 {
-                write_halves(self.part(value_codes + p * rank * 2, rank), row);
+                write_halves(self.part(values.codes + p * rank * 2, rank), row);
                 continue;
             }
-            for (g, (x, codes)) in row.chunks(VALUE_GROUP).zip(codes.chunks_mut(VALUE_GROUP)).enumerate() {
-                let shared = quantise_group(x, bits, codes);
-                let meta = self.part(value_meta, 2 * groups * P);
-                (meta[g * P + p], meta[(groups + g) * P + p]) = (shared.scale, shared.min);
+            for (g, (x, codes)) in row.chunks(width).zip(codes.chunks_mut(width)).enumerate() {
+                match values.quantiser {
+                    Quantiser::Affine => {
+                        let shared = quantise_group(x, bits, codes);
+                        let meta = self.part(values.meta, metas);
+                        (meta[g * P + p], meta[(groups + g) * P + p]) = (shared.scale, shared.min);
+                    }
+                    Quantiser::Hadamard => {
+                        let deviation = quantise_normal(x, bits, codes);
+                        self.part(values.meta, metas)[g * P + p] = deviation;
+                    }
+                }
             }
-            put(self.part(value_codes, SealedLayer::value_code_bytes(rank, bits) / 4), P, bits, p, codes);
+            put(self.part(values.codes, values.value_code_bytes() / 4), (P, bits, Order::Strided), p, codes);
         }
     }
 }

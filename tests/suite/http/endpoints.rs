@@ -62,7 +62,9 @@ async fn models_and_capacity() {
               "compression": {
                 "key_rank": 0.2,
                 "value_rank": 0.2,
-                "bits": 16,
+                "key_bits": 16,
+                "value_bits": 16,
+                "budget": null,
                 "window": 64,
                 "sinks": 4
               }

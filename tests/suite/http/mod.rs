@@ -290,7 +290,7 @@ impl Engine for Fake {
 // ---------------------------------------------------------------- the server under test
 
 fn model() -> Model {
-    let cskv = Cskv { key_rank: 0.2, value_rank: 0.2, bits: 16, window: 64, sinks: 4, basis: BasisKind::Joint };
+    let cskv = Cskv::shares((0.2, 0.2), 16, (64, 4), BasisKind::Joint);
     let served = |name: &str, cskv, bytes_per_token| ServedProfile { profile: Profile { name: name.into(), cskv }, bytes_per_token };
     Model {
         names: vec!["demo".into(), "org/demo".into()],

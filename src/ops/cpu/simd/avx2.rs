@@ -222,8 +222,26 @@ impl Lanes for Avx2 {
         hw!(_mm256_and_si256(_mm256_srl_epi32(w, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi32(mask as i32)))
     }
     #[inline(always)]
-    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
-        hw!(_mm256_or_si256(a, _mm256_slli_epi32::<2>(b)))
+    unsafe fn or_shifted<const BY: u32>(a: Self::W, b: Self::W) -> Self::W {
+        hw!(_mm256_or_si256(a, _mm256_sll_epi32(b, _mm_cvtsi32_si128(BY as i32))))
+    }
+    #[inline(always)]
+    unsafe fn table(from: &[u8; 16]) -> Self::W {
+        hw!(_mm256_broadcastsi128_si256(_mm_loadu_si128(from.as_ptr().cast())))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::W, w: Self::W) -> Self::W {
+        hw!(_mm256_shuffle_epi8(table, w))
+    }
+    #[inline(always)]
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W {
+        // `maddubs` would saturate: even and odd bytes apart, as 16-bit halves.
+        hw!({
+            let bytes = _mm256_set1_epi16(0xff);
+            let even = _mm256_madd_epi16(_mm256_and_si256(unsigned, bytes), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(signed)));
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(unsigned), _mm256_srai_epi16::<8>(signed));
+            _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+        })
     }
     #[inline(always)]
     unsafe fn word_values(w: Self::W) -> Self::V {

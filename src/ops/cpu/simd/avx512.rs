@@ -224,8 +224,16 @@ macro_rules! lanes {
                 hw!(_mm512_and_si512(_mm512_srl_epi32(w, _mm_cvtsi32_si128(shift as i32)), _mm512_set1_epi32(mask as i32)))
             }
             #[inline(always)]
-            unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
-                hw!(_mm512_or_si512(a, _mm512_slli_epi32::<2>(b)))
+            unsafe fn or_shifted<const BY: u32>(a: Self::W, b: Self::W) -> Self::W {
+                hw!(_mm512_or_si512(a, _mm512_slli_epi32::<BY>(b)))
+            }
+            #[inline(always)]
+            unsafe fn table(from: &[u8; 16]) -> Self::W {
+                hw!(_mm512_broadcast_i32x4(_mm_loadu_si128(from.as_ptr().cast())))
+            }
+            #[inline(always)]
+            unsafe fn lookup(table: Self::W, w: Self::W) -> Self::W {
+                hw!(_mm512_shuffle_epi8(table, w))
             }
             #[inline(always)]
             unsafe fn word_values(w: Self::W) -> Self::V {
@@ -266,6 +274,16 @@ lanes!(Avx512 {
     unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
         hw!(_mm512_add_epi32(acc, _mm512_madd_epi16(a, b)))
     }
+    #[inline(always)]
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W {
+        // `maddubs` would saturate: even and odd bytes apart, as 16-bit halves.
+        hw!({
+            let bytes = _mm512_set1_epi16(0xff);
+            let even = _mm512_madd_epi16(_mm512_and_si512(unsigned, bytes), _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(signed)));
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(unsigned), _mm512_srai_epi16::<8>(signed));
+            _mm512_add_epi32(acc, _mm512_add_epi32(even, odd))
+        })
+    }
 });
 
 lanes!(Avx512Vnni {
@@ -286,6 +304,10 @@ lanes!(Avx512Vnni {
     #[inline(always)]
     unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
         hw!(_mm512_dpwssd_epi32(acc, a, b))
+    }
+    #[inline(always)]
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W {
+        hw!(_mm512_dpbusd_epi32(acc, unsigned, signed))
     }
 });
 
@@ -311,5 +333,9 @@ lanes!(Avx512Bf16 {
     #[inline(always)]
     unsafe fn dot16(acc: Self::W, a: Self::W, b: Self::W) -> Self::W {
         hw!(_mm512_dpwssd_epi32(acc, a, b))
+    }
+    #[inline(always)]
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W {
+        hw!(_mm512_dpbusd_epi32(acc, unsigned, signed))
     }
 });

@@ -209,8 +209,14 @@ pub(super) trait Lanes: Copy + 'static {
     unsafe fn splat_word(x: u32) -> Self::W;
     /// `w >> shift & mask`.
     unsafe fn field(w: Self::W, shift: u32, mask: u32) -> Self::W;
-    /// `a | b << 2`.
-    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W;
+    /// `a | b << BY`.
+    unsafe fn or_shifted<const BY: u32>(a: Self::W, b: Self::W) -> Self::W;
+    /// Sixteen bytes for [`Lanes::lookup`].
+    unsafe fn table(from: &[u8; 16]) -> Self::W;
+    /// Each byte of `w`, which is below 16, replaced by that byte of the table.
+    unsafe fn lookup(table: Self::W, w: Self::W) -> Self::W;
+    /// Adds the products of unsigned with signed bytes to `acc`, four to a lane, modulo 2^32.
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W;
     /// Signed words as numbers.
     unsafe fn word_values(w: Self::W) -> Self::V;
     /// Numbers below 2^31 in size to the nearest signed words.

@@ -201,8 +201,26 @@ impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
         w.map(|w| w >> shift & mask)
     }
     #[inline(always)]
-    unsafe fn with_third(a: Self::W, b: Self::W) -> Self::W {
-        std::array::from_fn(|i| a[i] | b[i] << 2)
+    unsafe fn or_shifted<const BY: u32>(a: Self::W, b: Self::W) -> Self::W {
+        std::array::from_fn(|i| a[i] | b[i] << BY)
+    }
+    #[inline(always)]
+    unsafe fn table(from: &[u8; 16]) -> Self::W {
+        // Bytes 16 to 31 of the vector repeat the first.
+        std::array::from_fn(|i| u32::from_le_bytes(std::array::from_fn(|b| from[4 * (i % 4) + b])))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::W, w: Self::W) -> Self::W {
+        let one = |code: u8| table[usize::from(code) / 4].to_le_bytes()[usize::from(code) % 4];
+        w.map(|w| u32::from_le_bytes(w.to_le_bytes().map(one)))
+    }
+    #[inline(always)]
+    unsafe fn dot8(acc: Self::W, unsigned: Self::W, signed: Self::W) -> Self::W {
+        std::array::from_fn(|i| {
+            let (u, s) = (unsigned[i].to_le_bytes(), signed[i].to_le_bytes());
+            let products = (0..4).map(|b| (i32::from(u[b]) * i32::from(s[b] as i8)) as u32);
+            products.fold(acc[i], u32::wrapping_add)
+        })
     }
     #[inline(always)]
     unsafe fn word_values(w: Self::W) -> Self::V {
