@@ -27,7 +27,7 @@ mod frequency;
 mod pca;
 mod text;
 
-pub use collect::collect;
+pub use collect::{collect, show};
 pub use demo::demo_prompts;
 pub(crate) use demo::{ADJECTIVES, NOUNS};
 pub use text::calibration_text;

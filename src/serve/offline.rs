@@ -1,4 +1,4 @@
-//! Commands that need no running server: `plan` and `compress`.
+//! Commands that need no running server: `plan` and `compress`, which `train` carries on.
 
 use std::io::Write;
 use std::time::Instant;
@@ -15,6 +15,10 @@ use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::plan::{Ask, PlannedProfile, plan as arithmetic};
 use crate::serve::ready::{self, Source};
+use crate::serve::train;
+
+/// How the progress of calibration is shown.
+pub(super) const CALIBRATING: &str = "calibrating {bar:32} {pos}/{len} tokens, {eta} left";
 
 /// Settings of a command that shares only some flags with a server.
 fn settings(config: Option<&std::path::PathBuf>, threads: Option<usize>) -> Result<Settings, ConfigError> {
@@ -48,10 +52,10 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `strait compress`: closed-form bases for every compressed profile, written as one artifact.
+/// `strait compress`: closed-form bases for every compressed profile, some perhaps trained from there, written as one artifact.
 ///
 /// # Errors
-/// Where the model or the text cannot be read, the text is too short, or the artifact cannot be written.
+/// Where the model or the text cannot be read, the text is too short, the artifact cannot be written, or training fails.
 pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let settings = settings(ask.config.as_ref(), ask.threads)?;
     let opened = Source::of(ask.model.as_ref()).open()?;
@@ -70,8 +74,11 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     for profile in &settings.profiles {
         ready::check_basis(profile, opened.checkpoint.config.kv_heads)?;
     }
+    if let (Some(steps), Some(dir)) = (ask.train.train_steps, &ask.train.train_dir) {
+        return train::compress(ask, (steps, dir), &settings, &opened, (&mut decoder, &ops), text.as_deref());
+    }
     let bar = ProgressBar::new(0);
-    bar.set_style(ProgressStyle::with_template("calibrating {bar:32} {pos}/{len} tokens, {eta} left").expect("a valid template"));
+    bar.set_style(ProgressStyle::with_template(CALIBRATING).expect("a valid template"));
     let progress = |seen: usize, total: usize| {
         bar.set_length(total as u64);
         bar.set_position(seen as u64);

@@ -182,17 +182,32 @@ pub fn compute(
             progress(seen, total);
         }
     })?;
+    Ok((solve(opened, decoder, profiles, &moments, init)?, total))
+}
+
+/// Bases in closed form for the compressed ones of `profiles`, from what calibration saw.
+///
+/// # Errors
+/// Where that is too little.
+pub(super) fn solve(
+    opened: &Opened,
+    decoder: &Decoder<'_>,
+    profiles: &[Profile],
+    moments: &Moments,
+    init: InitArg,
+) -> anyhow::Result<calibrate::Calibrated> {
+    let model = &opened.checkpoint.config;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
     let metrics: Vec<Vec<f64>> = decoder.weights().layers.iter().map(|l| calibrate::value_metric(model, l.o.weight.matrix())).collect();
     let weighting = match init {
         InitArg::Closed => Weighting::Closed,
         InitArg::Weighted => Weighting::Weighted(&metrics),
     };
-    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &weighting)?, total))
+    Ok(calibrate::artifact(moments, model, fingerprint, profiles, &weighting)?)
 }
 
 /// Sequences of at most `longest` tokens, at most `want` tokens together.
-fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest: usize) -> anyhow::Result<Vec<Vec<TokenId>>> {
+pub(super) fn calibration_tokens(opened: &Opened, text: Option<&str>, want: usize, longest: usize) -> anyhow::Result<Vec<Vec<TokenId>>> {
     let mut texts: Vec<Vec<TokenId>> = match (text, &opened.source) {
         (None, Source::Demo) => {
             // Prompts of about 900 tokens, the kind the model was made for; 2.6 characters to a token.
