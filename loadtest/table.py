@@ -110,6 +110,7 @@ def main():
     parser.add_argument("--speed-tokens", type=int, default=16000, help="context of the tokens/s column; 0 leaves it out")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     ask = parser.parse_args()
+    ask.strait = ask.strait.resolve()
 
     parts = pathlib.Path(f"{ask.out}.parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def main():
         measured.append(part(parts, "prompts", [ask.strait, "eval", "prompts", "--file", ask.prompts, "--lengths", ask.lengths, *chosen]))
     fresh = ["--lengths", ask.lengths, "--n", ask.n, "--seed", ask.seed]
     measured.append(part(parts, "lines", [ask.strait, "eval", "lines", *fresh, *chosen]))
-    measured.append(part(parts, "niah", [ask.strait, "eval", "niah", "--kinds", "single-1", *fresh, *chosen]))
+    measured.append(part(parts, "niah", [ask.strait, "eval", "niah", "--kinds", "single_1", *fresh, *chosen]))
     for report in measured:
         for cell in report["cells"]:
             tasks.setdefault(cell["profile"], []).append(cell)
@@ -162,7 +163,7 @@ def main():
             "accuracy": right / n, "low": low, "high": high, "n": n,
             "lengths": {str(k): v for k, v in sorted(by_length.items())},
             "kl": kl.get(name, {}).get("kl"),
-            "same_top": kl.get(name, {}).get("agreement"),
+            "same_top": kl.get(name, {}).get("top1"),
             "tokens_per_second": speed.get(name),
         })
     rows.sort(key=lambda r: r["bytes"])

@@ -21,3 +21,4 @@ pub mod server;
 pub mod step;
 pub mod telemetry;
 pub mod text;
+pub mod train;

@@ -1,4 +1,4 @@
-//! Runs calibration texts through the exact model and hands the keys and values it makes to [`Moments`].
+//! Runs calibration texts through the exact model and shows what it makes of them to [`Moments`], or to any observer.
 
 use crate::calibrate::{CalibrateError, Moments};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
@@ -24,6 +24,27 @@ pub fn collect(
     moments: &mut Moments,
     mut done: impl FnMut(usize),
 ) -> anyhow::Result<()> {
+    let mut watch = Watch { moments, failed: None };
+    show(decoder, ops, texts, &mut watch, |watch, seen| {
+        done(seen);
+        watch.failed.take().map_or(Ok(()), |failed| Err(failed.into()))
+    })
+}
+
+/// Shows every token of `texts`, each a sequence of its own with an exact cache, to `observer`, in order. `done` hears how many
+/// tokens were shown, after every chunk of at most [`CHUNK`], and may end it.
+///
+/// Cost: as [`collect`].
+///
+/// # Errors
+/// That of `done`, or where the memory for the cache cannot be had.
+pub fn show<O: Observer>(
+    decoder: &mut Decoder<'_>,
+    ops: &dyn Ops,
+    texts: &[Vec<TokenId>],
+    observer: &mut O,
+    mut done: impl FnMut(&mut O, usize) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let full = Profile { name: "full".into(), cskv: None };
     let layout = PageLayout::new(decoder.config(), ExactType::F32, &full, None);
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
@@ -34,7 +55,7 @@ pub fn collect(
     let profiles = [ReadyProfile { layout, compression: Vec::new() }];
     let mut seen = 0;
     for text in texts {
-        moments.begin();
+        observer.begin();
         for (i, chunk) in text.chunks(CHUNK).enumerate() {
             let start = (i * CHUNK) as u32;
             let row = Row {
@@ -52,14 +73,10 @@ pub fn collect(
                 logits: Logits::None,
             };
             let plan = StepPlan { rows: vec![row], tokens: chunk.to_vec(), pages: pages.clone(), moves: vec![] };
-            let mut watch = Watch { moments, failed: None };
-            let observer: Option<&mut dyn Observer> = Some(&mut watch);
-            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops, sink: &mut Nobody, observer });
-            if let Some(failed) = watch.failed {
-                return Err(failed.into());
-            }
+            let shown: Option<&mut dyn Observer> = Some(&mut *observer);
+            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops, sink: &mut Nobody, observer: shown });
             seen += chunk.len();
-            done(seen);
+            done(observer, seen)?;
         }
     }
     Ok(())
@@ -71,6 +88,10 @@ struct Watch<'a> {
 }
 
 impl Observer for Watch<'_> {
+    fn begin(&mut self) {
+        self.moments.begin();
+    }
+
     fn inputs(&mut self, layer: usize, residual: &[f32], inputs: &[f32]) {
         if self.failed.is_none() {
             self.failed = self.moments.add_inputs(layer, inputs).err();

@@ -31,7 +31,7 @@ mod sample;
 mod text;
 
 pub use allocate::{Choice, Trial, hull, spread};
-pub use collect::collect;
+pub use collect::{collect, show};
 pub use demo::demo_prompts;
 pub(crate) use demo::{ADJECTIVES, NOUNS};
 pub use sample::{Telling, sample};

@@ -31,8 +31,8 @@
 //!                                                 leading latent elements used, all groups, and bits of each
 //! ```
 //!
-//! Of a hadamard profile, latents are turned by `quant::Rotation` of the rank, group by group, before they are quantised; a trained
-//! basis holds the maps as they are without that, like any other.
+//! Of a hadamard profile, latents are turned by `quant::Rotation` of the rank, group by group, before they are quantised. Maps of
+//! channels that were trained have that in them already.
 //!
 //! Tensors, for every basis and layer and for `keys` (before rope) and `values`, with `C = H * D` channels,
 //! `G = H / heads_per_group` groups of `C / G` channels, and `R` the width:
@@ -389,6 +389,7 @@ impl Artifact {
     pub fn layers(&self, profile: &Profile) -> Result<Vec<LayerCompression>, Error> {
         let Some(cskv) = profile.cskv.as_ref().filter(|c| c.basis.is_computed()) else { return Ok(Vec::new()) };
         let Choice { basis, widths } = self.choose(&profile.name, cskv)?;
+        let trained = basis.trained();
         let layers = basis.layers.iter().zip(widths).enumerate();
         layers
             .map(|(layer, (basis, widths))| {
@@ -397,7 +398,7 @@ impl Artifact {
                     keys: basis.keys.map(widths.keys.rank).map_err(at("keys"))?,
                     values: basis.values.projection(widths.values.rank).map_err(at("values"))?,
                 };
-                Ok(maps.for_quantisers(cskv))
+                Ok(if trained { maps.as_trained(cskv) } else { maps.for_quantisers(cskv) })
             })
             .collect()
     }

@@ -163,10 +163,20 @@ impl LayerCompression {
 
     /// As the quantisers of keys and of values want it: for the Hadamard one, latents turned block by block. A rotation of channels
     /// is folded into their map; that of frequencies stays a step of its own, as their map is sparse.
-    pub fn for_quantisers(mut self, cskv: &Cskv) -> Self {
+    pub fn for_quantisers(self, cskv: &Cskv) -> Self {
+        self.turned_for(cskv, true)
+    }
+
+    /// The same for maps that were trained: those of channels have the rotation in them already.
+    pub fn as_trained(self, cskv: &Cskv) -> Self {
+        self.turned_for(cskv, false)
+    }
+
+    fn turned_for(mut self, cskv: &Cskv, folds: bool) -> Self {
         if cskv.key_quantiser == Quantiser::Hadamard {
             match &mut self.keys {
-                KeyMap::Channels(p) => p.rotate(),
+                KeyMap::Channels(p) if folds => p.rotate(),
+                KeyMap::Channels(_) => {}
                 KeyMap::Frequencies(map) if map.frequencies.is_empty() => {}
                 KeyMap::Frequencies(map) => {
                     let blocks = cskv.basis.blocks(map.kv_heads).max(1);
@@ -174,7 +184,7 @@ impl LayerCompression {
                 }
             }
         }
-        if cskv.value_quantiser == Quantiser::Hadamard {
+        if folds && cskv.value_quantiser == Quantiser::Hadamard {
             self.values.rotate();
         }
         self

@@ -31,7 +31,7 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Say exactly what fits: bytes per token, tokens and requests, per cache profile.
     Plan(Plan),
-    /// Calibrate a model and write its compression artifact (closed form).
+    /// Calibrate a model and write its compression artifact: closed form, or trained from there.
     Compress(Compress),
     /// Measure what cache profiles cost in quality: retrieval, perplexity, divergence.
     #[command(subcommand)]
@@ -105,6 +105,37 @@ pub struct Compress {
     /// TOML file with further cache profiles.
     #[arg(long, env = "STRAIT_CONFIG")]
     pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub train: Train,
+}
+
+/// The flags of `strait compress` that train what it computed.
+#[derive(Args, Debug)]
+pub struct Train {
+    /// Also train the maps of compressed profiles by so many steps of gradient descent per layer.
+    #[arg(long, requires = "train_dir", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub train_steps: Option<u64>,
+    /// Directory of the training: the same command goes on there after it was killed.
+    #[arg(long, requires = "train_steps")]
+    pub train_dir: Option<PathBuf>,
+    /// What training minimises.
+    #[arg(long, value_enum, default_value_t = LossArg::Attention, requires = "train_steps")]
+    pub train_loss: LossArg,
+    /// Highest learning rate, relative to the root mean square of what is trained.
+    #[arg(long, default_value_t = 0.01, requires = "train_steps")]
+    pub train_lr: f64,
+    /// Profiles to train [default: all that compress].
+    #[arg(long, value_delimiter = ',', requires = "train_steps")]
+    pub train_profiles: Vec<String>,
+}
+
+/// `--train-loss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LossArg {
+    /// Of keys and values: the paper's.
+    Reconstruction,
+    /// Of what attention, which sees its window exactly, adds to the residual stream.
+    Attention,
 }
 
 /// `strait eval`: one measurement.

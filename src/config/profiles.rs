@@ -41,7 +41,7 @@ pub const BUDGETED: [(&str, f64, BasisKind); 4] = [
     ("cskv-50", 0.5, BasisKind::Joint),
     ("cskv-80", 0.2, BasisKind::Joint),
     ("cskv-95", 0.05, BasisKind::Joint),
-    ("cskv-fast", 0.15, BasisKind::Frequency),
+    ("cskv-fast", 0.1, BasisKind::Frequency),
 ];
 
 /// A profile as the config file spells it.

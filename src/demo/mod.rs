@@ -32,5 +32,6 @@ pub fn tokenizer() -> Result<Tokenizer, TextError> {
     Tokenizer::from_json(TOKENIZER, Some(TOKENIZER_CONFIG), None)
 }
 
-/// The compression artifact of the built-in cache profiles. `strait compress --out src/demo/model/compression.safetensors` makes it again.
+/// The compression artifact of the built-in cache profiles. `strait compress --tokens 32768 --out
+/// src/demo/model/compression.safetensors` makes it again.
 pub const ARTIFACT: &[u8] = include_bytes!("model/compression.safetensors");

@@ -43,6 +43,9 @@ pub struct Decoder<'a> {
 /// Sees every query, key (before rope) and value a forward pass computes, for every position in every layer: calibration reads
 /// the model through it.
 pub trait Observer {
+    /// A text begins: nothing that follows belongs to the one before.
+    fn begin(&mut self) {}
+
     /// Sees what the projections of the coming layer see, after the norm: `[n][hidden]`.
     /// `residual` is what was normed.
     fn inputs(&mut self, layer: usize, residual: &[f32], inputs: &[f32]);

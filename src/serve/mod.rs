@@ -4,6 +4,7 @@ pub mod codec;
 pub mod eval;
 pub mod offline;
 pub mod ready;
+pub mod train;
 
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! Commands that need no running server: `plan` and `compress`.
+//! Commands that need no running server: `plan` and `compress`, which `train` carries on.
 
 use std::io::Write;
 use std::time::Instant;
@@ -16,6 +16,7 @@ use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::plan::{Ask, PlannedProfile, plan as arithmetic};
 use crate::serve::ready::{self, Calibration, Source, Text};
+use crate::serve::train;
 
 /// Settings of a command that shares only some flags with a server.
 fn settings(config: Option<&std::path::PathBuf>, threads: Option<usize>) -> Result<Settings, ConfigError> {
@@ -62,10 +63,10 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `strait compress`: closed-form bases for every compressed profile, written as one artifact.
+/// `strait compress`: closed-form bases for every compressed profile, some perhaps trained from there, written as one artifact.
 ///
 /// # Errors
-/// Where the model or the text cannot be read, the text is too short, or the artifact cannot be written.
+/// Where the model or the text cannot be read, the text is too short, the artifact cannot be written, or training fails.
 pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let mut settings = settings(ask.config.as_ref(), ask.threads)?;
     let opened = Source::of(ask.model.as_ref()).open()?;
@@ -108,6 +109,9 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let begun = Instant::now();
     let source = text.as_deref().map_or(Text::Sampled(ask.seed), Text::Given);
     let how = Calibration { text: source, tokens: Some(ask.tokens), init: ask.init.into(), progress: &progress };
+    if let (Some(steps), Some(dir)) = (ask.train.train_steps, &ask.train.train_dir) {
+        return train::compress(ask, (steps, dir), &settings, &opened, (&mut decoder, &ops), (&how, &bar));
+    }
     let (calibrated, tokens) = ready::compute(&opened, &mut decoder, &ops, &settings.profiles, &how)?;
     bar.finish_and_clear();
     let artifact: &Artifact = &calibrated.artifact;

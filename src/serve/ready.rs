@@ -228,23 +228,30 @@ pub fn compute(
     profiles: &[Profile],
     how: &Calibration<'_>,
 ) -> anyhow::Result<(calibrate::Calibrated, usize)> {
+    let texts = calibration_tokens(opened, decoder, ops, profiles, how)?;
+    let total = texts.iter().map(Vec::len).sum();
+    Ok((compute_on(opened, decoder, ops, profiles, how, &texts)?, total))
+}
+
+/// As [`compute`], from these tokens.
+///
+/// # Errors
+/// As it does.
+pub(super) fn compute_on(
+    opened: &Opened,
+    decoder: &mut Decoder<'_>,
+    ops: &dyn Ops,
+    profiles: &[Profile],
+    how: &Calibration<'_>,
+    texts: &[Vec<TokenId>],
+) -> anyhow::Result<calibrate::Calibrated> {
     let model = &opened.checkpoint.config;
     let cskv = || profiles.iter().filter_map(|p| p.cskv.as_ref()).filter(|c| c.basis.is_computed());
-    let full = Widths { keys: Width { rank: model.kv_channels(), bits: 4 }, values: Width { rank: model.kv_channels(), bits: 4 } };
-    let need = cskv()
-        .flat_map(|c| {
-            let Widths { keys, values } = c.widths(model).unwrap_or(full);
-            [keys, values].map(|w| tokens_needed(c.basis, w.rank, model))
-        })
-        .max()
-        .context("no cache profile has a basis to be computed, so there is nothing to calibrate")?;
     let sinks = cskv().map(|c| c.sinks as usize).max().unwrap_or(0);
     let budgets = cskv().any(|c| matches!(c.size, Size::Budget(_)));
-    let want = how.tokens.unwrap_or((4 * need).max(1024));
-    let texts = calibration_tokens(opened, decoder, ops, how, want)?;
     let mut moments = if budgets { Moments::sampling(model, sinks) } else { Moments::new(model, sinks) };
     let total: usize = texts.iter().map(Vec::len).sum();
-    calibrate::collect(decoder, ops, &texts, &mut moments, |seen| {
+    calibrate::collect(decoder, ops, texts, &mut moments, |seen| {
         (how.progress)("calibrating", seen, total);
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
@@ -266,17 +273,33 @@ pub fn compute(
     };
     let trial = Trial { model, ops, rope: decoder.rope(), outputs: &outputs };
     let mut allocator = budgets.then(|| moments.allocator(trial));
-    Ok((calibrate::artifact(&moments, model, fingerprint, profiles, &sources, allocator.as_mut())?, total))
+    Ok(calibrate::artifact(&moments, model, fingerprint, profiles, &sources, allocator.as_mut())?)
 }
 
-/// Sequences as long as the decoder takes at most, of at most `want` tokens together.
-fn calibration_tokens(
+/// Sequences as long as the decoder takes at most, of at most as many tokens together as are asked for.
+///
+/// # Errors
+/// Where no profile has a basis to be computed, or the text cannot be had.
+pub(super) fn calibration_tokens(
     opened: &Opened,
     decoder: &mut Decoder<'_>,
     ops: &dyn Ops,
+    profiles: &[Profile],
     how: &Calibration<'_>,
-    want: usize,
 ) -> anyhow::Result<Vec<Vec<TokenId>>> {
+    let model = &opened.checkpoint.config;
+    let all = Width { rank: model.kv_channels(), bits: 4 };
+    let need = profiles
+        .iter()
+        .filter_map(|p| p.cskv.as_ref())
+        .filter(|c| c.basis.is_computed())
+        .flat_map(|c| {
+            let Widths { keys, values } = c.widths(model).unwrap_or(Widths { keys: all, values: all });
+            [keys, values].map(|w| tokens_needed(c.basis, w.rank, model))
+        })
+        .max()
+        .context("no cache profile has a basis to be computed, so there is nothing to calibrate")?;
+    let want = how.tokens.unwrap_or((4 * need).max(1024));
     let longest = decoder.positions();
     // Texts begin as the model expects a text to begin.
     let ends = &opened.checkpoint.generation.eos;

@@ -21,6 +21,7 @@ mod sim;
 mod template;
 mod text;
 mod tidy;
+mod train;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("scheduler", &["ids", "kv", "pages", "request", "step", "telemetry"]),
     ("plan", &["ids", "kv", "model::config", "step"]),
     ("text", &["ids", "model"]),
+    ("train", &["compress", "ids", "kv", "model", "model::config", "ops", "quant"]),
     ("calibrate", &["ids", "kv", "compress", "model", "model::config", "ops", "step"]),
     ("engine", &["ids", "kv", "model", "ops", "request", "scheduler", "step", "telemetry"]),
     ("admission", &["ids", "kv", "request", "text"]),
@@ -47,6 +48,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "server",
             "telemetry",
             "text",
+            "train",
         ],
     ),
 ];
