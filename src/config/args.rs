@@ -122,7 +122,7 @@ pub struct Train {
     #[arg(long, value_enum, default_value_t = LossArg::Attention, requires = "train_steps")]
     pub train_loss: LossArg,
     /// Highest learning rate, relative to the root mean square of what is trained.
-    #[arg(long, default_value_t = 0.01, requires = "train_steps")]
+    #[arg(long, default_value_t = 0.02, requires = "train_steps")]
     pub train_lr: f64,
     /// Profiles to train [default: all that compress].
     #[arg(long, value_delimiter = ',', requires = "train_steps")]

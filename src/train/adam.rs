@@ -1,5 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019) on a few tensors whose moments are the caller's
-//! to keep, a clip of the gradient's norm, and the course of the learning rate.
+//! to keep, a clip of the gradient's norm, and the course of the learning rate. The weight decay is that of the paper's training:
+//! none, as shrinking a map shrinks what it gives back; so no term of it stands here.
 
 use candle_core::{Result, Tensor};
 

@@ -37,6 +37,8 @@ pub(super) fn table(curves: &[Curve<'_>]) -> String {
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 420;
+/// Right of a panel.
+const LEGEND: u32 = 120;
 /// Layers that the legend of a panel names, at most.
 const NAMED: usize = 12;
 
@@ -80,9 +82,12 @@ fn panel(
     let all: Vec<f64> = lines.iter().flat_map(|c| points(c)).map(|p| p.1).collect();
     let (low, high) = all.iter().fold((f64::INFINITY, 0.0f64), |(a, b), &x| (a.min(x), b.max(x)));
     let (low, high) = if low <= high { (low * 0.9, high * 1.1) } else { (0.1, 1.0) };
+    // A power of ten is in sight: the scale's labels begin at one.
+    let low = low.min(0.95 * 10f64.powf(high.log10().floor()));
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 20))
         .margin(12)
+        .margin_right(LEGEND)
         .x_label_area_size(44)
         .y_label_area_size(72)
         .build_cartesian_2d(0..steps.max(1), (low..high).log_scale())?;
@@ -99,17 +104,12 @@ fn panel(
     for (i, line) in lines.iter().enumerate() {
         // From blue for the first layer over green to red for the last.
         let colour = HSLColor(0.66 * (1.0 - i as f64 / (lines.len().max(2) - 1) as f64), 0.85, 0.42);
-        let series = chart.draw_series(LineSeries::new(points(line), colour.stroke_width(2)))?;
+        chart.draw_series(LineSeries::new(points(line), colour.stroke_width(2)))?;
         if i % every == 0 {
-            let stroke = colour.stroke_width(2);
-            series.label(format!("layer {}", line.layer)).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], stroke));
+            let (x, y) = (WIDTH as i32 - LEGEND as i32 + 16, 44 + 20 * (i / every) as i32);
+            area.draw(&PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)))?;
+            area.draw(&Text::new(format!("layer {}", line.layer), (x + 24, y - 6), ("sans-serif", 13)))?;
         }
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
-        .label_font(("sans-serif", 13))
-        .draw()
+    Ok(())
 }

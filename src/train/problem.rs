@@ -3,7 +3,7 @@
 //! Both losses are squared errors over the energy of what is approximated: 0 for maps that lose nothing, 1 for maps that keep
 //! nothing (latents of zero), so layers and models compare.
 //!
-//! - *Reconstruction*, the paper's (CSKV, arXiv 2409.10593, section 2.3): of keys and of values, each by its own energy about the fixed
+//! - *Reconstruction*, the paper's (CSKV, arXiv 2409.10593): of keys and of values, each by its own energy about the fixed
 //!   mean; half their sum. Positions of sinks are left out.
 //! - *Attention*: of what attention adds to the residual stream, after the output projection, where every query sees sinks and its
 //!   window exactly and everything between through the maps (`attention`). Queries are the exact model's.
@@ -30,7 +30,7 @@ use crate::train::{Loss, TrainError};
 /// Longest stretch of text that is attended to at once; longer texts are cut.
 const PIECE: usize = 1024;
 /// Queries of a piece that a step looks at, spread over it.
-const QUERIES: usize = 256;
+const QUERIES: usize = 128;
 /// Pieces a step looks at.
 const BATCH: u64 = 2;
 /// One piece of so many is held out. Odd, so that texts whose kinds take turns, as the built-in prompts' do, are all held out.
