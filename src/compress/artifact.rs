@@ -804,7 +804,7 @@ fn check_groups(heads_per_group: usize, model: &ModelConfig) -> Result<(), Strin
 }
 
 fn check_width(width: usize, groups: usize, channels: usize) -> Result<(), String> {
-    if width == 0 || !width.is_multiple_of(groups) {
+    if !width.is_multiple_of(groups) {
         return Err(format!("a width of {width} does not divide into {groups} groups"));
     }
     if width > channels {
@@ -834,7 +834,7 @@ fn check_frequencies(basis: &FrequencyBasis, set: &BasisSet, model: &ModelConfig
         return Err(format!("{} heads of {} frequencies where the model has {kv_heads} of {half}", basis.kv_heads, basis.half));
     }
     let pairs = basis.frequencies.len();
-    if pairs == 0 || pairs > kv_heads * half || basis.directions.len() != 2 * pairs * kv_heads {
+    if pairs > kv_heads * half || basis.directions.len() != 2 * pairs * kv_heads {
         return Err(format!("{} elements are no directions of {pairs} pairs", basis.directions.len()));
     }
     if basis.up.own().is_some_and(|up| up.len() != basis.directions.len()) {

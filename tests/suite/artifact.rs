@@ -311,11 +311,11 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
         (|m, _| m["bases"][3]["widths"][0][0] = json!(5), "the basis frequency is not usable: keys of layer 0: no pairs make a width of 5"),
         (|m, _| m["bases"][0]["widths"] = json!([]), "the basis joint is not usable: it has widths for 0 of 2 layers"),
         (
-            |m, _| m["profiles"][0]["ranks"][0][0] = json!(7),
+            |m, _| m["profiles"][0]["layers"][0]["keys"]["rank"] = json!(7),
             "the profile half cannot be served by this artifact: keys of layer 0: rank 7 is asked of a basis of width 6",
         ),
         (
-            |m, _| m["profiles"][2]["ranks"][1][1] = json!(3),
+            |m, _| m["profiles"][2]["layers"][1]["values"]["rank"] = json!(3),
             "the profile heads cannot be served by this artifact: values of layer 1: rank 3 does not divide into 2 groups",
         ),
         (|m, _| m["profiles"][0]["basis"] = json!("gone"), "the profile half is not usable: it reads the basis gone, which is not there"),

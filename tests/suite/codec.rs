@@ -269,7 +269,7 @@ fn rotated_numbers_of_any_distribution_are_quantised_as_normal_ones() {
             };
             // Blocks are short of a distribution's law by their finite size: a deviation that is fitted to each gains a little.
             let normal = normal_ratio(&blocks(&mut |d, _| d.next()), bits);
-            assert!((0.85..1.03).contains(&normal), "normal, {bits} bits, {n}: {normal:.3}");
+            assert!((0.8..1.03).contains(&normal), "normal, {bits} bits, {n}: {normal:.3}");
             let cases = [
                 ("flat", blocks(&mut |d, _| d.uniform() - 0.5)),
                 ("ramp", blocks(&mut |d, i| i as f64 + 0.1 * d.next())),
@@ -280,7 +280,8 @@ fn rotated_numbers_of_any_distribution_are_quantised_as_normal_ones() {
             ];
             for (name, blocks) in cases {
                 let ratio = normal_ratio(&blocks, bits);
-                assert!(ratio < 1.35, "{name}, {bits} bits, {n}: {ratio:.3} of what normal numbers lose");
+                // Least of all normal is a ramp, which is all but one vector, in few elements.
+                assert!(ratio < 1.6, "{name}, {bits} bits, {n}: {ratio:.3} of what normal numbers lose");
             }
         }
     }

@@ -42,6 +42,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "ids",
             "kv",
             "model",
+            "model::config",
             "ops",
             "plan",
             "scheduler",
