@@ -32,7 +32,7 @@ pub fn collect(
 }
 
 /// Shows every token of `texts`, each a sequence of its own with an exact cache, to `observer`, in order. `done` hears how many
-/// tokens were shown, after every chunk of at most [`CHUNK`], and may end it.
+/// tokens were shown, after every chunk of some hundreds, and may end it.
 ///
 /// Cost: as [`collect`].
 ///

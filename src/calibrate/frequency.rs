@@ -5,6 +5,9 @@ use faer::{Mat, Side, c64};
 
 use crate::compress::{FrequencyBasis, Up};
 
+/// `E[x x^T]` of some channels.
+pub(super) type Second<'a> = dyn Fn(&[usize]) -> Mat<f64> + 'a;
+
 /// The leading pairs of one layer, and their energies.
 pub(super) struct Found {
     pub(super) basis: FrequencyBasis,
@@ -21,7 +24,7 @@ pub(super) struct Found {
 /// own. `None` where the eigenvalue iteration does not converge.
 pub(super) fn solve(
     second: impl Fn(&[usize]) -> Mat<f64>,
-    seen: Option<&dyn Fn(&[usize]) -> Mat<f64>>,
+    seen: Option<&Second<'_>>,
     (kv_heads, half): (usize, usize),
     pairs: usize,
     weights: Option<&[f64]>,

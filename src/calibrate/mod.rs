@@ -446,7 +446,7 @@ pub fn solve(moments: &Moments, basis: BasisKind, source: &Source<'_>, max: (usi
                 None => streams[0].second(channels),
             };
             let seen = |channels: &[usize]| streams[0].second(channels);
-            let seen = products.is_some().then_some(&seen as &dyn Fn(&[usize]) -> Mat<f64>);
+            let seen = products.is_some().then_some(&seen as &frequency::Second<'_>);
             let found = frequency::solve(second, seen, (moments.kv_heads, d / 2), max_key_rank / 2, query_weights.as_deref());
             let found = found.ok_or(CalibrateError::Eigen { layer, part: PARTS[0] })?;
             let each = found.energies.iter().flat_map(|e| [e / 2.0; 2]).collect();

@@ -342,7 +342,7 @@ fn turn(map: &FrequencyMap, latent: &[f32], back: bool) -> Vec<f32> {
     let m = n / h;
     let entry = |to: usize, from: usize| {
         let t = std::f64::consts::TAU * (from / h * (to / h)) as f64 / m as f64;
-        let minus = (from % h & to % h).count_ones() + (from as u32 + 1).wrapping_mul(0x9E37_79B1).count_ones();
+        let minus = ((from % h) & (to % h)).count_ones() + (from as u32 + 1).wrapping_mul(0x9E37_79B1).count_ones();
         (t.cos() + t.sin()) / (n as f64).sqrt() * if minus % 2 == 1 { -1.0 } else { 1.0 }
     };
     let block = |x: &[f32]| -> Vec<f32> {
@@ -377,8 +377,8 @@ fn write_keys(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: 
     if bits == 16 {
         for r in 0..rank {
             let dst = arena.slice_mut::<f16>(page, sealed.keys.codes + r * P * 2, P);
-            for j in 0..P {
-                dst[j] = if j < skip { f16::ZERO } else { to_f16(latents[j][r]) };
+            for (j, latent) in latents.iter().enumerate() {
+                dst[j] = if j < skip { f16::ZERO } else { to_f16(latent[r]) };
             }
         }
         return;
@@ -399,8 +399,8 @@ fn write_keys(arena: &mut Arena, page: PageAddr, sealed: &SealedLayer, latents: 
             }
         }
         Quantiser::Hadamard => {
-            for j in 0..P {
-                for (b, x) in latents[j].chunks((rank / blocks).max(1)).enumerate() {
+            for (j, latent) in latents.iter().enumerate() {
+                for (b, x) in latent.chunks((rank / blocks).max(1)).enumerate() {
                     let (deviation, codes) = if j < skip { (f16::ZERO, vec![0; x.len()]) } else { quantise_normal(x, bits) };
                     let dst = arena.slice_mut::<u32>(page, sealed.keys.codes, words);
                     for (i, code) in codes.into_iter().enumerate() {
