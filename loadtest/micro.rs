@@ -1,5 +1,6 @@
 //! How near the kernels of the host backend come to what the machine can do: `cargo bench --bench micro [word ...]`
-//! prints the tables whose title contains one of the words (all without words).
+//! prints the tables whose title contains one of the words (all without words); a word `row=TEXT` leaves of the table `sealed` the
+//! rows that contain the text.
 //!
 //! Reading kernels are judged by a plain summing loop over as many bytes, arithmetic ones by multiply-adds that
 //! never leave the registers. Each number is the best of many runs: on a shared machine the rest is noise.
@@ -20,7 +21,7 @@ type Table = fn(&Cpu, f64);
 
 fn main() {
     // `cargo bench` adds a `--bench` of its own.
-    let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench" && !a.starts_with("row=")).collect();
     let wanted = |title: &str| words.is_empty() || words.iter().any(|w| title.contains(w.as_str()));
     for threads in [1, 2] {
         let cpu = Cpu::new(threads);
@@ -127,6 +128,28 @@ fn gemm(cpu: &Cpu, peak: f64) {
     }
 }
 
+/// One layer of a model.
+fn model(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> ModelConfig {
+    ModelConfig {
+        family: "llama".into(),
+        hidden: 64,
+        layers: 1,
+        heads,
+        kv_heads,
+        head_dim,
+        intermediate: 64,
+        vocab: 64,
+        max_positions: tokens + 64,
+        norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        tied: true,
+    }
+}
+
 /// An arena with `tokens` positions of one layer, pages in no order.
 struct Cache {
     arena: Arena,
@@ -139,25 +162,7 @@ struct Cache {
 impl Cache {
     fn new(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize, cskv: Option<Cskv>) -> Cache {
         let shape = Heads { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5) };
-        let model = ModelConfig {
-            family: "llama".into(),
-            hidden: 64,
-            layers: 1,
-            heads,
-            kv_heads,
-            head_dim,
-            intermediate: 64,
-            vocab: 64,
-            max_positions: tokens + 64,
-            norm_eps: 1e-5,
-            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-            qkv_bias: false,
-            output_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            tied: true,
-        };
-        let layout = PageLayout::new(&model, ExactType::Bf16, &Profile { name: "p".into(), cskv }, None);
+        let layout = PageLayout::new(&model(heads, kv_heads, head_dim, tokens), ExactType::Bf16, &Profile { name: "p".into(), cskv }, None);
         let sizes = layout.sizes();
         let (each, n) = (sizes.exact.max(sizes.sealed), tokens.div_ceil(64) + 1);
         let mut arena = Arena::new(each * n as u64).expect("memory for the cache");
@@ -245,6 +250,7 @@ fn sealed(cpu: &Cpu, _: f64) {
             (0.35, 16, BasisKind::Frequency),
             (0.35, 8, BasisKind::Frequency),
             (0.35, 4, BasisKind::Frequency),
+            (0.2, 4, BasisKind::Frequency),
             (0.35, 3, BasisKind::Frequency),
             (0.35, 2, BasisKind::Frequency),
         ]
@@ -258,6 +264,20 @@ fn sealed(cpu: &Cpu, _: f64) {
                 continue;
             }
             let cskv = Cskv { key_quantiser: quantiser, value_quantiser: quantiser, ..Cskv::shares((share, share), bits, (64, 0), basis) };
+            let widths = PageLayout::new(
+                &model(heads, kv_heads, d, 64),
+                ExactType::Bf16,
+                &Profile { name: "p".into(), cskv: Some(cskv.clone()) },
+                None,
+            )
+            .sealed[0];
+            let label = format!(
+                "{heads} heads on {kv_heads} of {d}, ranks {} and {}, {bits:>2} bits {quantiser:?}, {basis:?}, {tokens} tokens",
+                widths.keys.rank, widths.values.rank
+            );
+            if std::env::args().any(|a| a.strip_prefix("row=").is_some_and(|row| !label.contains(row))) {
+                continue;
+            }
             let per_group = basis.heads_per_group(kv_heads);
             let mut cache = Cache::new(heads, kv_heads, d, tokens + 128, Some(cskv.clone()));
             let side = |rank: usize| {
@@ -298,9 +318,7 @@ fn sealed(cpu: &Cpu, _: f64) {
             let bytes = layer.bytes() * pages;
             let products = heads * (layer.keys.rank + layer.values.rank) * tokens;
             println!(
-                "  {heads} heads on {kv_heads} of {d}, ranks {} and {}, {bits:>2} bits {quantiser:?}, {basis:?}   seal {:>7.1} us a page   decode over {tokens}: {:>7.2} ms, {:>6.2} us a page, {:>5.2} GB/s, {:>5.1} G products/s",
-                layer.keys.rank,
-                layer.values.rank,
+                "  {label}   seal {:>7.1} us a page   decode {:>7.2} ms, {:>6.2} us a page, {:>5.2} GB/s, {:>5.1} G products/s",
                 seal * 1e6 / pages as f64,
                 decode * 1e3,
                 decode * 1e6 / pages as f64,

@@ -115,27 +115,28 @@ pub fn quantise_normal(x: &[f32], bits: u32, codes: &mut [u8]) -> f16 {
         *b = 0.5 * (f32::from(pair[0]) + f32::from(pair[1]));
     }
     let between = &between[..levels.len() - 1];
-    let mut choose = |by: f32| {
-        for (code, &v) in codes.iter_mut().zip(x) {
-            let v = v * by;
-            *code = between.iter().map(|&b| u8::from(v > b)).sum();
+    // Boundary by boundary, so that elements are compared side by side.
+    let choose = |codes: &mut [u8], by: f32| {
+        codes.fill(0);
+        for &b in between {
+            codes.iter_mut().zip(x).for_each(|(code, &v)| *code = code.wrapping_add(u8::from(v * by > b)));
         }
-        let (mut xl, mut ll) = (0.0f64, 0.0f64);
-        for (&code, &v) in codes.iter().zip(x) {
-            let level = f64::from(levels[code as usize]);
-            (xl, ll) = (xl + f64::from(v) * level, ll + level * level);
-        }
-        if ll > 0.0 { xl / ll } else { 0.0 }
     };
     let square = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / x.len().max(1) as f64;
     if square == 0.0 {
-        choose(0.0);
+        choose(codes, 0.0);
         return f16::ZERO;
     }
-    let best = choose((f64::from(unit) / square.sqrt()) as f32);
+    choose(codes, (f64::from(unit) / square.sqrt()) as f32);
+    let (mut xl, mut ll) = (0.0f64, 0.0f64);
+    for (&code, &v) in codes.iter().zip(x) {
+        let level = f64::from(levels[code as usize]);
+        (xl, ll) = (xl + f64::from(v) * level, ll + level * level);
+    }
+    let best = if ll > 0.0 { xl / ll } else { 0.0 };
     let deviation = to_f16((best * f64::from(unit)) as f32);
     if deviation > f16::ZERO {
-        choose(unit / deviation.to_f32());
+        choose(codes, unit / deviation.to_f32());
     }
     deviation
 }
@@ -195,6 +196,14 @@ impl Rotation {
     /// # Panics
     /// Where `x` is not that long.
     pub fn apply(&self, x: &mut [f32], lanes: usize) {
+        self.apply_in(x, lanes, &mut vec![0.0; x.len()]);
+    }
+
+    /// As [`Rotation::apply`], in memory that is as long as `x`.
+    ///
+    /// # Panics
+    /// As it does, or where the memory is shorter.
+    pub fn apply_in(&self, x: &mut [f32], lanes: usize, spare: &mut [f32]) {
         assert_eq!(x.len(), self.n * lanes, "vectors of another size");
         for (row, &sign) in x.chunks_exact_mut(lanes.max(1)).zip(&self.signs) {
             row.iter_mut().for_each(|x| *x *= sign);
@@ -211,7 +220,12 @@ impl Rotation {
             step *= 2;
         }
         let width = h * lanes;
-        let from = x.to_vec();
+        if m == 1 {
+            x.iter_mut().for_each(|x| *x *= self.hartley[0]);
+            return;
+        }
+        let from = &mut spare[..x.len()];
+        from.copy_from_slice(x);
         for (to, row) in x.chunks_exact_mut(width.max(1)).zip(self.hartley.chunks_exact(m.max(1))) {
             to.fill(0.0);
             for (from, &c) in from.chunks_exact(width).zip(row) {

@@ -8,6 +8,8 @@
 //! On the demo model this foretells the divergence of the answers better than the energy of what is dropped does, by far: one
 //! of its layers does all of the retrieval, which no spectrum shows.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -91,6 +93,8 @@ pub struct Trial<'a> {
     pub rope: &'a RopeTable,
     /// The output projection of each layer.
     pub outputs: &'a [Matrix<'a>],
+    /// Hears how many choices are tried, of how many.
+    pub tried: &'a (dyn Fn(usize, usize) + Sync),
 }
 
 /// A choice for one part of one layer.
@@ -146,9 +150,35 @@ pub fn spread(hulls: &[Vec<Choice>], bytes: usize) -> Vec<Choice> {
 ///
 /// Cost: for each layer, some fifty choices of keys and as many of values, each an attention of 96 queries a text.
 pub(super) fn hulls(sample: &Sample, trial: &Trial<'_>, cskv: &Cskv, bases: &[LayerBasis]) -> Result<Vec<Vec<Choice>>, CalibrateError> {
-    let hulls: Vec<Result<[Vec<Choice>; 2], CalibrateError>> =
-        (0..bases.len()).into_par_iter().map(|layer| Layer::new(sample, trial, cskv, layer).hulls(&bases[layer])).collect();
-    Ok(hulls.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+    let widths = [false, true].map(|values| (values, choices(trial.model, cskv, values)));
+    let (all, done) = (bases.len() * widths.iter().map(|w| w.1.len()).sum::<usize>(), AtomicUsize::new(0));
+    let hulls = (0..bases.len()).into_par_iter().map(|i| -> Result<Vec<Vec<Choice>>, CalibrateError> {
+        let layer = Layer::new(sample, trial, cskv, i);
+        let part = |(values, widths): &(bool, Vec<Width>)| {
+            let choices = widths.iter().map(|&width| {
+                let choice = layer.choice(&bases[i], width, *values);
+                (trial.tried)(done.fetch_add(1, Ordering::Relaxed) + 1, all);
+                choice
+            });
+            Ok(hull(choices.collect::<Result<_, _>>()?))
+        };
+        widths.iter().map(part).collect()
+    });
+    let hulls: Vec<Vec<Vec<Choice>>> = hulls.collect::<Result<_, _>>()?;
+    Ok(hulls.into_iter().flatten().collect())
+}
+
+/// The widths that are tried for keys, or for values.
+fn choices(model: &ModelConfig, cskv: &Cskv, values: bool) -> Vec<Width> {
+    let channels = model.kv_channels();
+    let blocks = cskv.basis.blocks(model.kv_heads);
+    // Whole quads in every block, and pairs of a frequency basis.
+    let mut ranks: Vec<usize> = SHARES.iter().map(|s| (s * channels / 64).next_multiple_of(4 * blocks).min(channels)).collect();
+    ranks.dedup();
+    let quantiser = if values { cskv.value_quantiser } else { cskv.key_quantiser };
+    let bits: &[u32] = if quantiser == Quantiser::Hadamard { &[4, 3, 2] } else { &[8, 4, 3, 2] };
+    let bits = |rank| if rank == 0 { &bits[..1] } else { bits };
+    ranks.into_iter().flat_map(|rank| bits(rank).iter().map(move |&bits| Width { rank, bits })).collect()
 }
 
 /// The widths of each layer that keep most within `budget` bytes of a position.
@@ -265,26 +295,11 @@ impl<'a> Layer<'a> {
         j >= self.cskv.sinks as usize && j + (self.cskv.window as usize) < at + 1
     }
 
-    fn hulls(&self, basis: &LayerBasis) -> Result<[Vec<Choice>; 2], CalibrateError> {
-        let channels = self.trial.model.kv_channels();
+    fn choice(&self, basis: &LayerBasis, width: Width, values: bool) -> Result<Choice, CalibrateError> {
+        let quantiser = if values { self.cskv.value_quantiser } else { self.cskv.key_quantiser };
         let blocks = self.cskv.basis.blocks(self.trial.model.kv_heads);
-        // Whole quads in every block, and pairs of a frequency basis.
-        let ranks: Vec<usize> = SHARES.iter().map(|s| (s * channels / 64).next_multiple_of(4 * blocks).min(channels)).collect();
-        let part = |values: bool| -> Result<Vec<Choice>, CalibrateError> {
-            let quantiser = if values { self.cskv.value_quantiser } else { self.cskv.key_quantiser };
-            let bits: &[u32] = if quantiser == Quantiser::Hadamard { &[4, 3, 2] } else { &[8, 4, 3, 2] };
-            let mut choices = Vec::new();
-            for (i, &rank) in ranks.iter().enumerate().filter(|(i, r)| *i == 0 || ranks[i - 1] != **r) {
-                let _ = i;
-                for &bits in if rank == 0 { &bits[..1] } else { bits } {
-                    let width = Width { rank, bits };
-                    let error = self.error(basis, width, values)?;
-                    choices.push(Choice { width, bytes: SealedLayer::part_bytes(width, quantiser, blocks, values), error });
-                }
-            }
-            Ok(hull(choices))
-        };
-        Ok([part(false)?, part(true)?])
+        let bytes = SealedLayer::part_bytes(width, quantiser, blocks, values);
+        Ok(Choice { width, bytes, error: self.error(basis, width, values)? })
     }
 
     /// Mean over queries of the squared error of the layer's attention, over the mean energy of the residual stream.
@@ -365,18 +380,14 @@ fn rows(data: &[f32], stride: usize, first: usize, n: usize) -> MatRef<'_, f32> 
 /// Latents `[n][rank]` of `[n][channels]`.
 fn project(p: &Projection, x: &[f32]) -> Vec<f32> {
     let rank = p.rank();
-    let mut latents = vec![0.0; x.len() / p.channels() * rank];
-    if rank == 0 {
-        return latents;
-    }
-    for (x, to) in x.chunks_exact(p.channels()).zip(latents.chunks_exact_mut(rank)) {
-        for g in &p.groups {
-            let to = &mut to[g.ranks.clone()];
-            for (c, row) in g.channels.clone().zip(g.down.chunks_exact(to.len())) {
-                let x = x[c] - p.mean[c];
-                to.iter_mut().zip(row).for_each(|(to, w)| *to += x * w);
-            }
-        }
+    let (n, channels) = (x.len() / p.channels(), p.channels());
+    let mut latents = vec![0.0; n * rank];
+    let mut centred = x.to_vec();
+    centred.chunks_exact_mut(channels).for_each(|x| x.iter_mut().zip(&p.mean).for_each(|(x, mean)| *x -= mean));
+    for g in p.groups.iter().filter(|g| !g.ranks.is_empty()) {
+        let to = MatMut::from_row_major_slice_mut(&mut latents, n, rank).subcols_mut(g.ranks.start, g.ranks.len());
+        let from = rows(&centred, channels, g.channels.start, g.channels.len());
+        matmul(to, Accum::Replace, from, rows(&g.down, g.ranks.len(), 0, g.ranks.len()), 1.0, Par::Seq);
     }
     latents
 }
@@ -385,14 +396,10 @@ fn project(p: &Projection, x: &[f32]) -> Vec<f32> {
 fn rebuild(p: &Projection, latents: &[f32], n: usize) -> Vec<f32> {
     let rank = p.rank();
     let mut x: Vec<f32> = (0..n).flat_map(|_| p.mean.iter().copied()).collect();
-    for (i, x) in x.chunks_exact_mut(p.channels()).enumerate() {
-        for g in &p.groups {
-            let to = &mut x[g.channels.clone()];
-            for (r, row) in g.ranks.clone().zip(g.up.chunks_exact(to.len())) {
-                let l = latents[i * rank + r];
-                to.iter_mut().zip(row).for_each(|(to, w)| *to += l * w);
-            }
-        }
+    for g in p.groups.iter().filter(|g| !g.ranks.is_empty()) {
+        let to = MatMut::from_row_major_slice_mut(&mut x, n, p.channels()).subcols_mut(g.channels.start, g.channels.len());
+        let from = rows(latents, rank, g.ranks.start, g.ranks.len());
+        matmul(to, Accum::Add, from, rows(&g.up, g.channels.len(), 0, g.channels.len()), 1.0, Par::Seq);
     }
     x
 }

@@ -380,8 +380,8 @@ impl Artifact {
 
     /// The maps of `profile`, per layer, where its basis is a computed one; none for others.
     ///
-    /// A profile that the artifact was made for (same name, size, quantiser and grouping) takes the basis and the widths stored for it,
-    /// whatever its window and sinks, and whatever its bits and quantiser unless the basis was trained for some. Any other takes, evenly
+    /// A profile that the artifact was made for (same name, size and grouping) takes the basis and the widths stored for it, whatever its
+    /// window and sinks; of shares whatever its bits and quantisers too, unless the basis was trained for some. Any other takes, evenly
     /// over the layers, the widths of its shares from the first untrained basis of its grouping and init.
     ///
     /// # Errors
@@ -415,9 +415,10 @@ impl Artifact {
             if !fits(basis) {
                 continue;
             }
-            if made.size == cskv.size
-                && (!basis.trained() || (made.key_quantiser, made.value_quantiser) == (cskv.key_quantiser, cskv.value_quantiser))
-            {
+            // What was trained through a quantiser, or spread by what it costs, is for that one.
+            let bound = basis.trained() || matches!(made.size, Size::Budget(_));
+            let quantisers = (made.key_quantiser, made.value_quantiser) == (cskv.key_quantiser, cskv.value_quantiser);
+            if made.size == cskv.size && (!bound || quantisers) {
                 return Ok(Choice { basis, widths: stored.widths.clone() });
             }
             if let (Size::Shares { key_rank, value_rank, .. }, Size::Shares { key_rank: k, value_rank: v, .. }) = (made.size, cskv.size)
@@ -434,7 +435,10 @@ impl Artifact {
         }
         let refuse = |reason: String| Error::Profile { profile: name.to_owned(), reason };
         let widths = cskv.widths(&self.model).ok_or_else(|| {
-            refuse("the artifact was not made for this name and budget; make it anew with `strait compress`, or define shares".to_owned())
+            refuse(
+                "the artifact was not made for this name, budget and quantisers; make it anew with `strait compress`, or define shares"
+                    .to_owned(),
+            )
         })?;
         let Some(basis) = self.bases.iter().find(|b| fits(b) && !b.trained()) else {
             let shape = |kind, heads| match kind {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::kv::layout::{Cskv, Quantiser, Widths};
+use crate::kv::layout::{Cskv, Quantiser};
 use crate::model::config::ModelConfig;
 use crate::quant::Rotation;
 
@@ -85,7 +85,8 @@ impl FrequencyMap {
     /// Latent of a key after rope, `[kv_heads][head_dim]`, as it is stored.
     pub fn latent(&self, key: &[f32]) -> Vec<f32> {
         let mut latent = self.combine(key);
-        self.rotate(&mut latent, 1);
+        let mut spare = vec![0.0; latent.len()];
+        self.rotate(&mut latent, 1, &mut spare);
         latent
     }
 
@@ -106,14 +107,14 @@ impl FrequencyMap {
         key
     }
 
-    /// Turns latents, or absorbed queries, in the columns of `x: [2 * pairs][lanes]`.
+    /// Turns latents, or absorbed queries, in the columns of `x: [2 * pairs][lanes]`, in memory that is as long as `x`.
     ///
     /// # Panics
-    /// Where `x` is not that long.
-    pub fn rotate(&self, x: &mut [f32], lanes: usize) {
+    /// Where `x` is not that long, or the memory shorter.
+    pub fn rotate(&self, x: &mut [f32], lanes: usize, spare: &mut [f32]) {
         assert_eq!(x.len(), 2 * self.frequencies.len() * lanes, "latents of another map");
         if let Some(rotation) = &self.rotation {
-            x.chunks_exact_mut((rotation.size() * lanes).max(1)).for_each(|block| rotation.apply(block, lanes));
+            x.chunks_exact_mut((rotation.size() * lanes).max(1)).for_each(|block| rotation.apply_in(block, lanes, spare));
         }
     }
 }
@@ -188,16 +189,6 @@ impl LayerCompression {
             self.values.rotate();
         }
         self
-    }
-
-    /// Latent elements of keys and of values.
-    pub fn ranks(&self) -> (usize, usize) {
-        (self.keys.rank(), self.values.rank())
-    }
-
-    /// Whether pages of these widths hold its latents.
-    pub fn fits(&self, widths: &Widths) -> bool {
-        self.ranks() == (widths.keys.rank, widths.values.rank)
     }
 }
 

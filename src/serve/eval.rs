@@ -263,11 +263,7 @@ fn check_known(asked: &Asked, profiles: &[Profile]) -> anyhow::Result<()> {
 }
 
 fn told(bases: &Bases) -> Option<String> {
-    match bases {
-        Bases::None => None,
-        Bases::Artifact(from) => Some(from.clone()),
-        Bases::Computed { tokens, .. } => Some(format!("computed from {tokens} tokens of built-in text")),
-    }
+    (*bases != Bases::default()).then(|| bases.to_string())
 }
 
 fn progress(template: &str) -> ProgressBar {

@@ -29,7 +29,7 @@ use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
-use crate::serve::ready::{Bases, Opened, Source};
+use crate::serve::ready::{Bases, Computed, Opened, Source};
 use crate::server::{self, Keys, Loaded, Pages, Server};
 use crate::telemetry::{Facts, Telemetry};
 
@@ -169,9 +169,9 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let default_profile = profile_specs.iter().position(|p| p.name == settings.default_profile).ok_or_else(|| {
         ConfigError::UnknownProfile { name: settings.default_profile.clone(), known: crate::config::names(&profile_specs) }
     })?;
-    if let Bases::Computed { tokens, seconds } = &bases {
+    if let Some(Computed { profiles, tokens, seconds }) = &bases.computed {
         tracing::info!(
-            "no compression artifact: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)"
+            "no compression artifact has {profiles}: computed closed-form bases from {tokens} tokens of built-in text in {seconds:.1} s (`strait compress` writes one)"
         );
     }
 
@@ -336,12 +336,8 @@ fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
         s.load_seconds
     ));
     line(format!("  backend  {}", s.backend));
-    match &s.bases {
-        Bases::None => {}
-        Bases::Artifact(from) => line(format!("  bases    from the artifact {from}")),
-        Bases::Computed { tokens, seconds } => {
-            line(format!("  bases    computed at start from {tokens} tokens of built-in text in {seconds:.1} s"))
-        }
+    if s.bases != Bases::default() {
+        line(format!("  bases    {}", s.bases));
     }
     line(format!("  cache    {:.1} MiB", mib(s.arena_bytes)));
     for (name, bytes, tokens, is_default) in &s.profiles {

@@ -40,11 +40,13 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
     let (specs, artifact) = ready::described(&opened, &settings)?;
     let mut profiles = Vec::new();
     for profile in specs {
-        ready::check_basis(&profile, model.kv_heads)?;
+        ready::check_basis(&profile, model)?;
         let computed = profile.cskv.as_ref().is_some_and(|c| c.basis.is_computed());
-        let widths = match artifact.as_ref().filter(|_| computed) {
-            Some(artifact) => Some(artifact.widths(&profile)?),
-            None => None,
+        let widths = match artifact.as_ref().filter(|_| computed).map(|a| a.widths(&profile)) {
+            Some(Ok(widths)) => Some(widths),
+            Some(Err(e)) if settings.compression.is_some() => return Err(e.into()),
+            // What is built in does not have it: it would be computed at start.
+            _ => None,
         };
         if let (None, Some(Cskv { size: Size::Budget(_), .. })) = (&widths, &profile.cskv) {
             anyhow::bail!(
@@ -94,10 +96,10 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let positions = opened.checkpoint.config.max_positions.min(ask.tokens.max(1));
     let mut decoder = Decoder::new(&opened.checkpoint.config, ready::weights(&opened, LoadDtype::Auto), positions, 512);
     for profile in &settings.profiles {
-        ready::check_basis(profile, opened.checkpoint.config.kv_heads)?;
+        ready::check_basis(profile, &opened.checkpoint.config)?;
     }
     let bar = ProgressBar::new(0);
-    bar.set_style(ProgressStyle::with_template("{msg} {bar:32} {pos}/{len} tokens, {eta} left").expect("a valid template"));
+    bar.set_style(ProgressStyle::with_template("{msg} {bar:32} {pos}/{len}, {eta} left").expect("a valid template"));
     let progress = |what: &'static str, seen: usize, total: usize| {
         if bar.message() != what {
             bar.set_message(what);

@@ -1,5 +1,6 @@
 //! A model made ready: opened, typed, its cache profiles laid out and their bases read or computed.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,11 +10,12 @@ use anyhow::{Context, bail};
 use crate::calibrate::{self, Moments, Products, Sources, Telling, Trial, calibration_text, demo_prompts, tokens_needed};
 use crate::compress::LayerCompression;
 use crate::compress::artifact::{Artifact, Fingerprint};
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::demo;
 use crate::ids::TokenId;
-use crate::kv::layout::{BasisKind, Cskv, ExactType, Init, PageLayout, Profile, Size, Width, Widths};
+use crate::kv::layout::{BasisKind, ExactType, Init, PageLayout, Profile, Quantiser, Size, Width, Widths};
 use crate::model::checkpoint::Checkpoint;
+use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::model::weights::{Data, LayerWeights, LoadDtype, ModelWeights};
 use crate::ops::{Matrix, Ops};
@@ -75,17 +77,36 @@ pub fn exact_type(weights: &ModelWeights<'_>) -> ExactType {
     }
 }
 
-/// Where the bases of the compressed profiles came from, for the operator.
+/// Where the bases of the compressed profiles came from, for the operator. Neither where no profile compresses.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Bases {
+    /// The path of an artifact, or that it is built in.
+    pub artifact: Option<String>,
+    /// Of what no artifact has.
+    pub computed: Option<Computed>,
+}
+
+/// Bases computed at start.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Bases {
-    /// No profile compresses.
-    None,
-    Artifact(String),
-    /// Computed now, from so many calibration tokens in so many seconds.
-    Computed {
-        tokens: usize,
-        seconds: f64,
-    },
+pub struct Computed {
+    /// Names of the profiles.
+    pub profiles: String,
+    /// Of built-in text.
+    pub tokens: usize,
+    pub seconds: f64,
+}
+
+impl fmt::Display for Bases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(from) = &self.artifact {
+            write!(f, "from the artifact {from}")?;
+        }
+        if let Some(Computed { profiles, tokens, .. }) = &self.computed {
+            let and = if self.artifact.is_some() { "; " } else { "" };
+            write!(f, "{and}computed from {tokens} tokens of built-in text: {profiles}")?;
+        }
+        Ok(())
+    }
 }
 
 /// The profiles of `settings`, laid out, with bases from an artifact, or in closed form from calibration text.
@@ -103,27 +124,29 @@ pub fn profiles(
     settings: &Settings,
 ) -> anyhow::Result<(Vec<Profile>, Vec<ReadyProfile>, Bases)> {
     let model = &opened.checkpoint.config;
-    let mut profiles = settings.profiles.clone();
-    for profile in &profiles {
-        check_basis(profile, model.kv_heads)?;
+    for profile in &settings.profiles {
+        check_basis(profile, model)?;
     }
-    let needs = |profiles: &[Profile]| profiles.iter().any(|p| p.cskv.as_ref().is_some_and(|c| c.basis.is_computed()));
-    let fingerprint = Fingerprint(opened.checkpoint.digest());
-    let (artifact, bases) = if let Some(path) = &settings.compression {
-        (Some(Artifact::read(path, model, fingerprint)?), Bases::Artifact(path.display().to_string()))
-    } else if !needs(&profiles) {
-        (None, Bases::None)
-    } else if let Some(artifact) = built_in(opened, fingerprint, settings)? {
-        (Some(artifact), Bases::Artifact("built in".into()))
+    let (profiles, artifact) = described(opened, settings)?;
+    let mut bases = Bases::default();
+    // What the operator gave has to serve all that is asked; to what is built in, the rest is added.
+    let missing: Vec<Profile> = match &artifact {
+        Some(_) if settings.compression.is_some() => Vec::new(),
+        Some(artifact) => profiles.iter().filter(|p| artifact.widths(p).is_err()).cloned().collect(),
+        None => profiles.iter().filter(|p| p.cskv.as_ref().is_some_and(|c| c.basis.is_computed())).cloned().collect(),
+    };
+    if artifact.is_some() {
+        bases.artifact = Some(settings.compression.as_ref().map_or("built in".into(), |path| path.display().to_string()));
+    }
+    let computed = if missing.is_empty() {
+        None
     } else {
         let begun = Instant::now();
         let how = Calibration { text: Text::BuiltIn, tokens: None, init: Init::Weighted, progress: &|_, _, _| () };
-        let (calibrated, tokens) = compute(opened, decoder, ops, &profiles, &how)?;
-        (Some(calibrated.artifact), Bases::Computed { tokens, seconds: begun.elapsed().as_secs_f64() })
+        let (calibrated, tokens) = compute(opened, decoder, ops, &missing, &how)?;
+        bases.computed = Some(Computed { profiles: config::names(&missing), tokens, seconds: begun.elapsed().as_secs_f64() });
+        Some(calibrated.artifact)
     };
-    if let Some(artifact) = &artifact {
-        redefine(&mut profiles, artifact, &settings.defined);
-    }
     let ready = profiles.iter().map(|profile| -> anyhow::Result<ReadyProfile> {
         let (layers, widths) = match &profile.cskv {
             None => (Vec::new(), None),
@@ -133,6 +156,7 @@ pub fn profiles(
                 (vec![one.for_quantisers(cskv); model.layers], None)
             }
             Some(_) => {
+                let artifact = if missing.iter().any(|p| p.name == profile.name) { &computed } else { &artifact };
                 let artifact = artifact.as_ref().expect("a basis that is computed has an artifact");
                 (artifact.layers(profile)?, Some(artifact.widths(profile)?))
             }
@@ -151,7 +175,8 @@ pub fn described(opened: &Opened, settings: &Settings) -> anyhow::Result<(Vec<Pr
     let (model, fingerprint) = (&opened.checkpoint.config, Fingerprint(opened.checkpoint.digest()));
     let artifact = match &settings.compression {
         Some(path) => Some(Artifact::read(path, model, fingerprint)?),
-        None => built_in(opened, fingerprint, settings)?,
+        None if matches!(opened.source, Source::Demo) => Some(Artifact::from_bytes(demo::ARTIFACT, model, fingerprint)?),
+        None => None,
     };
     let mut profiles = settings.profiles.clone();
     if let Some(artifact) = &artifact {
@@ -171,32 +196,27 @@ pub fn redefine(profiles: &mut Vec<Profile>, artifact: &Artifact, defined: &[Str
     }
 }
 
-/// The demo model's own artifact, where it serves all of these profiles.
-fn built_in(opened: &Opened, fingerprint: Fingerprint, settings: &Settings) -> anyhow::Result<Option<Artifact>> {
-    if !matches!(opened.source, Source::Demo) {
-        return Ok(None);
-    }
-    let artifact = Artifact::from_bytes(demo::ARTIFACT, &opened.checkpoint.config, fingerprint)?;
-    let mut profiles = settings.profiles.clone();
-    redefine(&mut profiles, &artifact, &settings.defined);
-    Ok(profiles.iter().all(|p| artifact.layers(p).is_ok()).then_some(artifact))
-}
-
-/// Whether a profile's grouping divides the model's KV heads.
+/// Whether a profile's basis fits the model's KV heads.
 ///
 /// # Errors
 /// One sentence that names both numbers.
-pub fn check_basis(profile: &Profile, kv_heads: usize) -> anyhow::Result<()> {
-    if let Some(Cskv { basis: BasisKind::Grouped(n), .. }) = profile.cskv
-        && !kv_heads.is_multiple_of(n)
-    {
-        bail!("cache profile {:?} groups {n} KV heads, which do not divide the model's {kv_heads}; change its basis", profile.name);
+pub fn check_basis(profile: &Profile, model: &ModelConfig) -> anyhow::Result<()> {
+    let Some(cskv) = &profile.cskv else { return Ok(()) };
+    let (name, kv_heads) = (&profile.name, model.kv_heads);
+    match cskv.basis {
+        BasisKind::Grouped(n) if !kv_heads.is_multiple_of(n) => {
+            bail!("cache profile {name:?} groups {n} KV heads, which do not divide the model's {kv_heads}; change its basis")
+        }
+        // Codes of rotated keys are met four at a time, and each head is a block of its own.
+        BasisKind::Identity if cskv.key_quantiser == Quantiser::Hadamard && !model.head_dim.is_multiple_of(4) => {
+            bail!("cache profile {name:?} rotates heads of {} channels, which 4 do not divide; choose the affine quantiser", model.head_dim)
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
-/// Hears what is going on, how many tokens are done, and of how many.
-pub type Progress<'a> = dyn Fn(&'static str, usize, usize) + 'a;
+/// Hears what is done, how much of it, and of how much.
+pub type Progress<'a> = dyn Fn(&'static str, usize, usize) + Sync + 'a;
 
 /// What a model is calibrated on.
 #[derive(Clone, Copy, Debug)]
@@ -252,7 +272,7 @@ pub(super) fn compute_on(
     let mut moments = if budgets { Moments::sampling(model, sinks) } else { Moments::new(model, sinks) };
     let total: usize = texts.iter().map(Vec::len).sum();
     calibrate::collect(decoder, ops, texts, &mut moments, |seen| {
-        (how.progress)("calibrating", seen, total);
+        (how.progress)("tokens seen", seen, total);
     })?;
     let fingerprint = Fingerprint(opened.checkpoint.digest());
     let layers = &decoder.weights().layers;
@@ -271,7 +291,8 @@ pub(super) fn compute_on(
         asvd: if asked(Init::Asvd) { products(&|layer| moments.input_magnitudes(layer)) } else { vec![] },
         metrics: if asked(Init::Weighted) { outputs.iter().map(|w| calibrate::value_metric(model, *w)).collect() } else { vec![] },
     };
-    let trial = Trial { model, ops, rope: decoder.rope(), outputs: &outputs };
+    let trial =
+        Trial { model, ops, rope: decoder.rope(), outputs: &outputs, tried: &|choices, of| (how.progress)("choices tried", choices, of) };
     let mut allocator = budgets.then(|| moments.allocator(trial));
     Ok(calibrate::artifact(&moments, model, fingerprint, profiles, &sources, allocator.as_mut())?)
 }
@@ -321,7 +342,7 @@ pub(super) fn calibration_tokens(
         (Text::BuiltIn, Source::Folder(_)) => pieces(calibration_text(want))?,
         (Text::Sampled(seed), Source::Folder(_)) => {
             let telling = Telling { begin: &begin, ends, want, seed };
-            calibrate::sample(decoder, ops, &telling, |seen| (how.progress)("sampling", seen, want))?
+            calibrate::sample(decoder, ops, &telling, |seen| (how.progress)("tokens sampled", seen, want))?
         }
     };
     let mut left = want;

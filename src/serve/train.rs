@@ -175,7 +175,7 @@ fn record(
     let mut recorder = directory.recorder(&opened.checkpoint.config)?;
     let total = texts.iter().map(Vec::len).sum();
     calibrate::show(decoder, ops, texts, &mut recorder, |recorder, seen| {
-        (how.progress)("recording", seen, total);
+        (how.progress)("tokens recorded", seen, total);
         Ok(recorder.check()?)
     })?;
     recorder.finish()?;

@@ -13,8 +13,7 @@
 
 use candle_core::{Device, Result, Tensor, Var};
 
-use crate::compress::KeyMap;
-use crate::compress::LayerCompression;
+use crate::compress::{KeyMap, LayerCompression};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::{Cskv, Profile, Widths};
 use crate::model::config::ModelConfig;
@@ -148,7 +147,7 @@ impl Problem {
             loss,
             cskv: cskv.clone(),
             codec: Codec::new(cskv, widths, c.kv_heads, rotation),
-            heads: Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, scale: (c.head_dim as f32).powf(-0.5) },
+            heads: Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, scale: c.attention_scale() },
             seed,
             maps,
             rope: model.rope.clone(),

@@ -517,7 +517,7 @@ fn model(name: &str) -> Model {
     Model { checkpoint, decoder, ready }
 }
 
-fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
+pub(crate) fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
@@ -529,7 +529,7 @@ fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
         .collect()
 }
 
-fn mean(blocks: &[Block]) -> f64 {
+pub(crate) fn mean(blocks: &[Block]) -> f64 {
     blocks.iter().map(|b| b.sum).sum::<f64>() / blocks.iter().map(|b| f64::from(b.n)).sum::<f64>()
 }
 

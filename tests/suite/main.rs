@@ -9,6 +9,7 @@ mod checkpoint;
 mod codec;
 mod engine;
 mod eval;
+mod families;
 mod golden;
 mod http;
 mod model;

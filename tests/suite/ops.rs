@@ -582,6 +582,8 @@ fn compressed() -> Vec<(Cskv, ExactType, Heads)> {
             all.push((turned(bits, 4, BasisKind::Frequency, parts), ExactType::Bf16, heads(8, 2, 64)));
             all.push((turned(bits, 0, BasisKind::Frequency, parts), ExactType::F32, heads(3, 3, 80)));
             all.push((turned(bits, 5, BasisKind::Identity, parts), ExactType::F32, heads(4, 2, 32)));
+            // Heads whose codes do not fill whole words.
+            all.push((turned(bits, 5, BasisKind::Identity, parts), ExactType::F32, heads(6, 3, 20)));
         }
     }
     all.push((cskv(16, 4, BasisKind::Dropped), ExactType::F32, heads(4, 2, 32)));
@@ -733,11 +735,59 @@ fn attention_over_sealed_pages_agrees_with_the_definition() {
                 let q = cache.queries(n);
                 let want = cache.attend(&Reference, &[(&seq, n)], &q);
                 let got = cache.attend(&cpu, &[(&seq, n)], &q);
-                // Products of codes have weights of 16 bits.
+                // Products of codes have weights of 16 bits, or of 8 where codes are of normal latents: then an element may be off
+                // by some, but not all of them.
                 let wide = matches!(profile.size, Size::Shares { key_bits: 16, .. });
                 let coded = matches!(profile.basis, BasisKind::Frequency | BasisKind::Identity) && !wide;
-                let tolerance = if coded { 1e-3 } else { 1e-5 };
+                let bytes = coded && [profile.key_quantiser, profile.value_quantiser].contains(&Quantiser::Hadamard);
+                let tolerance = if bytes {
+                    6e-2
+                } else if coded {
+                    1e-3
+                } else {
+                    1e-5
+                };
+                if bytes {
+                    let square = |x: f32| f64::from(x).powi(2);
+                    let off: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
+                    let all: f64 = want.iter().map(|&x| square(x)).sum();
+                    assert!(off.sqrt() <= 2e-2 * all.sqrt(), "{isa} {exact:?} {profile:?}, {n} queries: {off:e} of {all:e}");
+                }
                 assert_near(&got, &want, tolerance, format_args!("{isa} {exact:?} {profile:?}, {n} queries"));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_products_of_bytes_round_is_little_beside_what_the_codes_do() {
+    let shape = heads(8, 4, 64);
+    for isa in isas() {
+        let cpu = cpu(isa, 2);
+        // The same numbers, kept in 16 bits and in few.
+        let attend = |bits: u32, ops: &dyn Ops| {
+            let cache = &mut Cache::new(ExactType::F32, shape, Some(turned(bits, 4, BasisKind::Identity, [bits < 16; 2])));
+            let mut seq = Sequence::default();
+            cache.extend(&mut seq, 12 * 64 + 10);
+            cache.seal(&Reference, &mut seq, 11);
+            // Queries of another size make attention flat, or heed few positions.
+            let q: Vec<f32> = cache
+                .queries(64)
+                .chunks(8 * 64)
+                .zip([0.1, 1.0, 4.0, 10.0].iter().cycle())
+                .flat_map(|(q, f)| q.iter().map(move |x| x * f))
+                .collect();
+            cache.attend(ops, &[(&seq, 64)], &q)
+        };
+        let exact = attend(16, &Reference);
+        let rms = |a: &[f32], b: &[f32]| (a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len() as f64).sqrt();
+        for bits in [4, 3, 2] {
+            let coded = attend(bits, &Reference);
+            let got = attend(bits, &cpu);
+            for (i, factor) in [0.1, 1.0, 4.0, 10.0].into_iter().enumerate() {
+                let of = |x: &[f32]| x.chunks(8 * 64).skip(i).step_by(4).flatten().copied().collect::<Vec<f32>>();
+                let (codes, products) = (rms(&of(&coded), &of(&exact)), rms(&of(&got), &of(&coded)));
+                assert!(products < 0.1 * codes, "{isa} {bits} bits, queries x{factor}: products round {products:e}, codes {codes:e}");
             }
         }
     }

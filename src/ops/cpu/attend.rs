@@ -330,11 +330,14 @@ impl Kernel for Softmax<'_> {
             for r in 0..self.lines {
                 let scores = self.scores.add(r * P);
                 let to = self.to[r];
+                let whole = self.from == 0 && to >= self.width;
                 let mut top = S::splat(f32::NEG_INFINITY);
                 let mut j = 0;
                 while j < self.width {
-                    let v = S::mul(S::load(scores.add(j)), gain);
-                    let v = S::keep(v, self.from.saturating_sub(j).min(S::N), to.saturating_sub(j).min(S::N));
+                    let mut v = S::mul(S::load(scores.add(j)), gain);
+                    if !whole {
+                        v = S::keep(v, self.from.saturating_sub(j).min(S::N), to.saturating_sub(j).min(S::N));
+                    }
                     S::store(scores.add(j), v);
                     top = S::max(top, v);
                     j += S::N;

@@ -118,7 +118,8 @@ impl Kernel for Page<'_> {
                 }
                 KeyMap::Frequencies(map) => {
                     S::enter(Combine { map, x, latents });
-                    map.rotate(std::slice::from_raw_parts_mut(latents, key_rank * P), P);
+                    let spare = std::slice::from_raw_parts_mut(x, channels * P);
+                    map.rotate(std::slice::from_raw_parts_mut(latents, key_rank * P), P, spare);
                 }
             }
             codes.cast::<u8>().write_bytes(0, key_rank.max(value_rank));

@@ -66,6 +66,7 @@ unsafe fn fold(a: __m256, b: __m256) -> __m256 {
 impl Lanes for Avx2 {
     const N: usize = 8;
     const ROWS: usize = 3;
+    const BYTE_ROWS: usize = 4;
     type V = __m256;
     type W = __m256i;
     type P = ();

@@ -84,6 +84,7 @@ macro_rules! lanes {
         impl Lanes for $name {
             const N: usize = 16;
             const ROWS: usize = 6;
+            const BYTE_ROWS: usize = 8;
             type V = __m512;
             type W = __m512i;
             $($pairs)*

@@ -144,6 +144,8 @@ pub(super) trait Lanes: Copy + 'static {
     const N: usize;
     /// Rows of the largest register tile of four columns that stays in registers, at most 6.
     const ROWS: usize;
+    /// Rows of the largest register tile of two columns of words that stays in registers, 8 or 4.
+    const BYTE_ROWS: usize;
     /// Whether [`Lanes::pair_dot`] is there.
     const PAIRS: bool = false;
     type V: Copy;

@@ -56,6 +56,7 @@ impl<const PAIRS: bool> Lanes for Portable<PAIRS> {
     const N: usize = N;
     const PAIRS: bool = PAIRS;
     const ROWS: usize = 2;
+    const BYTE_ROWS: usize = 4;
     type V = [f32; N];
     type P = [bf16; 2 * N];
     type W = [u32; N];
