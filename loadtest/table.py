@@ -103,10 +103,12 @@ def main():
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--prompts", type=pathlib.Path)
     parser.add_argument("--text", type=pathlib.Path, help="text for the divergence from the exact cache")
-    parser.add_argument("--lengths", default="512,1024,2048")
+    parser.add_argument("--lengths", default="512,1024,2048,4096")
     parser.add_argument("--n", type=int, default=24, help="fresh prompts of each task and length")
     parser.add_argument("--seed", type=int, default=20261124)
     parser.add_argument("--profiles", help="only these, and full")
+    parser.add_argument("--long", default="", help="further lengths and fresh prompts of each task, as 8192:4,16384:4: columns of their own")
+    parser.add_argument("--long-profiles", help="of those columns, only these, and full")
     parser.add_argument("--speed-tokens", type=int, default=16000, help="context of the tokens/s column; 0 leaves it out")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     ask = parser.parse_args()
@@ -125,7 +127,7 @@ def main():
     chosen = [*common, "--profiles", ",".join(names), "--json", *model]
 
     tasks = {}
-    measured = []
+    measured, beyond = [], []
     if ask.prompts:
         measured.append(part(parts, "prompts", [ask.strait, "eval", "prompts", "--file", ask.prompts, "--lengths", ask.lengths, *chosen]))
     fresh = ["--lengths", ask.lengths, "--n", ask.n, "--seed", ask.seed]
@@ -134,13 +136,22 @@ def main():
     for report in measured:
         for cell in report["cells"]:
             tasks.setdefault(cell["profile"], []).append(cell)
+    kept = [p for p in names if not ask.long_profiles or p == "full" or p in ask.long_profiles.split(",")]
+    few = [*common, "--profiles", ",".join(kept), "--json", *model]
+    for long in filter(None, ask.long.split(",")):
+        length, n = long.split(":")
+        fresh = ["--lengths", length, "--n", n, "--seed", ask.seed]
+        beyond.append(part(parts, f"lines-{length}", [ask.strait, "eval", "lines", *fresh, *few]))
+        beyond.append(part(parts, f"niah-{length}", [ask.strait, "eval", "niah", "--kinds", "single_1", *fresh, *few]))
+        if ask.prompts and any(json.loads(line).get("target") == int(length) for line in ask.prompts.open()):
+            beyond.append(part(parts, f"prompts-{length}", [ask.strait, "eval", "prompts", "--file", ask.prompts, "--lengths", length, *few]))
     kl = {}
     if ask.text:
         for row in part(parts, "kl", [ask.strait, "eval", "kl", "--text", ask.text, "--lengths", 1024, "--n", 8, *chosen])["rows"]:
             kl[row["profile"]] = row
     speed = {}
     if ask.speed_tokens:
-        one = ["--lengths", ask.speed_tokens, "--n", 1, "--seed", ask.seed, "--max-concurrency", 1]
+        one = ["--lengths", ask.speed_tokens, "--n", 2, "--seed", ask.seed, "--max-concurrency", 1]
         for cell in part(parts, "speed", [ask.strait, "eval", "lines", *one, *chosen])["cells"]:
             speed[cell["profile"]] = cell["decode_tokens_per_second"]
 
@@ -152,7 +163,8 @@ def main():
         right = sum(c["n"] * c["accuracy"]["mean"] for c in cells)
         low, high = wilson(right, n)
         by_length = {}
-        for c in cells:
+        # Accuracy is over the lengths that every profile was asked at; longer ones have columns of their own.
+        for c in cells + [c for report in beyond for c in report["cells"] if c["profile"] == name]:
             one = by_length.setdefault(c["length"], [0.0, 0])
             one[0] += c["n"] * c["accuracy"]["mean"]
             one[1] += c["n"]

@@ -147,4 +147,16 @@ pub struct Usage {
     pub cached_tokens: u32,
     pub completion_tokens: u32,
     pub cache: CacheUse,
+    pub timings: Timings,
+}
+
+/// Where the time of one sequence went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Timings {
+    /// From arrival until it first had pages to run on.
+    pub queue: Duration,
+    /// From then to the first token.
+    pub prefill: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
 }

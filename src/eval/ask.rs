@@ -60,7 +60,7 @@ pub struct Answer {
     pub completion_tokens: Option<u32>,
     /// `usage.kv_cache.bytes`: every page the request held at its end.
     pub cache_bytes: Option<u64>,
-    /// From the first text to the last.
+    /// From the first token to the last, as the server tells, or from the first text to the last, as it arrived.
     pub decode: Duration,
 }
 
@@ -363,7 +363,11 @@ impl Heard {
             prompt_tokens: number(&self.usage["prompt_tokens"]),
             completion_tokens: number(&self.usage["completion_tokens"]),
             cache_bytes: self.usage["kv_cache"]["bytes"].as_u64(),
-            decode: self.first.zip(self.last).map_or(Duration::ZERO, |(first, last)| last - first),
+            // The server's own clock, if it tells: text that comes in a burst says little.
+            decode: match self.usage["timings"]["predicted_ms"].as_f64().filter(|ms| ms.is_finite() && *ms >= 0.0) {
+                Some(ms) => Duration::from_secs_f64(ms / 1e3),
+                None => self.first.zip(self.last).map_or(Duration::ZERO, |(first, last)| last - first),
+            },
         })
     }
 }

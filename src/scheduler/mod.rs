@@ -527,6 +527,7 @@ impl Scheduler {
             sequence.generated.len() as u32 >= sequence.request.min_new_tokens && sequence.request.stop_tokens.binary_search(&id).is_ok();
         sequence.generated.push(id);
         sequence.times.first_token.get_or_insert(self.now);
+        sequence.times.last_token = Some(self.now);
         let full = sequence.generated.len() as u32 == sequence.request.max_new_tokens;
         if !stops {
             out.push(Outcome::Token { seq, row, id });

@@ -8,7 +8,7 @@ use super::profile::{Need, ProfileSizes, pages_for};
 use crate::ids::{PAGE_TOKENS, PageAddr, SeqId, TokenId};
 use crate::pages::PagePool;
 use crate::pages::prefix::{Hit, Key, Keys, PageTokens};
-use crate::request::{CacheUse, GenerateRequest, Usage};
+use crate::request::{CacheUse, GenerateRequest, Timings, Usage};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
 
 /// Who comes first: lower priority values, then earlier arrival. Total, as arrivals are numbered.
@@ -21,6 +21,18 @@ pub struct Times {
     /// It first had pages to run on.
     pub started: Option<Duration>,
     pub first_token: Option<Duration>,
+    pub last_token: Option<Duration>,
+}
+
+impl Times {
+    fn timings(self) -> Timings {
+        let between = |from: Option<Duration>, to: Option<Duration>| from.zip(to).map_or(Duration::ZERO, |(a, b)| b.saturating_sub(a));
+        Timings {
+            queue: between(Some(self.arrived), self.started),
+            prefill: between(self.started, self.first_token),
+            decode: between(self.first_token, self.last_token),
+        }
+    }
 }
 
 /// What is known of a sequence once it is over.
@@ -160,6 +172,7 @@ impl<State> Sequence<State> {
             cached_tokens: self.cached_tokens,
             completion_tokens: self.generated.len() as u32,
             cache,
+            timings: self.times.timings(),
         };
         Ended { usage, times: self.times, preemptions: self.preemptions }
     }

@@ -75,8 +75,8 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let exact = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));
     let full = PageLayout::new(&opened.checkpoint.config, exact, &Profile { name: "full".into(), cskv: None }, None).bytes_per_token();
     let shares = BUDGETED.into_iter().filter(|(name, ..)| !ask.uniform && !settings.defined.iter().any(|d| d == name));
-    let shares = shares.map(|(name, share, basis)| budget(name.to_owned(), (full * share) as u32, basis));
-    let named = ask.budget.iter().map(|&bytes| budget(format!("budget-{bytes}"), bytes, BasisKind::Frequency));
+    let shares = shares.map(|(name, share, basis)| budget(name.to_owned(), (full * share) as u32, full, basis));
+    let named = ask.budget.iter().map(|&bytes| budget(format!("budget-{bytes}"), bytes, full, BasisKind::Frequency));
     for profile in shares.chain(named).collect::<Vec<_>>() {
         match settings.profiles.iter_mut().find(|p| p.name == profile.name) {
             Some(known) => *known = profile,

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::error::ErrorBody;
 use super::openai::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatToken, Completion, CompletionChoice,
-    CompletionLogprobs, Delta, Detokenized, KvCache, PromptTokensDetails, TokenText, Tokenized, TopLogprobs, Usage,
+    CompletionLogprobs, Delta, Detokenized, KvCache, PromptTokensDetails, Timings, TokenText, Tokenized, TopLogprobs, Usage,
 };
 use super::{ApiError, Loaded, RequestId, Server};
 use crate::admission::wire::{ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest};
@@ -197,6 +197,7 @@ impl Answer {
         let mut usage = self.running_usage(choices);
         let mut cached = 0;
         let mut cache = KvCache { profile: self.profile.clone(), ..KvCache::default() };
+        let mut timings = Timings::default();
         for (index, choice) in choices.iter().enumerate() {
             let bill = choice.bill.unwrap_or_default();
             // A prompt is billed once, and its first choice is the one that found it cached or not.
@@ -206,9 +207,14 @@ impl Answer {
             cache.bytes += bill.cache.bytes;
             cache.sealed_tokens += u64::from(bill.cache.sealed_tokens);
             cache.window_tokens += u64::from(bill.cache.window_tokens);
+            let longer = |ms: &mut f64, time: Duration| *ms = ms.max((time.as_secs_f64() * 1e6).round() / 1e3);
+            longer(&mut timings.queue_ms, bill.timings.queue);
+            longer(&mut timings.prompt_ms, bill.timings.prefill);
+            longer(&mut timings.predicted_ms, bill.timings.decode);
         }
         usage.prompt_tokens_details = Some(PromptTokensDetails { cached_tokens: cached });
         usage.kv_cache = Some(cache);
+        usage.timings = Some(timings);
         usage
     }
 

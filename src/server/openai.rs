@@ -17,6 +17,20 @@ pub struct Usage {
     /// Absent in the running counts of a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<KvCache>,
+    /// Absent in the running counts of a stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timings: Option<Timings>,
+}
+
+/// Where the time went, in milliseconds; of several choices, the longest. Named as llama-server names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
+pub struct Timings {
+    /// From arrival until there was room.
+    pub queue_ms: f64,
+    /// From then to the first token.
+    pub prompt_ms: f64,
+    /// From the first token to the last: `completion_tokens - 1` of them, if there is one choice.
+    pub predicted_ms: f64,
 }
 
 /// Where prompt tokens came from.

@@ -664,7 +664,7 @@ async fn scripted(tokenizes: bool) -> (String, Log) {
         let knows = body["cache_profile"] != "small" || line.ends_with(['0', '2', '4', '6', '8']);
         let (head, tail) = if knows { line.split_at(6) } else { ("I do", " not know") };
         let say = |s: &str| format!("data: {}\r\n\r\n", json!({ "choices": [{ "delta": { "content": s } }] }));
-        let usage = json!({ "choices": [], "usage": { "prompt_tokens": n, "completion_tokens": 9, "kv_cache": { "bytes": 10 * n } } });
+        let usage = json!({ "choices": [], "usage": { "prompt_tokens": n, "completion_tokens": 9, "kv_cache": { "bytes": 10 * n }, "timings": { "predicted_ms": 40.0 } } });
         let events = format!(": hello\n\n{}{}data: {usage}\n\ndata: [DONE]\n\n", say(head), say(tail));
         ([("content-type", "text/event-stream")], events).into_response()
     };
@@ -702,6 +702,7 @@ async fn questions_go_over_http_and_come_back_scored() {
     assert_eq!((cell.n, cell.accuracy.mean, cell.lost, cell.won), (8, right as f64 / 8.0, Some(8 - right), Some(0)));
     assert!((850.0..=1000.0).contains(&cell.prompt_tokens.unwrap()));
     assert_eq!(cell.cache_bytes_per_prompt_token, Some(10.0));
+    assert_eq!(cell.decode_tokens_per_second, Some(200.0), "by the server's clock");
     let log = log.lock().unwrap();
     let chats: Vec<&Value> = log.iter().filter(|b| b["stream"] == true).collect();
     // Eight each, and the one that had to come again.

@@ -38,6 +38,11 @@ async fn a_chat_in_one_piece() {
               "bytes": 4096,
               "sealed_tokens": 64,
               "window_tokens": 10
+            },
+            "timings": {
+              "queue_ms": 1.0,
+              "prompt_ms": 2.5,
+              "predicted_ms": 40.0
             }
           }
         }"#]],
@@ -63,7 +68,7 @@ async fn a_chat_as_a_stream() {
 
         data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}
 
-        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[],"usage":{"prompt_tokens":18,"completion_tokens":3,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":2},"kv_cache":{"profile":"cskv-80","bytes":4096,"sealed_tokens":64,"window_tokens":10}}}
+        data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":0,"model":"demo","choices":[],"usage":{"prompt_tokens":18,"completion_tokens":3,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":2},"kv_cache":{"profile":"cskv-80","bytes":4096,"sealed_tokens":64,"window_tokens":10},"timings":{"queue_ms":1.0,"prompt_ms":2.5,"predicted_ms":40.0}}}
 
         data: [DONE]
 

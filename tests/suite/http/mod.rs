@@ -15,7 +15,7 @@ use strait::admission::{Chat, Codec, Defaults, EncodeError, Model, Piece, Served
 use strait::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use strait::ids::{ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::{BasisKind, Cskv, Profile};
-use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, TokenLogprob, Usage};
+use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage};
 use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
 use strait::text::Start;
@@ -207,7 +207,8 @@ async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Se
     let token = |id| Event::Token { id, logprob: request.logprobs.map(|n| logprob_of(id, n)) };
     let done = |reason, generated| {
         let cache = CacheUse { bytes: 4096, sealed_tokens: 64, window_tokens: 10 };
-        let usage = Usage { prompt_tokens: request.prompt.len() as u32, cached_tokens: 2, completion_tokens: generated, cache };
+        let timings = Timings { queue: Duration::from_millis(1), prefill: Duration::from_micros(2500), decode: Duration::from_millis(40) };
+        let usage = Usage { prompt_tokens: request.prompt.len() as u32, cached_tokens: 2, completion_tokens: generated, cache, timings };
         Event::Done { reason, usage }
     };
     for step in steps {
