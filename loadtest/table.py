@@ -16,6 +16,7 @@ import math
 import pathlib
 import subprocess
 import sys
+import zlib
 
 
 def run(command, **kwargs):
@@ -24,8 +25,8 @@ def run(command, **kwargs):
 
 
 def part(folder, name, command):
-    """The JSON that `command` prints, kept in a file."""
-    path = folder / f"{name}.json"
+    """The JSON that `command` prints, kept in a file under its name and a digest of its arguments."""
+    path = folder / f"{name}-{zlib.crc32(repr([str(c) for c in command[1:]]).encode()):08x}.json"
     if not path.exists():
         text = run(command)
         json.loads(text)
@@ -113,6 +114,9 @@ def main():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     ask = parser.parse_args()
     ask.strait = ask.strait.resolve()
+    longer = [long.split(":")[0] for long in ask.long.split(",") if long]
+    if set(longer) & set(ask.lengths.split(",")):
+        parser.error("a length is in --lengths or in --long, not in both")
 
     parts = pathlib.Path(f"{ask.out}.parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,7 @@ def main():
         fresh = ["--lengths", length, "--n", n, "--seed", ask.seed]
         beyond.append(part(parts, f"lines-{length}", [ask.strait, "eval", "lines", *fresh, *few]))
         beyond.append(part(parts, f"niah-{length}", [ask.strait, "eval", "niah", "--kinds", "single_1", *fresh, *few]))
-        if ask.prompts and any(json.loads(line).get("target") == int(length) for line in ask.prompts.open()):
+        if ask.prompts and any(json.loads(line).get("target") == int(length) for line in ask.prompts.open() if line.strip()):
             beyond.append(part(parts, f"prompts-{length}", [ask.strait, "eval", "prompts", "--file", ask.prompts, "--lengths", length, *few]))
     kl = {}
     if ask.text:

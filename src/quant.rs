@@ -85,7 +85,7 @@ pub fn dequantise(codes: &[u8], scale: Scale, out: &mut [f32]) {
 }
 
 /// The numbers that codes of 2, 3 or 4 bits stand for, rising, and what a standard deviation is in them: the levels of least
-/// squared error for a normal distribution, rounded to whole numbers (which costs 5e-4 of that error at most).
+/// squared error for a normal distribution, rounded to whole numbers (which costs 6e-4 of that error at most).
 ///
 /// # Panics
 /// For other bits.

@@ -364,9 +364,9 @@ impl Heard {
             completion_tokens: number(&self.usage["completion_tokens"]),
             cache_bytes: self.usage["kv_cache"]["bytes"].as_u64(),
             // The server's own clock, if it tells: text that comes in a burst says little.
-            decode: match self.usage["timings"]["predicted_ms"].as_f64().filter(|ms| ms.is_finite() && *ms >= 0.0) {
-                Some(ms) => Duration::from_secs_f64(ms / 1e3),
-                None => self.first.zip(self.last).map_or(Duration::ZERO, |(first, last)| last - first),
+            decode: match self.usage["timings"]["predicted_ms"].as_f64().map(|ms| Duration::try_from_secs_f64(ms / 1e3)) {
+                Some(Ok(told)) => told,
+                _ => self.first.zip(self.last).map_or(Duration::ZERO, |(first, last)| last - first),
             },
         })
     }

@@ -99,7 +99,10 @@ fn every_family_is_compressed_and_loses_nothing_where_nothing_is_dropped() {
             assert!(by[profile] < most, "{name} {profile}: {:e}", by[profile]);
         }
         // What drops or rounds more is seen to do so, and a tenth of the bytes costs more than half of them.
-        assert!(by["turned-4"] > by["joint"] && by["half"] > by["joint"] && by["tenth"] > by["half"], "{name}: {by:?}");
+        assert!(
+            by["turned-4"] < 0.5 && by["turned-4"] > by["joint"] && by["half"] > by["joint"] && by["tenth"] > by["half"],
+            "{name}: {by:?}"
+        );
     }
 }
 

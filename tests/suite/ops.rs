@@ -760,6 +760,42 @@ fn attention_over_sealed_pages_agrees_with_the_definition() {
 }
 
 #[test]
+fn groups_and_spans_of_pages_agree_with_the_definition() {
+    // Two spans and a part of a group; maxima that move from group to group.
+    const PAGES: usize = 16 + 2 * 4 + 2;
+    let sinks = |cskv: Cskv, sinks| Cskv { sinks, ..cskv };
+    let mixed = |keys, values| turned(4, 4, BasisKind::Frequency, [keys, values]);
+    for (profile, tolerance) in [
+        (cskv(16, 4, BasisKind::Frequency), 1e-5),
+        (cskv(8, 4, BasisKind::Frequency), 1e-3),
+        (mixed(false, false), 1e-3),
+        (mixed(false, true), 6e-2),
+        (mixed(true, false), 6e-2),
+        (mixed(true, true), 6e-2),
+        // The sinks are all of the first page.
+        (sinks(mixed(false, false), 64), 1e-3),
+        (sinks(mixed(true, true), 64), 6e-2),
+    ] {
+        let cache = &mut Cache::new(ExactType::F32, heads(4, 2, 32), Some(profile.clone()));
+        let mut seq = Sequence::default();
+        cache.extend(&mut seq, PAGES * 64 + 70);
+        for (sealed, n) in [(1, 3), (PAGES - 1, 3)] {
+            cache.seal(&Reference, &mut seq, sealed);
+            let q: Vec<f32> = cache.queries(n).iter().map(|x| 2.0 * x).collect();
+            let want = cache.attend(&Reference, &[(&seq, n)], &q);
+            for isa in isas() {
+                let got = cache.attend(&cpu(isa, 2), &[(&seq, n)], &q);
+                assert_near(&got, &want, tolerance, format_args!("{isa} {profile:?}, {sealed} pages"));
+                let square = |x: f32| f64::from(x).powi(2);
+                let off: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
+                let all: f64 = want.iter().map(|&x| square(x)).sum();
+                assert!(off.sqrt() <= 0.4 * f64::from(tolerance) * all.sqrt(), "{isa} {profile:?}, {sealed} pages: {off:e} of {all:e}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_products_of_bytes_round_is_little_beside_what_the_codes_do() {
     let shape = heads(8, 4, 64);
     for isa in isas() {

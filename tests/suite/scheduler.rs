@@ -12,7 +12,7 @@ use expect_test::{Expect, expect};
 
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::PageSizes;
-use strait::request::{Failure, GenerateRequest, Sampling};
+use strait::request::{Failure, GenerateRequest, Sampling, Timings};
 use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Refused, RowResult, Scheduler, SealedSplit};
 use strait::step::{Logits, StepPlan};
 use strait::telemetry::Branch;
@@ -1024,4 +1024,19 @@ fn a_configuration_that_could_starve_is_refused() {
     bad.profiles[1].split.keys += 1;
     let error = Scheduler::new(bad).err().map(|e| e.to_string());
     assert_eq!(error.as_deref(), Some("cache profile 1: the parts of a sealed page do not sum to it"));
+}
+
+#[test]
+fn a_bill_says_where_the_time_went() {
+    let second = Duration::from_secs;
+    let mut scheduler = Scheduler::new(config(10)).expect("a sound configuration");
+    let (mut plan, mut out) = (StepPlan::default(), Vec::new());
+    scheduler.enqueue(SeqId(0), request(0, 1, 100, 3), second(10)).expect("it fits");
+    // Planned at 12; tokens at 15, 17 and 21.
+    for (planned, done) in [(12, 15), (16, 17), (20, 21)] {
+        scheduler.plan(second(planned), &mut plan, &mut out);
+        scheduler.commit(&plan, &[RowResult::Token(WORD)], second(done), &mut out);
+    }
+    let Some(Outcome::Done { ended, .. }) = out.last() else { panic!("{out:?}") };
+    assert_eq!(ended.usage.timings, Timings { queue: second(2), prefill: second(3), decode: second(6) });
 }

@@ -28,8 +28,8 @@ impl Span<'_> {
                 }
             }
             // The sum of `rank` products stays within 31 bits.
-            let top = ((1u32 << layer.keys.bits) - 1) as f32;
-            let limit = (i32::MAX as f32 / (top * layer.keys.rank as f32)).min(32767.0).floor();
+            let top = (1usize << layer.keys.bits) - 1;
+            let limit = (i32::MAX as usize / (top * layer.keys.rank).max(1)).min(32767) as f32;
             S::enter(KeyWeights { room, absorbed: self.absorbed, lines, t, limit });
             let pairs = codes.pairs();
             let mut from = 0;

@@ -5,11 +5,11 @@
 //! latents, so a unit of work is a span of pages and every head of a block of queries: a "line" is one (query, head), in the
 //! order `[kv_head][query][head of the group]`.
 //!
-//! Below 16 bits both products run on the codes themselves. With key latents `scale[r] * code + min[r]`, a score is
-//! `sum (a[r] scale[r]) code[r] + sum a[r] min[r]`: the weights `a[r] scale[r]` of a line and a page are rounded to 16 bits
+//! Below 16 bits both products run on the codes themselves. Of the affine quantiser, with key latents `scale[r] * code + min[r]`, a
+//! score is `sum (a[r] scale[r]) code[r] + sum a[r] min[r]`: the weights `a[r] scale[r]` of a line and a page are rounded to 16 bits
 //! under one factor of theirs, and the sum is exact in 32 bits from there; likewise values, with the softmax's weights times
-//! the scales of a group. The rounding moves a weight by 2^-16 of the largest, some 500 times less than 4-bit codes move
-//! what they stand for.
+//! the scales of a group ([`affine`]). Of the Hadamard quantiser weights have 8 bits ([`normal`]). Either moves a result much less than
+//! the codes moved what they stand for.
 //!
 //! Window and sinks are exact tiles, met by [`super::attend`]; all are merged at the end. What a line comes to depends on
 //! that line alone: spans are the same whatever is in the batch.
@@ -118,7 +118,7 @@ pub(super) fn attend(cpu: &Cpu, call: &Call<'_>, scratch: &mut LatentScratch, ou
             let spans = exact.div_ceil(SPAN);
             let each = State::floats(n * group, shape.head_dim);
             let floats = sealed_spans * State::floats(n * shape.heads, layer.values.rank) + spans * shape.kv_heads * each;
-            if !scratch.blocks.is_empty() && partials + floats > MEMORY {
+            if !scratch.blocks.is_empty() && absorbed + partials + floats > MEMORY {
                 break;
             }
             scratch.blocks.push(Block { row: at, first, n, units, sealed_spans, spans, absorbed, partials });
@@ -220,6 +220,7 @@ fn check(map: &FrequencyMap, values: &Projection, layer: &SealedLayer, call: &Ca
         (call.shape.kv_heads * call.shape.head_dim, layer.values.rank),
         "basis of another model"
     );
+    assert!(values.groups.iter().all(|g| g.ranks.end <= layer.values.rank), "a group wider than the page");
 }
 
 /// The lines of a block, in their order: place in `q` of each.

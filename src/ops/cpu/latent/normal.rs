@@ -1,7 +1,7 @@
 //! Sealed pages by the Hadamard quantiser, met on their codes: weights of 8 bits in quads, the absorbed query's once for all pages.
 //!
-//! What a rotation has passed through looks normal, so that its largest element is some three deviations: a query rounded to 8 bits
-//! under one factor moves a score by less than a twelfth of what the 4-bit codes of the keys moved it already. Softmax weights of a
+//! What a rotation has passed through looks normal, so that its largest element is some three or four deviations: a query rounded to 8
+//! bits under one factor moves a score by less than a tenth of what the 4-bit codes of the keys moved it already. Softmax weights of a
 //! group of pages are rounded under one factor too, and what rounding leaves over goes to the next position, in 16 lanes of
 //! positions that begin at different remainders: no number of small weights is lost beside a large one.
 
@@ -36,7 +36,8 @@ impl NormalQuery {
         const TOP: f32 = 127.0;
         let quads = codes_of(layer).quads();
         let top = a.iter().fold(0.0f32, |top, x| top.max(x.abs()));
-        let factor = if top > 0.0 && top.is_finite() { TOP / top } else { 0.0 };
+        // Below this the factor would be infinite, and the scores are nothing.
+        let factor = if top > 1e-30 && top.is_finite() { TOP / top } else { 0.0 };
         let mut sum = 0i32;
         to.fill(0);
         for (i, &x) in a.iter().enumerate() {
@@ -267,9 +268,10 @@ impl Kernel for NormalWeights<'_> {
                     j += S::N;
                 }
                 let top = S::greatest(top);
-                *factors.add(line) = if top > 0.0 && top.is_finite() { TOP / top } else { 0.0 };
+                let some = top > 1e-30 && top.is_finite();
+                *factors.add(line) = if some { TOP / top } else { 0.0 };
                 // A weight that is not finite makes the line so.
-                *back.add(line) = if top > 0.0 && top.is_finite() { top / TOP / unit } else { 0.0 } + 0.0 * S::sum(sum);
+                *back.add(line) = if some { top / TOP / unit } else { 0.0 } + 0.0 * S::sum(sum);
             }
             let mut line = lines.start;
             while line < lines.end {
