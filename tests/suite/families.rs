@@ -170,9 +170,10 @@ fn keys_and_values_of_an_adapter_are_compressed_by_the_bases_of_the_base_model()
             mean(&said[0].surprise)
         };
         assert!((surprise(&base) - surprise(&adapted)).abs() > 1e3 * got[0], "{name}");
-        // Half of the directions, chosen for another model's keys, lose more than those chosen for these, but not much more. (Those
-        // of the third model lose nothing: half of its directions hold all of its keys and values.)
-        assert!(name == "qwen3" || got[2] < 2.0 * best[2], "{name}: {got:?}, with bases of its own {best:?}");
+        // Half of the directions, chosen for another model's keys, lose more than those chosen for these, but not much more. Half of
+        // the third model's own hold all of its keys and values, so it is bounded by itself: the delta leaves that half.
+        let most = if name == "qwen3" { 0.2 } else { 2.0 * best[2] };
+        assert!(got[2] < most, "{name}: {got:?}, with bases of its own {best:?}");
         std::fs::remove_dir_all(&to).unwrap();
     }
 }
