@@ -84,16 +84,19 @@ pub fn dequantise(codes: &[u8], scale: Scale, out: &mut [f32]) {
     }
 }
 
-/// The numbers that codes of 2, 3 or 4 bits stand for, rising, and what a standard deviation is in them: the levels of least
-/// squared error for a normal distribution, rounded to whole numbers (which costs 6e-4 of that error at most).
+/// The numbers that codes of 2, 3 or 4 bits stand for, and what a standard deviation is in them: the levels of least squared error for
+/// a normal distribution, rounded to whole numbers (which costs 6e-4 of that error at most).
+///
+/// A code is a sign (its top bit, set below zero) and the index of a magnitude, so that a reader looks up few magnitudes and moves
+/// the sign to where its numbers have theirs.
 ///
 /// # Panics
 /// For other bits.
 pub const fn levels(bits: u32) -> (&'static [i8], f32) {
     match bits {
-        2 => (&[-60, -18, 18, 60], 39.724),
-        3 => (&[-88, -55, -31, -10, 10, 31, 55, 88], 40.893),
-        4 => (&[-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104], 38.135),
+        2 => (&[18, 60, -18, -60], 39.724),
+        3 => (&[10, 31, 55, 88, -10, -31, -55, -88], 40.893),
+        4 => (&[5, 15, 25, 36, 48, 62, 79, 104, -5, -15, -25, -36, -48, -62, -79, -104], 38.135),
         _ => panic!("levels are of 2, 3 or 4 bits"),
     }
 }
@@ -102,25 +105,29 @@ pub const fn levels(bits: u32) -> (&'static [i8], f32) {
 /// `deviation * level[c] / unit`.
 ///
 /// The deviation is first the root of the mean square, then what gives `x` back best from the codes that gave; codes are
-/// the nearest under that, rounded to f16. All codes are the one below zero where `x` is zero.
+/// the nearest under that, rounded to f16. All codes are of the level next below zero where `x` is zero.
 ///
 /// # Panics
 /// When `codes` has another length than `x`.
 pub fn quantise_normal(x: &[f32], bits: u32, codes: &mut [u8]) -> f16 {
     assert_eq!(x.len(), codes.len(), "one code per element");
     let (levels, unit) = levels(bits);
-    // Half way between neighbours, in halves of the levels' unit, so that they are whole.
+    let half = levels.len() / 2;
+    // Half way between neighbours, of magnitudes that rise; zero is half way, too.
     let mut between = [0.0f32; 15];
-    for (b, pair) in between.iter_mut().zip(levels.windows(2)) {
-        *b = 0.5 * (f32::from(pair[0]) + f32::from(pair[1]));
+    for i in 1..half {
+        let b = 0.5 * (f32::from(levels[i - 1]) + f32::from(levels[i]));
+        (between[half - 1 + i], between[half - 1 - i]) = (b, -b);
     }
     let between = &between[..levels.len() - 1];
-    // Boundary by boundary, so that elements are compared side by side.
+    // Boundary by boundary, so that elements are compared side by side: first how many lie below, then what that level's code is.
+    let (half, top) = (half as u8, levels.len() as u8 - 1);
     let choose = |codes: &mut [u8], by: f32| {
         codes.fill(0);
         for &b in between {
             codes.iter_mut().zip(x).for_each(|(code, &v)| *code = code.wrapping_add(u8::from(v * by > b)));
         }
+        codes.iter_mut().for_each(|code| *code = if *code >= half { code.wrapping_sub(half) } else { top.wrapping_sub(*code) });
     };
     let square = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / x.len().max(1) as f64;
     if square == 0.0 {

@@ -356,9 +356,11 @@ fn turn(map: &FrequencyMap, latent: &[f32], back: bool) -> Vec<f32> {
 /// `(deviation, codes)` of a block of normal numbers; see `quant::quantise_normal`.
 fn quantise_normal(x: &[f32], bits: u32) -> (f16, Vec<u32>) {
     let (levels, unit) = crate::quant::levels(bits);
+    let mut rising: Vec<(f64, u32)> = levels.iter().zip(0..).map(|(&level, code)| (f64::from(level), code)).collect();
+    rising.sort_by(|a, b| a.0.total_cmp(&b.0));
     let nearest = |v: f64| -> u32 {
         // Half way goes down.
-        (1..levels.len()).filter(|&i| v > (f64::from(levels[i - 1]) + f64::from(levels[i])) / 2.0).count() as u32
+        rising[(1..rising.len()).filter(|&i| v > (rising[i - 1].0 + rising[i].0) / 2.0).count()].1
     };
     let rms = (x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
     let codes = |deviation: f64| -> Vec<u32> {
