@@ -325,7 +325,7 @@ pub struct ServeFlags {
     /// Type of the weights in memory [default: auto, as stored].
     #[arg(long, value_enum, env = "STRAIT_DTYPE")]
     pub dtype: Option<DtypeArg>,
-    /// auto, cpu, cuda or cuda:N [default: auto].
+    /// cpu, cuda, cuda:N, or auto: a CUDA device where there is one [default: cpu].
     #[arg(long, env = "STRAIT_DEVICE")]
     pub device: Option<DeviceArg>,
     /// Worker threads [default: all cores].

@@ -23,6 +23,7 @@ pub struct Settings {
     pub served_model_names: Vec<String>,
     pub max_model_len: Option<u32>,
     pub dtype: LoadDtype,
+    pub device: DeviceArg,
     pub threads: usize,
     pub kv_cache_memory_bytes: Option<u64>,
     pub profiles: Vec<Profile>,
@@ -59,8 +60,6 @@ pub enum ConfigError {
     BadProfile { name: String, fault: String },
     #[error("--{flag} is {value}; it must be {want}")]
     Range { flag: &'static str, value: String, want: &'static str },
-    #[error("--device {0} asks for a CUDA device, and this build serves on the CPU only; use --device cpu")]
-    NoCuda(String),
     #[error(
         "--max-num-batched-tokens is {tokens}, and {seqs} sequences need at least {least} (a token each, and a page of a prompt); raise it or lower --max-num-seqs"
     )]
@@ -102,10 +101,6 @@ impl Settings {
         if api_keys.iter().chain(&flags.admin_api_key).any(|k| k.is_empty()) {
             return Err(ConfigError::EmptyKey);
         }
-        match flags.device {
-            None | Some(DeviceArg::Auto | DeviceArg::Cpu) => {}
-            Some(DeviceArg::Cuda(n)) => return Err(ConfigError::NoCuda(format!("cuda:{n}"))),
-        }
         let threads = flags.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         // A decode batch of 64 already reads the weights once for 64 tokens; more only lengthens each step.
         let max_num_seqs = flags.max_num_seqs.unwrap_or(64);
@@ -145,6 +140,7 @@ impl Settings {
                 DtypeArg::Bf16 => LoadDtype::Bf16,
                 DtypeArg::F32 => LoadDtype::F32,
             },
+            device: flags.device.unwrap_or(DeviceArg::Cpu),
             threads,
             kv_cache_memory_bytes: flags.kv_cache_memory_bytes.map(|Bytes(n)| n),
             profiles,

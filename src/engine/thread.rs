@@ -14,8 +14,10 @@ use crate::engine::sampler::{Draw, Occurrences, Sampler, has_penalties};
 use crate::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use crate::ids::{SeqId, TokenId};
 use crate::kv::Arena;
+use crate::model::cuda::CudaDecoder;
 use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use crate::ops::Ops;
+use crate::ops::cuda::CudaError;
 use crate::request::{Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
 use crate::scheduler::{self, Fit, Outcome, RowResult, Scheduler};
 use crate::step::StepPlan;
@@ -35,13 +37,45 @@ const STARTS: usize = 32;
 
 /// Everything the engine owns.
 pub struct Parts {
+    pub runner: Runner,
+    pub scheduler: scheduler::Config,
+    /// Receives every event worth counting.
+    pub emit: Box<dyn Fn(telemetry::Event) + Send>,
+}
+
+/// Who carries out plans, with the model and the cache it does so on.
+pub enum Runner {
+    Host(Box<Host>),
+    Cuda(Box<CudaDecoder>),
+}
+
+/// The model and its cache in the host's memory.
+pub struct Host {
     pub decoder: Decoder<'static>,
     pub arena: Arena,
     pub profiles: Vec<ReadyProfile>,
     pub ops: Box<dyn Ops>,
-    pub scheduler: scheduler::Config,
-    /// Receives every event worth counting.
-    pub emit: Box<dyn Fn(telemetry::Event) + Send>,
+}
+
+impl Runner {
+    /// The cache profiles it serves.
+    pub fn profiles(&self) -> &[ReadyProfile] {
+        match self {
+            Runner::Host(host) => &host.profiles,
+            Runner::Cuda(decoder) => decoder.profiles(),
+        }
+    }
+
+    fn forward(&mut self, plan: &StepPlan, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        match self {
+            Runner::Host(host) => {
+                let Host { decoder, arena, profiles, ops } = &mut **host;
+                decoder.forward(&mut Pass { plan, arena, profiles, ops: &**ops, sink, observer: None });
+                Ok(())
+            }
+            Runner::Cuda(decoder) => decoder.forward(plan, sink),
+        }
+    }
 }
 
 /// Starts the thread. It runs until [`Engine::stop`].
@@ -67,10 +101,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
     });
     let room = Room {
         scheduler,
-        decoder: parts.decoder,
-        arena: parts.arena,
-        profiles: parts.profiles,
-        ops: parts.ops,
+        runner: parts.runner,
         emit: parts.emit,
         clients: HashMap::new(),
         sampler: Sampler::default(),
@@ -80,6 +111,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHan
         steps: 0,
         snapshot_at: Instant::now(),
         stalled: true,
+        lost: false,
     };
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || room.run(&messages))?;
     Ok((EngineHandle::new(Arc::new(door)), thread))
@@ -218,10 +250,7 @@ struct Client {
 /// What the thread owns.
 struct Room {
     scheduler: Scheduler,
-    decoder: Decoder<'static>,
-    arena: Arena,
-    profiles: Vec<ReadyProfile>,
-    ops: Box<dyn Ops>,
+    runner: Runner,
     emit: Box<dyn Fn(telemetry::Event) + Send>,
     clients: HashMap<SeqId, Client>,
     sampler: Sampler,
@@ -233,6 +262,8 @@ struct Room {
     snapshot_at: Instant,
     /// The latest plan was empty: nothing can run until something comes in, or a deadline passes.
     stalled: bool,
+    /// The device will compute nothing more.
+    lost: bool,
 }
 
 impl Room {
@@ -257,6 +288,13 @@ impl Room {
             }
             self.step(&plan, &mut results);
             self.steps += 1;
+            if self.lost {
+                tracing::error!("the device is lost; the engine stops");
+                self.scheduler.end_all(Failure::Internal("the server lost its device".into()), &mut self.outcomes);
+                self.deliver(&[]);
+                self.publish();
+                return;
+            }
             if self.steps.is_multiple_of(CHECK_EVERY)
                 && let Err(broken) = self.scheduler.check()
             {
@@ -370,25 +408,23 @@ impl Room {
         logprobs.resize(plan.rows.len(), None);
         let computed = catch_unwind(AssertUnwindSafe(|| {
             let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
-            self.decoder.forward(&mut Pass {
-                plan,
-                arena: &mut self.arena,
-                profiles: &self.profiles,
-                ops: &*self.ops,
-                sink: &mut sink,
-                observer: None,
-            });
+            self.runner.forward(plan, &mut sink)
         }));
         let now = self.door.born.elapsed();
         match computed {
-            Ok(()) => self.scheduler.commit(plan, results, now, &mut self.outcomes),
+            Ok(Ok(())) => self.scheduler.commit(plan, results, now, &mut self.outcomes),
+            Ok(Err(error)) => {
+                tracing::error!(rows = plan.rows.len(), %error, "the device failed a step");
+                self.lost |= error.is_lost();
+                self.scheduler.step_failed(plan, Failure::Internal("the device failed on this request".into()), now, &mut self.outcomes);
+            }
             Err(panic) => {
                 let what = panic_text(&*panic);
                 tracing::error!(rows = plan.rows.len(), %what, "a step panicked");
                 self.scheduler.step_failed(plan, Failure::Internal("the model failed on this request".into()), now, &mut self.outcomes);
             }
         }
-        let tokens = plan.rows.iter().map(|r| (r.len() * r.layers.len()) as u64).sum::<u64>() / self.decoder.config().layers as u64;
+        let tokens = plan.rows.iter().map(|r| (r.len() * r.layers.len()) as u64).sum::<u64>() / u64::from(self.scheduler.config().layers);
         (self.emit)(telemetry::Event::Step { seconds: begun.elapsed().as_secs_f64(), tokens: tokens as u32 });
         self.deliver(&logprobs);
         self.logprobs = logprobs;

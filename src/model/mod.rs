@@ -1,9 +1,10 @@
 //! The decoder and where it comes from: `checkpoint` opens a folder, `weights` types its tensors, `config` holds its
-//! facts, `decoder` runs them.
+//! facts, `decoder` runs them on the host, `cuda` on a device.
 
 pub mod checkpoint;
 pub mod config;
 pub mod config_json;
+pub mod cuda;
 pub mod decoder;
 pub mod generation;
 pub mod header;

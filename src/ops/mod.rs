@@ -14,6 +14,7 @@ use crate::kv::Arena;
 use crate::kv::layout::{ExactType, PageLayout};
 
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 
 /// A row-major matrix `[out][in]`, borrowed from the checkpoint's mapping where its type allows.

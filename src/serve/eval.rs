@@ -351,7 +351,10 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         .map(|&length| Ok((length, run::sequences(&ask.text, &tokens, &begin, length, ask.n)?)))
         .collect::<Result<_, RunError>>()?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
-    let mut machine = Machine { decoder: &mut ready.parts.decoder, ops: &*ready.parts.ops, profiles: &ready.parts.profiles };
+    let crate::engine::thread::Runner::Host(host) = &mut ready.parts.runner else {
+        bail!("forced text is read on the host; leave out --device")
+    };
+    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles };
     let mut rows = Vec::new();
     for (length, sequences) in sheets {
         let prompt = prompt_of(ask, length);

@@ -18,15 +18,17 @@ use tokio::net::TcpListener;
 use crate::admission;
 use crate::config::ConfigError;
 use crate::config::Settings;
-use crate::config::args::{LogFormat, ServeFlags};
+use crate::config::args::{DeviceArg, LogFormat, ServeFlags};
 use crate::demo;
-use crate::engine::thread::{Parts, start};
+use crate::engine::thread::{Host, Parts, Runner, start};
 use crate::ids::{PAGE_TOKENS, ProfileIndex};
 use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
+use crate::model::cuda::{self, CudaDecoder};
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
+use crate::ops::cuda::Device;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};
@@ -95,9 +97,27 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     // Nobody may be reading; that is no reason not to serve.
     let _ = write!(out, "{}", banner(&address, is_demo, &summary)).and_then(|()| out.flush());
 
-    let drained = serving.await.context("the accept loop failed")?;
-    let ended = tokio::task::spawn_blocking(move || engine.join()).await?;
-    if ended.is_err() {
+    let mut serving = serving;
+    let mut engine = tokio::task::spawn_blocking(move || engine.join());
+    let drained = tokio::select! {
+        drained = &mut serving => drained.context("the accept loop failed")?,
+        ended = &mut engine => {
+            // By itself: its clients have been told. What they were told has a moment to reach them.
+            let (stopping, panicked) = (server.phase() >= server::Phase::Draining, ended?.is_err());
+            server.stop();
+            if !stopping {
+                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                bail!("the engine {}; see the log above", if panicked { "thread panicked" } else { "stopped by itself" });
+            }
+            if panicked {
+                bail!("the engine thread panicked; see the log above");
+            }
+            let drained = serving.await.context("the accept loop failed")?;
+            tracing::info!(forced = drained.forced, "stopped");
+            return Ok(());
+        }
+    };
+    if engine.await?.is_err() {
         bail!("the engine thread panicked; see the log above");
     }
     tracing::info!(forced = drained.forced, "stopped");
@@ -165,7 +185,11 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let exact = ready::exact_type(&weights);
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
-    let (profile_specs, profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
+    let device = device(settings.device)?;
+    let (mut profile_specs, mut profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
+    if device.is_some() {
+        served_there(&mut profile_specs, &mut profiles, &settings.default_profile)?;
+    }
     let default_profile = profile_specs.iter().position(|p| p.name == settings.default_profile).ok_or_else(|| {
         ConfigError::UnknownProfile { name: settings.default_profile.clone(), known: crate::config::names(&profile_specs) }
     })?;
@@ -176,9 +200,18 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     }
 
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
-    let arena_bytes = match settings.kv_cache_memory_bytes {
-        Some(bytes) => bytes,
-        None => default_arena(&profiles[0].layout, &sizes, context, settings.max_num_seqs)?,
+    let arena_bytes = match (settings.kv_cache_memory_bytes, &device) {
+        (Some(bytes), _) => bytes,
+        (None, None) => {
+            let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
+            default_arena(free / 2, &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
+        }
+        (None, Some(device)) => {
+            // Weights in bf16, and what a step computes with; of the rest some is left to the driver.
+            let taken = weight_bytes + STEP_BYTES;
+            let free = (device.memory()?.0 as u64).saturating_sub(taken) / 20 * 19;
+            default_arena(free, &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
+        }
     };
     let config = scheduler::Config {
         max_num_seqs: settings.max_num_seqs,
@@ -202,14 +235,27 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
             "the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile"
         );
     }
-    let arena = Arena::new(arena_bytes)
-        .with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
-    let backend = ops.describe();
+    let runner = match device {
+        None => {
+            let arena = Arena::new(arena_bytes)
+                .with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
+            Runner::Host(Box::new(Host { decoder, arena, profiles, ops }))
+        }
+        Some(device) => {
+            let block = settings.max_num_batched_tokens as usize;
+            let (weights, rope) = (decoder.weights(), decoder.rope());
+            Runner::Cuda(Box::new(CudaDecoder::new(device, model, weights, rope, profiles, (arena_bytes, block))?))
+        }
+    };
+    let backend = match &runner {
+        Runner::Host(host) => host.ops.describe(),
+        Runner::Cuda(decoder) => decoder.describe(),
+    };
     let telemetry = telemetry.clone();
     let emit = Box::new(move |event| telemetry.emit(event));
     let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
     Ok(Ready {
-        parts: Parts { decoder, arena, profiles, ops, scheduler: config, emit },
+        parts: Parts { runner, scheduler: config, emit },
         names,
         context,
         default_profile,
@@ -223,13 +269,52 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     })
 }
 
-/// Half of the memory that is free now, but no more than the longest sequences of a full house could use.
-fn default_arena(full: &PageLayout, sizes: &[ProfileSizes], context: u32, seqs: usize) -> anyhow::Result<u64> {
+/// Bytes of a device that activations, tables and partial results of a step may take.
+const STEP_BYTES: u64 = 1 << 30;
+
+/// The memory that is free, but no more than the longest sequences of a full house could use.
+fn default_arena(free: u64, full: &PageLayout, sizes: &[ProfileSizes], (context, seqs): (u32, usize)) -> u64 {
     let page = full.sizes().exact;
     let house = u64::from(context.div_ceil(PAGE_TOKENS)).saturating_mul(page).saturating_mul(seqs as u64);
-    let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
     let largest = sizes.iter().flat_map(|s| [s.sizes.exact, s.sizes.workspace]).max().unwrap_or(page);
-    Ok((free / 2).min(house).max(8 * largest))
+    free.min(house).max(8 * largest)
+}
+
+/// The device that was asked for; `None` for the host.
+///
+/// # Errors
+/// Where a device was named and cannot be had.
+fn device(asked: DeviceArg) -> anyhow::Result<Option<Arc<Device>>> {
+    match asked {
+        DeviceArg::Cpu => Ok(None),
+        DeviceArg::Cuda(n) => Ok(Some(Device::open(n as usize)?)),
+        DeviceArg::Auto => match Device::open(0) {
+            Ok(device) => Ok(Some(device)),
+            Err(why) => {
+                tracing::info!("serving on the CPU: {why}");
+                Ok(None)
+            }
+        },
+    }
+}
+
+/// Leaves out the profiles that a device does not serve, and says so.
+///
+/// # Errors
+/// Where the default is one of them.
+fn served_there(specs: &mut Vec<crate::kv::layout::Profile>, profiles: &mut Vec<ReadyProfile>, default: &str) -> anyhow::Result<()> {
+    for at in (0..profiles.len()).rev() {
+        if let Err(why) = cuda::check_profile(&profiles[at]) {
+            let name = &specs[at].name;
+            if name == default {
+                bail!("cache profile {name}: {why}; choose another with --cache-profile, or use --device cpu");
+            }
+            tracing::warn!("leaving out cache profile {name}: {why}");
+            specs.remove(at);
+            profiles.remove(at);
+        }
+    }
+    Ok(())
 }
 
 /// `MemAvailable` of the machine, or what a memory cgroup leaves if that is less.
@@ -260,7 +345,7 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, std::threa
     let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } =
         ready;
     let config = parts.scheduler.clone();
-    let layouts: Vec<PageLayout> = parts.profiles.iter().map(|p: &ReadyProfile| p.layout.clone()).collect();
+    let layouts: Vec<PageLayout> = parts.runner.profiles().iter().map(|p: &ReadyProfile| p.layout.clone()).collect();
     let (engine, thread) = start(parts)?;
     let fit = Mutex::new(Fit::new(&config));
     let longest = |i: usize| Fit::new(&config).longest(ProfileIndex(i as u8), u32::MAX / 2);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
 use strait::compress::artifact::Fingerprint;
-use strait::engine::thread::{Parts, start};
+use strait::engine::thread::{Host, Parts, Runner, start};
 use strait::engine::{EngineHandle, SubmitError, TokenStream};
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::Arena;
@@ -101,10 +101,7 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
             hash_secret: [7; 32],
             model_digest: [1; 32],
         },
-        arena: Arena::new(arena_bytes).unwrap(),
-        decoder,
-        profiles: ready,
-        ops,
+        runner: Runner::Host(Box::new(Host { arena: Arena::new(arena_bytes).unwrap(), decoder, profiles: ready, ops })),
         emit: Box::new(|_| ()),
     }
 }
@@ -443,7 +440,8 @@ impl LogitsSink for Deaf {
 #[test]
 fn a_decode_step_allocates_nothing() {
     for model in ["llama3", "qwen3"] {
-        let Parts { scheduler, mut decoder, mut arena, profiles, ops, .. } = parts(model, ROOMY, || Box::new(Cpu::new(1)));
+        let Parts { scheduler, runner: Runner::Host(host), .. } = parts(model, ROOMY, || Box::new(Cpu::new(1))) else { unreachable!() };
+        let Host { mut decoder, mut arena, profiles, ops } = *host;
         let mut scheduler = scheduler::Scheduler::new(scheduler).unwrap();
         for profile in 0..4u8 {
             let request = request(&tokens(60 + usize::from(profile), 7, 256), 400, profile);

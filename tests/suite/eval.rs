@@ -18,7 +18,7 @@ use expect_test::{Expect, expect};
 use serde_json::{Value, json};
 use strait::calibrate::{self, Moments, demo_prompts};
 use strait::compress::artifact::Fingerprint;
-use strait::engine::thread::{Parts, start};
+use strait::engine::thread::{Host, Parts, Runner, start};
 use strait::eval::ask::{AskError, Client};
 use strait::eval::forced::{ForcedError, Machine, Said, force};
 use strait::eval::http::Http;
@@ -576,10 +576,12 @@ fn forced_text_reads_what_decoding_reads() {
                 hash_secret: [7; 32],
                 model_digest: [1; 32],
             },
-            arena: Arena::new(arena_bytes).unwrap(),
-            decoder: engine_decoder,
-            profiles: ready.clone(),
-            ops: Box::new(Cpu::new(2)),
+            runner: Runner::Host(Box::new(Host {
+                arena: Arena::new(arena_bytes).unwrap(),
+                decoder: engine_decoder,
+                profiles: ready.clone(),
+                ops: Box::new(Cpu::new(2)),
+            })),
             emit: Box::new(|_| ()),
         })
         .unwrap();

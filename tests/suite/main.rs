@@ -7,6 +7,7 @@ mod artifact;
 mod calibrate;
 mod checkpoint;
 mod codec;
+mod cuda;
 mod engine;
 mod eval;
 mod families;

@@ -16,30 +16,30 @@ use strait::ops::{Append, AttendRow, Heads, LayerView, Linear, Matrix, MatrixDat
 use strait::quant::{Order, get, levels};
 
 /// Seeded numbers.
-struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
 
-    fn unit(&mut self) -> f32 {
+    pub(crate) fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1 << 24) as f32
     }
 
     /// About normal.
-    fn normal(&mut self) -> f32 {
+    pub(crate) fn normal(&mut self) -> f32 {
         (0..4).map(|_| self.unit() - 0.5).sum::<f32>() * 1.7
     }
 
-    fn normals(&mut self, n: usize) -> Vec<f32> {
+    pub(crate) fn normals(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.normal()).collect()
     }
 
-    fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, (self.next() % (i as u64 + 1)) as usize);
         }
@@ -66,7 +66,7 @@ fn bits(x: &[f32]) -> Vec<u32> {
 }
 
 #[track_caller]
-fn assert_same(got: &[f32], want: &[f32], what: std::fmt::Arguments<'_>) {
+pub(crate) fn assert_same(got: &[f32], want: &[f32], what: std::fmt::Arguments<'_>) {
     let different = got.iter().zip(want).position(|(a, b)| a.to_bits() != b.to_bits());
     assert_eq!(got.len(), want.len(), "{what}");
     if let Some(i) = different {
@@ -75,7 +75,7 @@ fn assert_same(got: &[f32], want: &[f32], what: std::fmt::Arguments<'_>) {
 }
 
 #[track_caller]
-fn assert_near(got: &[f32], want: &[f32], tolerance: f32, what: std::fmt::Arguments<'_>) {
+pub(crate) fn assert_near(got: &[f32], want: &[f32], tolerance: f32, what: std::fmt::Arguments<'_>) {
     assert_eq!(got.len(), want.len(), "{what}");
     let size = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     for (i, (a, b)) in got.iter().zip(want).enumerate() {
@@ -247,30 +247,30 @@ fn rope_table(half: usize, positions: usize, factor: f32) -> RopeTable {
 }
 
 /// A cache of one layer, in an arena whose every unwritten byte is ones: NaN in any element type.
-struct Cache {
-    arena: Arena,
-    layout: PageLayout,
-    compression: Option<LayerCompression>,
-    table: RopeTable,
-    shape: Heads,
+pub(crate) struct Cache {
+    pub(crate) arena: Arena,
+    pub(crate) layout: PageLayout,
+    pub(crate) compression: Option<LayerCompression>,
+    pub(crate) table: RopeTable,
+    pub(crate) shape: Heads,
     free: Vec<PageAddr>,
     rng: Rng,
 }
 
 /// One sequence of a [`Cache`].
 #[derive(Default, Clone)]
-struct Sequence {
-    len: usize,
-    sealed: Vec<PageAddr>,
-    sinks: Option<PageAddr>,
-    exact: Vec<PageAddr>,
+pub(crate) struct Sequence {
+    pub(crate) len: usize,
+    pub(crate) sealed: Vec<PageAddr>,
+    pub(crate) sinks: Option<PageAddr>,
+    pub(crate) exact: Vec<PageAddr>,
 }
 
-const LAYERS: usize = 2;
-const LAYER: usize = 1;
+pub(crate) const LAYERS: usize = 2;
+pub(crate) const LAYER: usize = 1;
 
 impl Cache {
-    fn new(exact: ExactType, shape: Heads, profile: Option<Cskv>) -> Cache {
+    pub(crate) fn new(exact: ExactType, shape: Heads, profile: Option<Cskv>) -> Cache {
         let model = ModelConfig {
             family: "llama".into(),
             hidden: 64,
@@ -317,12 +317,12 @@ impl Cache {
         Cache { arena, layout, compression, table: rope_table(shape.head_dim / 2, 4096, 1.1), shape, free, rng }
     }
 
-    fn view(&self) -> LayerView<'_> {
+    pub(crate) fn view(&self) -> LayerView<'_> {
         LayerView { layer: LAYER, layout: &self.layout, compression: self.compression.as_ref() }
     }
 
     /// Appends `n` positions of random keys and values.
-    fn extend(&mut self, seq: &mut Sequence, n: usize) {
+    pub(crate) fn extend(&mut self, seq: &mut Sequence, n: usize) {
         let width = self.shape.kv_heads * self.shape.head_dim;
         let (k, v) = (self.rng.normals(n * width), self.rng.normals(n * width));
         let sealed = 64 * seq.sealed.len();
@@ -339,7 +339,7 @@ impl Cache {
     }
 
     /// Seals the first `n` exact pages.
-    fn seal(&mut self, ops: &dyn Ops, seq: &mut Sequence, n: usize) {
+    pub(crate) fn seal(&mut self, ops: &dyn Ops, seq: &mut Sequence, n: usize) {
         let exact_offset = LAYER * self.layout.exact_layer_bytes();
         let sinks = self.layout.sinks as usize;
         if seq.sealed.is_empty() && sinks > 0 {
@@ -379,7 +379,7 @@ impl Cache {
     }
 
     /// Attention of the last `n` positions of each sequence, in one call, with these queries.
-    fn attend(&self, ops: &dyn Ops, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
+    pub(crate) fn attend(&self, ops: &dyn Ops, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
         let mut out = vec![f32::NAN; q.len()];
         let mut first = 0;
         let rows: Vec<AttendRow<'_>> = rows
@@ -402,7 +402,7 @@ impl Cache {
         out
     }
 
-    fn queries(&mut self, n: usize) -> Vec<f32> {
+    pub(crate) fn queries(&mut self, n: usize) -> Vec<f32> {
         let width = self.shape.heads * self.shape.head_dim;
         // Larger than life, so that the softmax has peaks and tails.
         self.rng.normals(n * width).iter().map(|v| v * 3.0).collect()
@@ -437,7 +437,7 @@ fn frequencies(rng: &mut Rng, shape: Heads, rank: usize) -> FrequencyMap {
     FrequencyMap { kv_heads, half, frequencies, down, up, rotation: None }
 }
 
-fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+pub(crate) fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
     Heads { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5) }
 }
 
@@ -551,7 +551,7 @@ fn cskv(bits: u32, sinks: u32, basis: BasisKind) -> Cskv {
 }
 
 /// By the Hadamard quantiser, for keys, values, or both.
-fn turned(bits: u32, sinks: u32, basis: BasisKind, [keys, values]: [bool; 2]) -> Cskv {
+pub(crate) fn turned(bits: u32, sinks: u32, basis: BasisKind, [keys, values]: [bool; 2]) -> Cskv {
     let quantiser = |turned| if turned { Quantiser::Hadamard } else { Quantiser::Affine };
     Cskv { key_quantiser: quantiser(keys), value_quantiser: quantiser(values), ..cskv(bits, sinks, basis) }
 }

@@ -71,7 +71,7 @@ const NEVERS: &[(&[&str], &[&str], &str)] = &[
 ];
 
 /// Where `unsafe` may stand.
-const UNSAFE: &[&str] = &["src/ops/cpu/", "src/model/checkpoint.rs"];
+const UNSAFE: &[&str] = &["src/ops/cpu/", "src/ops/cuda/", "src/model/checkpoint.rs"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

@@ -1,0 +1,244 @@
+// A CUDA driver library whose device is this CPU: what the host's code allocates, copies, loads and launches, with the very
+// kernels of this folder run by cuda_cpu.h. Any image is accepted as a module; kernels are found by their names.
+//
+// It is strict where a device is: copies outside an allocation, freed memory, more shared memory or threads than were asked for
+// are errors. Fresh memory is 0xff. STRAIT_EMULATED_SEED shuffles the order of threads.
+#define STRAIT_EMULATED 1
+#include "../strait.cu"
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+typedef int CUresult;
+typedef uint64_t CUdeviceptr;
+
+namespace {
+
+struct Kernel {
+    std::function<void(void**, dim3, dim3, unsigned)> run;
+    size_t bytes = 0;               // of its parameters
+    unsigned shared = 48 * 1024;
+};
+
+std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+
+// Every kernel of ours takes one struct.
+template <class A> bool add(const char* name, void (*kernel)(A)) {
+    kernels()[name].bytes = sizeof(A);
+    kernels()[name].run = [kernel](void** p, dim3 grid, dim3 block, unsigned shared) {
+        const A args = *reinterpret_cast<A*>(p[0]);
+        static const char* seed = getenv("STRAIT_EMULATED_SEED");
+        emu::launch(grid, block, shared, [&] { kernel(args); }, seed ? strtoull(seed, nullptr, 10) : 0);
+    };
+    return true;
+}
+#define ADD(name) const bool added_##name = add(#name, name);
+STRAIT_KERNELS(ADD)
+
+std::mutex lock;
+std::map<CUdeviceptr, size_t> live;
+bool inside(CUdeviceptr p, size_t n) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto it = live.upper_bound(p);
+    if (it == live.begin()) return n == 0;
+    --it;
+    return p + n <= it->first + it->second;
+}
+
+// Work is done when it is asked for, unless it is being recorded.
+struct Stream {
+    std::vector<std::function<CUresult()>>* recording = nullptr;
+    // Launches until the device is lost to this stream; never where negative.
+    int left = -1;
+    bool lost = false;
+};
+struct Graph {
+    std::vector<std::function<CUresult()>> nodes;
+};
+Stream legacy;
+Stream& stream_of(void* s) { return s ? *(Stream*)s : legacy; }
+CUresult submit(void* s, std::function<CUresult()> work) {
+    Stream& stream = stream_of(s);
+    if (!stream.recording) return work();
+    stream.recording->push_back(std::move(work));
+    return 0;
+}
+
+struct Event {
+    double at;
+};
+double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+CUresult allocate(CUdeviceptr* p, size_t n) {
+    void* q = nullptr;
+    if (posix_memalign(&q, 256, n ? n : 1)) return 2;
+    memset(q, 0xff, n);
+    *p = (CUdeviceptr)q;
+    std::lock_guard<std::mutex> hold(lock);
+    live[*p] = n;
+    return 0;
+}
+CUresult release(CUdeviceptr p) {
+    if (!p) return 0;
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        auto it = live.find(p);
+        if (it == live.end()) return 1;
+        memset((void*)p, 0xff, it->second);
+        live.erase(it);
+    }
+    free((void*)p);
+    return 0;
+}
+
+thread_local void* context = nullptr;
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default"))) CUresult
+API cuInit(unsigned) { return 0; }
+API cuDriverGetVersion(int* v) { *v = 13000; return 0; }
+API cuDeviceGet(int* d, int ordinal) { if (ordinal) return 101; *d = 0; return 0; }
+API cuDeviceGetCount(int* n) { *n = 1; return 0; }
+API cuDeviceGetName(char* s, int n, int) { snprintf(s, n, "emulated on the CPU"); return 0; }
+API cuDeviceGetUuid_v2(void* p, int) { memset(p, 0, 16); return 0; }
+API cuDeviceTotalMem_v2(size_t* n, int) { *n = size_t(1) << 34; return 0; }
+API cuMemGetInfo_v2(size_t* free, size_t* total) { *free = *total = size_t(1) << 34; return 0; }
+API cuDeviceGetAttribute(int* v, int a, int) {
+    switch (a) {
+        case 1: *v = 1024; break;       // threads of a block
+        case 10: *v = 32; break;        // of a warp
+        case 16: *v = 4; break;         // multiprocessors
+        case 38: *v = 1 << 20; break;   // bytes of L2
+        case 75: *v = 9; break;         // compute capability
+        case 76: *v = 0; break;
+        case 97: *v = 232448; break;    // shared memory of a block, asked for
+        case 115: *v = 1; break;
+        default: *v = 0;
+    }
+    return 0;
+}
+API cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)0x10; return 0; }
+API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+API cuCtxSetCurrent(void* c) { context = c; return 0; }
+API cuCtxGetCurrent(void** c) { *c = context; return 0; }
+API cuCtxSynchronize() { return 0; }
+API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
+API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
+API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
+API cuStreamSynchronize(void* s) { return stream_of(s).recording ? 900 : stream_of(s).lost ? 719 : 0; }
+API cuStreamWaitEvent(void*, void*, unsigned) { return 0; }
+API cuStreamIsCapturing(void* s, int* v) { *v = stream_of(s).recording != nullptr; return 0; }
+API cuStreamBeginCapture_v2(void* s, int) {
+    Stream& stream = stream_of(s);
+    if (stream.recording) return 1;
+    stream.recording = &(new Graph)->nodes;
+    return 0;
+}
+API cuStreamEndCapture(void* s, void** graph) {
+    Stream& stream = stream_of(s);
+    if (!stream.recording) return 1;
+    *graph = stream.recording;          // the first member of its Graph
+    stream.recording = nullptr;
+    return 0;
+}
+API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) { *exec = new Graph(*(Graph*)graph); return 0; }
+API cuGraphLaunch(void* exec, void* s) {
+    if (stream_of(s).recording) return 900;
+    for (auto& node : ((Graph*)exec)->nodes)
+        if (CUresult r = node()) return r;
+    return 0;
+}
+API cuGraphDestroy(void* graph) { delete (Graph*)graph; return 0; }
+API cuGraphExecDestroy(void* exec) { delete (Graph*)exec; return 0; }
+API cuEventCreate(void** e, unsigned) { *e = new Event{0}; return 0; }
+API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
+API cuEventRecord(void* e, void*) { ((Event*)e)->at = now(); return 0; }
+API cuEventSynchronize(void*) { return 0; }
+API cuEventQuery(void*) { return 0; }
+API cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
+API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return allocate(p, n); }
+API cuMemAllocAsync(CUdeviceptr* p, size_t n, void*) { return allocate(p, n); }
+API cuMemFree_v2(CUdeviceptr p) { return release(p); }
+API cuMemFreeAsync(CUdeviceptr p, void*) { return release(p); }
+API cuMemAllocHost_v2(void** p, size_t n) { return posix_memalign(p, 256, n ? n : 1) ? 2 : 0; }
+API cuMemHostAlloc(void** p, size_t n, unsigned) { return posix_memalign(p, 256, n ? n : 1) ? 2 : 0; }
+API cuMemFreeHost(void* p) { free(p); return 0; }
+API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* stream) {
+    if (!inside(d, n)) return 1;
+    return submit(stream, [=] { memcpy((void*)d, s, n); return 0; });
+}
+API cuMemcpyDtoHAsync_v2(void* d, CUdeviceptr s, size_t n, void* stream) {
+    if (!inside(s, n)) return 1;
+    return submit(stream, [=] { memcpy(d, (void*)s, n); return 0; });
+}
+API cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void* stream) {
+    if (!inside(d, n) || !inside(s, n)) return 1;
+    return submit(stream, [=] { memmove((void*)d, (void*)s, n); return 0; });
+}
+API cuMemcpyHtoD_v2(CUdeviceptr d, const void* s, size_t n) { return cuMemcpyHtoDAsync_v2(d, s, n, nullptr); }
+API cuMemcpyDtoH_v2(void* d, CUdeviceptr s, size_t n) { return cuMemcpyDtoHAsync_v2(d, s, n, nullptr); }
+API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* stream) {
+    if (!inside(d, n)) return 1;
+    return submit(stream, [=] { memset((void*)d, v, n); return 0; });
+}
+API cuModuleLoadData(void** m, const void*) { *m = (void*)0x20; return 0; }
+API cuModuleUnload(void*) { return 0; }
+API cuModuleGetFunction(void** f, void*, const char* name) {
+    auto it = kernels().find(name);
+    if (it == kernels().end()) return 500;
+    *f = &it->second;
+    return 0;
+}
+API cuFuncSetAttribute(void* f, int attribute, int v) {
+    if (attribute == 8) {
+        if (v > 232448) return 1;
+        ((Kernel*)f)->shared = v;
+    }
+    return 0;
+}
+API cuFuncGetAttribute(int* v, int, void*) { *v = 0; return 0; }
+API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** args, void**) {
+    Kernel* kernel = (Kernel*)f;
+    Stream& on = stream_of(stream);
+    if (on.left == 0) on.lost = true;
+    if (on.left > 0) on.left--;
+    if (on.lost) return 719;
+    if (shared > kernel->shared || bx * by * bz > 1024 || !gx || !gy || !gz) return 1;
+    if (!stream_of(stream).recording) {
+        kernel->run(args, dim3(gx, gy, gz), dim3(bx, by, bz), shared);
+        return 0;
+    }
+    // Parameters are copied when a launch is recorded.
+    auto copy = std::make_shared<std::vector<unsigned char>>(kernel->bytes);
+    memcpy(copy->data(), args[0], kernel->bytes);
+    return submit(stream, [=] {
+        void* one[1] = {copy->data()};
+        kernel->run(one, dim3(gx, gy, gz), dim3(bx, by, bz), shared);
+        return 0;
+    });
+}
+// For tests: the device is lost to a stream after so many launches, as after a kernel that went wrong.
+extern "C" __attribute__((visibility("default"))) void strait_emulated_lose(void* stream, int launches) { stream_of(stream).left = launches; }
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    void* attributes;
+    unsigned n;
+};
+API cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void** extra) {
+    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, args, extra);
+}
+API cuGetErrorName(int, const char** s) { *s = "CUDA_ERROR_EMULATED"; return 0; }
+API cuGetErrorString(int code, const char** s) {
+    static thread_local char text[64];
+    snprintf(text, sizeof text, "error %d of the emulated driver", code);
+    *s = text;
+    return 0;
+}

@@ -1,0 +1,196 @@
+// What a forward pass does row by row: embed, rms_norm, rope_append, silu_mul. All bound by memory, or by their launch when rows
+// are few. A row's result depends on that row alone, and is summed in an order that its width fixes.
+//
+// name          grid                                     block  dynamic shared bytes
+// embed         (rows)                                   256    0
+// rms_norm      (rows)                                   256    32
+// rope_append_* ((rows + 15) / 16, heads + 2 kv_heads)   256    64 (d + 1)
+// silu_mul      ((width + 1023) / 1024, rows)            256    0
+//
+// Pointers to rows are aligned to 16 bytes; widths that 4 (in embed 8) does not divide are slower, not wrong.
+#pragma once
+#include "common.cuh"
+
+namespace rows {
+
+constexpr int THREADS = 256;
+
+// x[r][i] = table[tokens[r]][i]. Moves rows * width * (2 + 4) bytes.
+__device__ __forceinline__ void embed(const u32* __restrict__ tokens, const u16* __restrict__ table, u32 width, float* __restrict__ x) {
+    const u16* from = table + (u64)tokens[blockIdx.x] * width;
+    float* to = x + (u64)blockIdx.x * width;
+    if (width % 8 == 0) {
+        for (u32 i = threadIdx.x; i < width / 8; i += THREADS) {
+            uint4 w = ((const uint4*)from)[i];
+            ((float4*)to)[2 * i] = float4{b_lo(w.x), b_hi(w.x), b_lo(w.y), b_hi(w.y)};
+            ((float4*)to)[2 * i + 1] = float4{b_lo(w.z), b_hi(w.z), b_lo(w.w), b_hi(w.w)};
+        }
+    } else {
+        for (u32 i = threadIdx.x; i < width; i += THREADS) to[i] = b_of(from[i]);
+    }
+}
+
+// out[r][i] = x[r][i] / sqrt(mean(x[r]^2) + eps) * weight[i]. Moves rows * width * (4 + 2) bytes and the weight.
+__device__ __forceinline__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, u32 width, u16* __restrict__ out) {
+    SHARED(float, sums);
+    // Rows up to KEEP * 1024 wide are read once; of wider ones the rest is read a second time, from the first-level cache.
+    constexpr int KEEP = 4;
+    const float* from = x + (u64)blockIdx.x * width;
+    u16* to = out + (u64)blockIdx.x * width;
+    const float4* from4 = (const float4*)from;
+    const float4* weight4 = (const float4*)weight;
+    u32 quads = width % 4 == 0 ? width / 4 : 0;
+    float4 keep[KEEP];
+    float sum = 0;
+    auto add = [&](float4 v) { sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; };
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        u32 i = threadIdx.x + k * THREADS;
+        if (i < quads) { keep[k] = from4[i]; add(keep[k]); }
+    }
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) add(from4[i]);
+    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) sum += from[i] * from[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
+    float inverse = 1.0f / sqrtf(total / (float)width + eps);
+    auto put = [&](u32 i, float4 v) {
+        float4 w = weight4[i];
+        ((uint2*)to)[i] = uint2{b_pair(v.x * inverse * w.x, v.y * inverse * w.y), b_pair(v.z * inverse * w.z, v.w * inverse * w.w)};
+    };
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        u32 i = threadIdx.x + k * THREADS;
+        if (i < quads) put(i, keep[k]);
+    }
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) put(i, from4[i]);
+    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) to[i] = of_b(from[i] * inverse * weight[i]);
+}
+
+__device__ __forceinline__ void put(u16* p, float x) { *p = of_b(x); }
+__device__ __forceinline__ void put(float* p, float x) { *p = x; }
+
+constexpr int APPENDED = 16;  // rows of a block: so many neighbouring slots of a key channel fill a sector of 32 bytes
+constexpr u32 NO_PAGE = ~0u;
+
+// Per row and head: q and k normed by their head's root mean square (where there is a norm), turned by rope,
+//   (a, b) = (x[i], x[i + d / 2])  ->  (a cos - b sin, b cos + a sin);
+// q goes back to where it was, k and v to slot position % 64 of the row's exact page; nowhere where the page is NO_PAGE.
+// q f32 [rows][q_stride], k and v f32 [rows][kv_stride]; d even, at most 256.
+// Moves 8 bytes of q, 4 of k and v each an element, and 2 (or 4) where they are stored.
+template <class E>
+__device__ __forceinline__ void rope_append(float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v, u32 q_stride, u32 kv_stride, u32 count,
+                                            u32 heads, u32 kv_heads, u32 d, const float* __restrict__ q_norm, const float* __restrict__ k_norm, float eps,
+                                            const float* __restrict__ cos, const float* __restrict__ sin, const u32* __restrict__ positions, u8* __restrict__ arena,
+                                            const u32* __restrict__ pages, u32 offset) {
+    SHARED(float, turned);  // [APPENDED][d + 1]
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = d / 2, first = blockIdx.x * APPENDED;
+    bool is_q = blockIdx.y < heads, is_k = !is_q && blockIdx.y < heads + kv_heads;
+    u32 head = is_q ? blockIdx.y : (blockIdx.y - heads) % kv_heads;
+    auto in_page = [&](u32 row) { return arena + (u64)pages[row] * 64 + offset + (u64)(2 * head + !is_k) * d * PAGE * sizeof(E); };
+    for (u32 at = warp; at < APPENDED; at += THREADS / 32) {
+        u32 row = first + at;
+        if (row >= count) break;
+        if (!is_q && !is_k) {
+            if (pages[row] == NO_PAGE) continue;
+            E* to = (E*)in_page(row) + positions[row] % PAGE * d;
+            const float* from = v + (u64)row * kv_stride + head * d;
+            for (u32 i = lane; i < d; i += 32) put(to + i, from[i]);
+            continue;
+        }
+        const float* from = is_q ? q + (u64)row * q_stride + head * d : k + (u64)row * kv_stride + head * d;
+        const float* norm = is_q ? q_norm : k_norm;
+        float a[4], b[4], sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 i = lane + 32 * j;
+            if (i < half) { a[j] = from[i]; b[j] = from[i + half]; sum += a[j] * a[j] + b[j] * b[j]; }
+        }
+        float inverse = norm ? 1.0f / sqrtf(warp_sum(sum) / (float)d + eps) : 1.0f;
+        const float* c = cos + (u64)positions[row] * half;
+        const float* s = sin + (u64)positions[row] * half;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 i = lane + 32 * j;
+            if (i >= half) continue;
+            float x = a[j], y = b[j];
+            if (norm) { x = x * inverse * norm[i]; y = y * inverse * norm[i + half]; }
+            float* to = is_q ? q + (u64)row * q_stride + head * d : turned + at * (d + 1);
+            to[i] = x * c[i] - y * s[i];
+            to[i + half] = y * c[i] + x * s[i];
+        }
+    }
+    if (!is_k) return;
+    __syncthreads();
+    // Neighbouring threads take neighbouring rows, which mostly are neighbouring slots of one page.
+    for (u32 e = threadIdx.x; e < APPENDED * d; e += THREADS) {
+        u32 at = e % APPENDED, channel = e / APPENDED, row = first + at;
+        if (row < count && pages[row] != NO_PAGE) put((E*)in_page(row) + channel * PAGE + positions[row] % PAGE, turned[at * (d + 1) + channel]);
+    }
+}
+
+// out[r][i] = g / (1 + exp(-g)) * up[r][i], g = gate[r][i]; gate and up with rows `stride` apart. Moves rows * width * (8 + 2) bytes.
+__device__ __forceinline__ void silu_mul(const float* __restrict__ gate, const float* __restrict__ up, u32 stride, u32 width, u16* __restrict__ out) {
+    u64 from = (u64)blockIdx.y * stride, to = (u64)blockIdx.y * width;
+    u32 i = (blockIdx.x * THREADS + threadIdx.x) * 4;
+    auto one = [](float g, float u) { return g / (1.0f + ex2(-1.44269504f * g)) * u; };
+    if (width % 4 == 0 && stride % 4 == 0) {
+        if (i >= width) return;
+        float4 g = *(const float4*)(gate + from + i), u = *(const float4*)(up + from + i);
+        *(uint2*)(out + to + i) = uint2{b_pair(one(g.x, u.x), one(g.y, u.y)), b_pair(one(g.z, u.z), one(g.w, u.w))};
+    } else {
+        for (u32 j = i; j < i + 4 && j < width; j++) out[to + j] = of_b(one(gate[from + j], up[from + j]));
+    }
+}
+
+}  // namespace rows
+
+struct EmbedArgs {
+    const u32* tokens;   // [rows]
+    const u16* table;    // bf16 [vocabulary][width]
+    float* x;            // [rows][width]
+    u32 width;
+};
+KERNEL(256, 4, embed)(EmbedArgs p) { grid_wait(); grid_go(); rows::embed(p.tokens, p.table, p.width, p.x); }
+
+struct NormArgs {
+    const float* x;      // [rows][width]
+    const float* weight; // [width]
+    u16* out;            // bf16 [rows][width]
+    u32 width;
+    float eps;
+};
+KERNEL(256, 4, rms_norm)(NormArgs p) { grid_wait(); grid_go(); rows::rms_norm(p.x, p.weight, p.eps, p.width, p.out); }
+
+struct SiluArgs {
+    const float* gate;   // [rows][stride], the first `width` of each
+    const float* up;
+    u16* out;            // bf16 [rows][width]
+    u32 stride, width;
+};
+KERNEL(256, 4, silu_mul)(SiluArgs p) { grid_wait(); grid_go(); rows::silu_mul(p.gate, p.up, p.stride, p.width, p.out); }
+
+struct AppendArgs {
+    float* q;            // [rows][q_stride], the first heads * d of each
+    const float* k;      // [rows][kv_stride], the first kv_heads * d of each
+    const float* v;
+    const float* q_norm; // [d], or null
+    const float* k_norm;
+    const float* cos;    // [positions][d / 2]
+    const float* sin;
+    const u32* positions;  // [rows]
+    const u32* pages;      // [rows], in units of 64 bytes; ~0: nowhere
+    u8* arena;
+    u32 q_stride, kv_stride, rows, heads, kv_heads, d;
+    u32 offset;          // bytes, of the layer in a page
+    float eps;
+};
+template <class E> __device__ __forceinline__ void rope_append(const AppendArgs& p) {
+    rows::rope_append<E>(p.q, p.k, p.v, p.q_stride, p.kv_stride, p.rows, p.heads, p.kv_heads, p.d, p.q_norm, p.k_norm, p.eps, p.cos, p.sin, p.positions, p.arena,
+                         p.pages, p.offset);
+}
+KERNEL(256, 4, rope_append_b16)(AppendArgs p) { grid_wait(); grid_go(); rope_append<u16>(p); }
+KERNEL(256, 4, rope_append_f32)(AppendArgs p) { grid_wait(); grid_go(); rope_append<float>(p); }

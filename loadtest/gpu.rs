@@ -1,0 +1,515 @@
+//! How near the CUDA kernels come to what the device can do: `cargo bench --bench gpu [-- word ...]` prints the tables whose title
+//! contains one of the words (all without words). `SDPA=FILE` names what `loadtest/gpu.py` measured of PyTorch on the same card;
+//! `ROW=TEXT` leaves of the table `attention` the rows whose "cache, context x batch" contains the text.
+//!
+//! Each row has its prediction beside it, written before it was measured: bytes over the measured ceiling, or the operations that
+//! spread codes, whichever takes longer. Work is recorded once and run many times; data is larger than the second-level cache, or
+//! several sets of it take turns.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
+use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
+use strait::model::config::{ModelConfig, Rope, RopeScaling};
+use strait::model::cuda::{CudaDecoder, CudaRefusal};
+use strait::model::decoder::{LogitsSink, ReadyProfile};
+use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
+use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
+use strait::ops::cuda::linear::{Job, Linears, Mode};
+use strait::ops::cuda::prefill::Prefill;
+use strait::ops::cuda::{CudaError, Device, Memory};
+use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
+use strait::step::{ExactStore, Logits, Row, StepPlan};
+
+type Table = fn(&Arc<Device>, f64) -> Result<(), CudaError>;
+
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), CudaError> {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let device = Device::open(0)?;
+    let ceiling = ceiling(&device)?;
+    println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
+    let tables: [(&str, Table); 4] = [("attention", attention), ("prefill", prefill), ("linear", linear), ("decode", decode)];
+    for (title, table) in tables {
+        if words.is_empty() || words.iter().any(|w| title.contains(w.as_str())) {
+            println!("{title}");
+            table(&device, ceiling)?;
+            println!();
+        }
+    }
+    Ok(())
+}
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn normal(&mut self) -> f32 {
+        let x = self.next();
+        (0..4).map(|i| (x >> (16 * i) & 0xffff) as f32 / 65536.0 - 0.5).sum::<f32>() * 1.7
+    }
+
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReadArgs {
+    from: u64,
+    n: u64,
+    out: u64,
+}
+
+/// Bytes per second of a summing kernel, at its best of some grids.
+fn ceiling(device: &Arc<Device>) -> Result<f64, CudaError> {
+    let bytes = 4usize << 30;
+    let data = filled(device, bytes, &random_bf16(8 << 20))?;
+    let out = device.alloc::<u32>(1)?;
+    let mut best = 0.0f64;
+    for blocks in [2, 4, 8, 16] {
+        let args = ReadArgs { from: data.ptr(), n: bytes as u64 / 16, out: out.ptr() };
+        // SAFETY: reads the allocation, writes one word.
+        let ms = device.time(5, || unsafe { device.launch("probe_read", [device.processors * blocks, 1, 1], 512, 0, &args) })?;
+        best = best.max(bytes as f64 / ms * 1e3);
+    }
+    Ok(best)
+}
+
+fn random_bf16(n: usize) -> Vec<u8> {
+    let mut rng = Rng(1);
+    (0..n).flat_map(|_| bf16::from_f32(rng.normal()).to_le_bytes()).collect()
+}
+
+/// `bytes` of the device that repeat `block`.
+fn filled(device: &Arc<Device>, bytes: usize, block: &[u8]) -> Result<Memory<u8>, CudaError> {
+    let mut memory = device.alloc::<u8>(bytes)?;
+    let mut done = block.len().min(bytes);
+    memory.write(0, &block[..done])?;
+    while done < bytes {
+        let n = done.min(bytes - done);
+        memory.copy_within(0, done, n)?;
+        done += n;
+    }
+    Ok(memory)
+}
+
+const SHAPE: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
+
+/// An 8B Llama of so many layers.
+fn model(layers: usize) -> ModelConfig {
+    ModelConfig {
+        family: "llama".into(),
+        hidden: 4096,
+        layers,
+        heads: SHAPE.heads,
+        kv_heads: SHAPE.kv_heads,
+        head_dim: SHAPE.head_dim,
+        intermediate: 14336,
+        vocab: 128_256,
+        max_positions: 131_072,
+        norm_eps: 1e-5,
+        rope: Rope { theta: 500_000.0, scaling: RopeScaling::None },
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        tied: false,
+    }
+}
+
+/// A frequency profile of so many channels of each head, rotated.
+fn profile(channels: usize, bits: u32) -> Profile {
+    let share = (channels as f64 + 0.5) / 128.0;
+    let cskv = Cskv::shares((share, share), bits, (64, 4), BasisKind::Frequency);
+    let cskv = Cskv { key_quantiser: Quantiser::Hadamard, value_quantiser: Quantiser::Hadamard, ..cskv };
+    Profile { name: format!("{channels} of 128, {bits} bits"), cskv: Some(cskv) }
+}
+
+fn maps(layout: &PageLayout, rng: &mut Rng) -> LayerCompression {
+    let (rank_k, rank_v, kv) = (layout.sealed[0].keys.rank, layout.sealed[0].values.rank, SHAPE.kv_heads);
+    let mut pairs = |n: usize| (0..n).map(|_| [rng.normal(), rng.normal()]).collect::<Vec<_>>();
+    let up = pairs(rank_k / 2 * kv);
+    let frequencies = (0..rank_k / 2).map(|j| (j % 64) as u32).collect();
+    let keys = FrequencyMap { kv_heads: kv, half: 64, frequencies, down: up.clone(), up, rotation: None };
+    let width = kv * 128;
+    let group = Group { channels: 0..width, ranks: 0..rank_v, down: rng.normals(width * rank_v), up: rng.normals(width * rank_v) };
+    LayerCompression { keys: KeyMap::Frequencies(keys), values: Projection { mean: rng.normals(width), groups: vec![group] } }
+}
+
+/// Some sealed pages of random codes.
+fn sealed_block(layout: &PageLayout, pages: usize, rng: &mut Rng) -> Vec<u8> {
+    let size = layout.sizes().sealed as usize;
+    let part = layout.sealed[0];
+    let mut block = vec![0u8; size * pages];
+    for page in block.chunks_exact_mut(size) {
+        page.chunks_exact_mut(8).for_each(|w| w.copy_from_slice(&rng.next().to_le_bytes()));
+        for at in [part.keys.meta, part.values.meta] {
+            for scale in page[at..at + 128].as_chunks_mut::<2>().0 {
+                *scale = f16::from_f32(1.0 + 0.2 * rng.normal()).to_le_bytes();
+            }
+        }
+    }
+    block
+}
+
+/// What PyTorch took, in microseconds, by context and batch.
+fn sdpa() -> HashMap<(usize, usize), (f64, String)> {
+    let Ok(path) = std::env::var("SDPA") else { return HashMap::new() };
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let rows: Vec<(usize, usize, f64, String)> = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{path}: {e}"));
+    rows.into_iter().map(|(context, batch, us, backend)| ((context, batch), (us, backend))).collect()
+}
+
+fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+    let sdpa = sdpa();
+    let rng = &mut Rng(7);
+    println!("  one layer of 32 heads over 8 KV heads of 128; times in us; bytes counted as laid out, scales, window and sinks included");
+    println!(
+        "  {:<20} {:>7} {:>5} {:>9} {:>9} {:>9} {:>8} {:>6} | {:>8} {:>8} {:>8} | {:>9} {:>6}",
+        "cache", "context", "batch", "predicted", "measured", "floor", "GB/s", "%floor", "sealed", "exact", "merge", "SDPA bf16", "x"
+    );
+    let full = Profile { name: "full".into(), cskv: None };
+    for profile in [full, profile(26, 4), profile(32, 4), profile(13, 4), profile(26, 3), profile(26, 2)] {
+        let layout = PageLayout::new(&model(1), ExactType::Bf16, &profile, None);
+        let compressed = profile.cskv.is_some();
+        let sizes = layout.sizes();
+        let maps_host = compressed.then(|| maps(&layout, rng));
+        let maps = maps_host.as_ref().map(|m| DeviceMaps::new(device, m, SHAPE.kv_heads, 128)).transpose()?;
+        for context in [8192usize, 32_768, 131_072] {
+            for batch in [1usize, 16, 64] {
+                let (sealed_pages, window_pages) = if compressed { (context / 64 - 1, 1) } else { (0, context / 64) };
+                let per = sealed_pages * sizes.sealed as usize + window_pages * sizes.exact as usize + sizes.sinks as usize;
+                let bytes_once = batch * per;
+                let name = format!("{}, {context} x {batch}", profile.name);
+                if bytes_once > 40 << 30 || std::env::var("ROW").is_ok_and(|row| !name.contains(&row)) {
+                    continue;
+                }
+                // Sets of data that take turns.
+                let sets = (300usize << 20).div_ceil(bytes_once).clamp(1, 64);
+                let arena_bytes = sets * bytes_once;
+                // Sealed pages first, of all sets; then the exact ones.
+                let sealed_bytes = sets * batch * sealed_pages * sizes.sealed as usize;
+                let mut arena = device.alloc::<u8>(arena_bytes + ARENA_SLACK)?;
+                fill_part(&mut arena, 0, sealed_bytes, &if compressed { sealed_block(&layout, 256, rng) } else { vec![] })?;
+                fill_part(&mut arena, sealed_bytes, arena_bytes - sealed_bytes, &random_bf16(4 << 20))?;
+                let mut order: Vec<u32> = (0..(sets * batch * sealed_pages) as u32).collect();
+                (1..order.len()).rev().for_each(|i| order.swap(i, (rng.next() % (i as u64 + 1)) as usize));
+                let sealed_at = |i: usize| PageAddr(order[i] * (sizes.sealed / 64) as u32);
+                let exact_at = |i: usize| PageAddr(((sealed_bytes + i * sizes.exact as usize) / 64) as u32);
+                let sinks_base = sealed_bytes + sets * batch * window_pages * sizes.exact as usize;
+                let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
+                let mut works = Vec::new();
+                for set in 0..sets {
+                    let mut work = Work::default();
+                    for row in 0..batch {
+                        let at = set * batch + row;
+                        let sealed: Vec<_> = (0..sealed_pages).map(|i| sealed_at(at * sealed_pages + i)).collect();
+                        let exact: Vec<_> = (0..window_pages).map(|i| exact_at(at * window_pages + i)).collect();
+                        let sinks = compressed.then(|| PageAddr(((sinks_base + at * sizes.sinks as usize) / 64) as u32));
+                        let position = (context - 1) as u32;
+                        let of = AttendRow { view, first: row, n: 1, position, sealed: &sealed, sinks, exact: &exact, exact_offset: 0 };
+                        work.push(row as u32, position, &of);
+                    }
+                    let mut on = DeviceWork::new(device)?;
+                    on.set(&work, SHAPE, &layout.sealed, batch)?;
+                    works.push(on);
+                }
+                let q = device.upload(&rng.normals(batch * 32 * 128))?;
+                let out = device.alloc::<u16>(batch * 32 * 128)?;
+                let layer = AttendLayer {
+                    view,
+                    shape: SHAPE,
+                    exact_offset: 0,
+                    maps: maps.as_ref(),
+                    arena: arena.ptr(),
+                    q: q.ptr(),
+                    out: out.ptr(),
+                    out_f32: 0,
+                    batch,
+                };
+                let times = (1usize << 30).div_ceil(arena_bytes).clamp(3, 20);
+                let each = |f: &dyn Fn(&DeviceWork) -> Result<(), CudaError>| -> Result<f64, CudaError> {
+                    Ok(device.time(times, || works.iter().try_for_each(f))? * 1e3 / sets as f64)
+                };
+                let us = each(&|w| w.attend(device, &layer))?;
+                let parts =
+                    [each(&|w| w.sealed(device, &layer))?, each(&|w| w.exact(device, &layer))?, each(&|w| w.merge(device, &layer))?];
+                let laid = if compressed {
+                    batch
+                        * (sealed_pages * layout.sealed[0].bytes() + window_pages * layout.exact_layer_bytes() + layout.sinks_layer_bytes())
+                } else {
+                    bytes_once
+                };
+                let floor = laid as f64 / ceiling * 1e6;
+                // Operations that spread and weigh codes: some 11 clocks a position and multiprocessor at ranks of 208.
+                let spread = if compressed {
+                    let work = (layout.sealed[0].keys.rank + layout.sealed[0].values.rank) as f64 / 416.0;
+                    (batch * context) as f64 * 11.0 * work / (device.processors as f64 * 1755.0)
+                } else {
+                    0.0
+                };
+                let predicted = floor.max(spread) + 8.0;
+                let (reference, ratio) = match sdpa.get(&(context, batch)) {
+                    Some((best, _)) => (format!("{best:.1}"), format!("{:.2}", best / us)),
+                    None => ("".into(), "".into()),
+                };
+                println!(
+                    "  {:<20} {:>7} {:>5} {:>9.1} {:>9.1} {:>9.1} {:>8.0} {:>6.1} | {:>8.1} {:>8.1} {:>8.1} | {:>9} {:>6}",
+                    profile.name,
+                    context,
+                    batch,
+                    predicted,
+                    us,
+                    floor,
+                    laid as f64 / us / 1e3,
+                    100.0 * floor / us,
+                    parts[0],
+                    parts[1],
+                    parts[2],
+                    reference,
+                    ratio
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Chunks of 2048 queries at the end of their context.
+fn prefill(device: &Arc<Device>, _: f64) -> Result<(), CudaError> {
+    const CHUNK: usize = 2048;
+    println!("  chunks of {CHUNK} queries, 32 heads over 8 KV heads of 128, exact pages; predicted at 400 TFLOP/s");
+    println!("  {:>7} {:>5} {:>9} {:>9} {:>8}", "context", "batch", "predicted", "measured", "TFLOP/s");
+    let layout = PageLayout::new(&model(1), ExactType::Bf16, &Profile { name: "full".into(), cskv: None }, None);
+    let page = layout.sizes().exact as usize;
+    for (context, batch) in [(2048usize, 1usize), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)] {
+        let pages = context / 64;
+        let arena = filled(device, batch * pages * page, &random_bf16(4 << 20))?;
+        let q = device.upload(&Rng(5).normals(batch * CHUNK * 32 * 128))?;
+        let out = device.alloc::<u16>(q.len())?;
+        let mut work = Prefill::new(device)?;
+        for row in 0..batch {
+            let table: Vec<_> = (0..pages).map(|i| PageAddr(((row * pages + i) * page / 64) as u32)).collect();
+            work.push((row * CHUNK) as u32, CHUNK as u32, (context - CHUNK) as u32, &table);
+        }
+        work.set()?;
+        let (q, out) = (q.part(0, q.len()), out.part(0, out.len()));
+        let us = 1e3 * device.time(5, || work.attend(device, SHAPE, &arena, 0, (q, out)))?;
+        let visible = CHUNK * (context - CHUNK) + CHUNK * (CHUNK + 1) / 2;
+        let flops = (4 * 128 * 32 * batch * visible) as f64;
+        println!("  {context:>7} {batch:>5} {:>9.1} {us:>9.1} {:>8.1}", flops / 400e6, flops / us / 1e6);
+    }
+    Ok(())
+}
+
+/// Fills a part of `memory` with repeats of `block`.
+fn fill_part(memory: &mut Memory<u8>, at: usize, bytes: usize, block: &[u8]) -> Result<(), CudaError> {
+    let mut done = block.len().min(bytes);
+    memory.write(at, &block[..done])?;
+    while done < bytes {
+        // Whole blocks, so that pages stay pages.
+        let n = done.min(bytes - done);
+        memory.copy_within(at, at + done, n)?;
+        done += n;
+    }
+    Ok(())
+}
+
+fn linear(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+    println!("  y = x W^T in bf16, f32 sums; times in us");
+    println!("  {:>7} {:>6} {:>5} {:>9} {:>9} {:>8} {:>8} {:>6}", "out", "in", "rows", "floor", "measured", "GB/s", "TFLOP/s", "%floor");
+    let block = random_bf16(8 << 20);
+    for (out, inputs) in [(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)] {
+        for rows in [1usize, 4, 8, 16, 32, 64, 512] {
+            let bytes = 2 * out * inputs;
+            let sets = (600usize << 20).div_ceil(bytes).clamp(1, 64);
+            let w = filled(device, sets * bytes, &block)?;
+            let x = filled(device, 2 * rows * inputs, &block)?;
+            let y = device.alloc::<f32>(rows * out)?;
+            let ms = device.time(5, || {
+                (0..sets).try_for_each(|i| {
+                    let job = Job { w: [w.ptr() + (i * bytes) as u64, 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
+                    Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs }.launch(device)
+                })
+            })?;
+            let us = ms * 1e3 / sets as f64;
+            let flops = 2.0 * (rows * out * inputs) as f64;
+            let floor = (bytes as f64 / ceiling).max(flops / 790e12) * 1e6;
+            println!(
+                "  {out:>7} {inputs:>6} {rows:>5} {floor:>9.1} {us:>9.1} {:>8.0} {:>8.1} {:>6.1}",
+                bytes as f64 / us / 1e3,
+                flops / us / 1e6,
+                100.0 * floor / us
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Takes logits and does nothing with them.
+struct Deaf(usize);
+
+impl LogitsSink for Deaf {
+    fn logits(&mut self, _: usize, _: u32, logits: &mut [f32]) {
+        assert!(logits[0].is_finite(), "logits of a whole model");
+        self.0 += 1;
+    }
+}
+
+/// Whole steps of an 8B Llama with random weights: all that the server's engine waits for, logits on the host included.
+fn decode(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+    let rng = &mut Rng(3);
+    let config: &'static ModelConfig = Box::leak(Box::new(model(32)));
+    let c = config;
+    // All matrices borrow the same numbers on the host; on the device each has its own.
+    let block: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(rng.normal() * 0.03)).collect();
+    let numbers: Vec<bf16> = block.iter().copied().cycle().take(c.vocab * c.hidden).collect();
+    let weight =
+        |out: usize, inputs: usize| Weight { out_features: out, in_features: inputs, data: Data::Bf16((&numbers[..out * inputs]).into()) };
+    let projection = |out: usize, inputs: usize| weights::Projection { weight: weight(out, inputs), bias: None };
+    let ones = vec![1.0f32; c.hidden];
+    let layer = || LayerWeights {
+        input_norm: ones.clone(),
+        post_norm: ones.clone(),
+        q: projection(c.q_channels(), c.hidden),
+        k: projection(c.kv_channels(), c.hidden),
+        v: projection(c.kv_channels(), c.hidden),
+        o: projection(c.hidden, c.q_channels()),
+        q_norm: None,
+        k_norm: None,
+        gate: projection(c.intermediate, c.hidden),
+        up: projection(c.intermediate, c.hidden),
+        down: projection(c.hidden, c.intermediate),
+    };
+    let all = ModelWeights {
+        embed: weight(c.vocab, c.hidden),
+        layers: (0..c.layers).map(|_| layer()).collect(),
+        norm: ones.clone(),
+        untied_head: Some(weight(c.vocab, c.hidden)),
+    };
+    let read: usize =
+        all.layers.iter().map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|p| p.weight.bytes()).sum::<usize>()).sum();
+    let read = read + all.head().bytes();
+    let rope = RopeTable::new(config, 131_073);
+    println!(
+        "  32 layers, {:.2} GB of weights read a step; times in ms; floor: weights and cache over {:.0} GB/s",
+        read as f64 / 1e9,
+        ceiling / 1e9
+    );
+    println!("  {:<20} {:>7} {:>5} {:>9} {:>9} {:>7} {:>10}", "cache", "context", "batch", "floor", "step", "%floor", "tokens/s");
+    let full = Profile { name: "full".into(), cskv: None };
+    for profile in [full, profile(26, 4), profile(13, 4)] {
+        let layout = PageLayout::new(config, ExactType::Bf16, &profile, None);
+        let sizes = layout.sizes();
+        let compressed = profile.cskv.is_some();
+        let compression = if compressed { vec![maps(&layout, rng); c.layers] } else { vec![] };
+        let shapes: &[(usize, usize)] = if compressed {
+            &[(8192, 1), (8192, 16), (8192, 64), (32_768, 1), (32_768, 16), (32_768, 64), (131_072, 1), (131_072, 16), (131_072, 64)]
+        } else {
+            &[(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)]
+        };
+        let pages = |context: usize| if compressed && context > 64 { (context / 64 - 1, 1) } else { (0, context.div_ceil(64)) };
+        let bytes = |&(context, batch): &(usize, usize)| {
+            let (sealed, exact) = pages(context);
+            batch * (sealed * sizes.sealed as usize + exact * sizes.exact as usize + sizes.sinks as usize)
+        };
+        let arena_bytes = shapes.iter().map(bytes).max().unwrap_or(0);
+        let ready = vec![ReadyProfile { layout: layout.clone(), compression }];
+        let mut on = match CudaDecoder::new(device.clone(), config, &all, &rope, ready, (arena_bytes as u64, 512)) {
+            Ok(on) => on,
+            Err(CudaRefusal::Device(e)) => {
+                println!("  {:<20} does not fit: {e}", profile.name);
+                continue;
+            }
+            Err(e) => panic!("{e}"),
+        };
+        let exact = random_bf16(4 << 20);
+        for shape @ &(context, batch) in shapes {
+            let name = format!("{}, {context} x {batch}", profile.name);
+            if std::env::var("ROW").is_ok_and(|row| !name.contains(&row)) {
+                continue;
+            }
+            let (sealed_pages, exact_pages) = pages(context);
+            let sealed_bytes = batch * sealed_pages * sizes.sealed as usize;
+            let sealed_block = if compressed { sealed_pages_of(&layout, 32, rng) } else { vec![] };
+            fill_part(on.arena(), 0, sealed_bytes, &sealed_block)?;
+            fill_part(on.arena(), sealed_bytes, bytes(shape) - sealed_bytes, &exact)?;
+            let mut plan = StepPlan::default();
+            for row in 0..batch {
+                let at = |i: usize, size: u64, base: usize| PageAddr(((base + i * size as usize) / 64) as u32);
+                let first = plan.pages.len();
+                plan.pages.extend((0..sealed_pages).map(|i| at(row * sealed_pages + i, sizes.sealed, 0)));
+                let middle = plan.pages.len();
+                plan.pages.extend((0..exact_pages).map(|i| at(row * exact_pages + i, sizes.exact, sealed_bytes)));
+                let sinks = at(row, sizes.sinks, sealed_bytes + batch * exact_pages * sizes.exact as usize);
+                plan.tokens.push(row as u32);
+                plan.rows.push(Row {
+                    seq: SeqId(row as u64),
+                    profile: ProfileIndex(0),
+                    adapter: AdapterGeneration(0),
+                    positions: context as u32 - 1..context as u32,
+                    layers: 0..c.layers as u32,
+                    tokens: row..row + 1,
+                    sealed: first..middle,
+                    exact: middle..plan.pages.len(),
+                    store: ExactStore::Exact,
+                    sinks: (compressed && sealed_pages > 0).then_some(sinks),
+                    moves: 0..0,
+                    logits: Logits::Last,
+                });
+            }
+            let sink = &mut Deaf(0);
+            // The second time it is recorded.
+            (0..3).try_for_each(|_| on.forward(&plan, sink))?;
+            let times = 8;
+            let start = std::time::Instant::now();
+            (0..times).try_for_each(|_| on.forward(&plan, sink))?;
+            let ms = start.elapsed().as_secs_f64() * 1e3 / f64::from(times);
+            let floor = (read + bytes(shape)) as f64 / ceiling * 1e3;
+            println!(
+                "  {:<20} {context:>7} {batch:>5} {floor:>9.2} {ms:>9.2} {:>7.1} {:>10.1}",
+                profile.name,
+                100.0 * floor / ms,
+                batch as f64 / ms * 1e3
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Some sealed pages of all layers, of random codes.
+fn sealed_pages_of(layout: &PageLayout, pages: usize, rng: &mut Rng) -> Vec<u8> {
+    let size = layout.sizes().sealed as usize;
+    let mut block = vec![0u8; size * pages];
+    for page in block.chunks_exact_mut(size) {
+        page.chunks_exact_mut(8).for_each(|w| w.copy_from_slice(&rng.next().to_le_bytes()));
+        for part in &layout.sealed {
+            for at in [part.keys.meta, part.values.meta] {
+                for scale in page[at..at + 128].as_chunks_mut::<2>().0 {
+                    *scale = f16::from_f32(1.0 + 0.2 * rng.normal()).to_le_bytes();
+                }
+            }
+        }
+    }
+    block
+}

@@ -1,0 +1,660 @@
+//! The decoder on a CUDA device: the same plan, carried out by kernels on weights and a cache that lie there.
+//!
+//! The host uploads what a step is about (tokens, positions, page tables, spans), asks for its kernels in order, and reads logits
+//! back. Rows that pass through all layers form one batch; quanta of a layer-by-layer prefill go block by block, as on the host.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use half::bf16;
+
+use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
+use crate::model::config::ModelConfig;
+use crate::model::decoder::{LogitsSink, ReadyProfile};
+use crate::model::weights::{ModelWeights, Projection, Weight};
+use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
+use crate::ops::cuda::linear::{Job, Linears, Mode};
+use crate::ops::cuda::prefill::Prefill;
+use crate::ops::cuda::rows::{Rope, SinksJob};
+use crate::ops::cuda::seal::{DownMaps, SealedJob, seal};
+use crate::ops::cuda::{CudaError, Device, Memory, Pinned, Recording};
+use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
+use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
+
+const P: usize = PAGE_TOKENS as usize;
+/// Rows whose logits are on the device at once.
+const HEADS_AT_ONCE: usize = 64;
+/// Batches that are kept as recorded.
+const RECORDINGS: usize = 64;
+/// Queries of a row from which they are met as a chunk.
+const CHUNK: usize = 2;
+
+/// Why a model or a profile cannot be served on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaRefusal {
+    #[error("{0}")]
+    Profile(#[from] Unserved),
+    #[error("a CUDA device computes in bf16: give --dtype bfloat16, which rounds these weights, or --device cpu")]
+    Dtype,
+    #[error("a CUDA device takes widths that are multiples of 8, and this model has {what} of {width}: use --device cpu")]
+    Width { what: &'static str, width: usize },
+    #[error(transparent)]
+    Device(#[from] CudaError),
+}
+
+/// One projection: weights in bf16, and a bias.
+struct DeviceProjection {
+    w: Memory<u16>,
+    bias: Option<Memory<f32>>,
+    out: usize,
+}
+
+impl DeviceProjection {
+    fn new(device: &Arc<Device>, p: &Projection<'_>) -> Result<Self, CudaError> {
+        Ok(DeviceProjection {
+            w: upload(device, &p.weight)?,
+            bias: p.bias.as_ref().map(|b| device.upload(b)).transpose()?,
+            out: p.weight.out_features,
+        })
+    }
+
+    fn job(&self, y: u64, mode: Mode) -> Job {
+        Job { w: [self.w.ptr(), 0], bias: [self.bias.as_ref().map_or(0, Memory::ptr), 0], y, out: self.out, ldy: self.out, mode }
+    }
+}
+
+/// A matrix as bf16.
+fn upload(device: &Arc<Device>, w: &Weight<'_>) -> Result<Memory<u16>, CudaError> {
+    match w.matrix().data {
+        MatrixData::Bf16(data) => device.upload(bytemuck::cast_slice(data)),
+        MatrixData::F32(data) => device.upload(&data.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>()),
+    }
+}
+
+struct DeviceLayer {
+    input_norm: Memory<f32>,
+    post_norm: Memory<f32>,
+    q: DeviceProjection,
+    k: DeviceProjection,
+    v: DeviceProjection,
+    o: DeviceProjection,
+    q_norm: Option<Memory<f32>>,
+    k_norm: Option<Memory<f32>>,
+    gate: DeviceProjection,
+    up: DeviceProjection,
+    down: DeviceProjection,
+}
+
+/// The maps of one layer of one profile; none of `full`.
+struct ProfileMaps {
+    attend: Option<DeviceMaps>,
+    down: Option<DownMaps>,
+}
+
+/// Activations of a batch.
+struct Scratch {
+    tokens: Memory<u32>,
+    positions: Memory<u32>,
+    pages: Memory<u32>,
+    picked: Memory<u32>,
+    x: Memory<f32>,
+    picked_x: Memory<f32>,
+    normed: Memory<u16>,
+    q: Memory<f32>,
+    k: Memory<f32>,
+    v: Memory<f32>,
+    attended: Memory<u16>,
+    gated: Memory<u16>,
+    logits: Memory<f32>,
+    jobs: Memory<SealedJob>,
+    sinks: Memory<SinksJob>,
+    latents: Memory<f32>,
+    host_logits: Pinned<f32>,
+}
+
+/// Rows of one profile whose exact pages lie alike, side by side in a batch.
+struct Group {
+    profile: ProfileIndex,
+    store: ExactStore,
+    /// Positions of the batch.
+    first: usize,
+    n: usize,
+    /// What is met position by position, and chunk by chunk.
+    work: DeviceWork,
+    prefill: Prefill,
+}
+
+/// Part of a plan row that is in a batch.
+#[derive(Clone, Copy)]
+struct Span {
+    row: usize,
+    position: u32,
+    n: usize,
+    first: usize,
+}
+
+/// A model, its cache and its scratch memory on a device. [`CudaDecoder::forward`] is the only verb.
+pub struct CudaDecoder {
+    device: Arc<Device>,
+    config: &'static ModelConfig,
+    embed: Memory<u16>,
+    head: Option<Memory<u16>>,
+    norm: Memory<f32>,
+    layers: Vec<DeviceLayer>,
+    cos: Memory<f32>,
+    sin: Memory<f32>,
+    arena: Memory<u8>,
+    profiles: Vec<ReadyProfile>,
+    /// `[profiles][layers]`.
+    maps: Vec<Vec<ProfileMaps>>,
+    heads: Heads,
+    block: usize,
+    scratch: Scratch,
+    /// Those of the batch at hand come first.
+    groups: Vec<Group>,
+    used: usize,
+    /// By what was asked for; none of what was asked for once.
+    recordings: HashMap<Vec<u64>, Option<Recording>>,
+}
+
+impl CudaDecoder {
+    /// Takes weights, rope and the maps of `profiles` to the device, and reserves an arena of `arena_bytes` there.
+    /// `block` bounds the scratch memory of layer-by-layer prefill.
+    ///
+    /// # Errors
+    /// Where the model or a profile is not served on a device, or the device has no room.
+    pub fn new(
+        device: Arc<Device>,
+        config: &'static ModelConfig,
+        weights: &ModelWeights<'_>,
+        rope: &RopeTable,
+        profiles: Vec<ReadyProfile>,
+        (arena_bytes, block): (u64, usize),
+    ) -> Result<Self, CudaRefusal> {
+        check(config, weights, &profiles)?;
+        let d = &device;
+        let vector = |x: &Vec<f32>| d.upload(x);
+        let layers = weights
+            .layers
+            .iter()
+            .map(|l| {
+                let projection = |p| DeviceProjection::new(d, p);
+                Ok(DeviceLayer {
+                    input_norm: vector(&l.input_norm)?,
+                    post_norm: vector(&l.post_norm)?,
+                    q: projection(&l.q)?,
+                    k: projection(&l.k)?,
+                    v: projection(&l.v)?,
+                    o: projection(&l.o)?,
+                    q_norm: l.q_norm.as_ref().map(vector).transpose()?,
+                    k_norm: l.k_norm.as_ref().map(vector).transpose()?,
+                    gate: projection(&l.gate)?,
+                    up: projection(&l.up)?,
+                    down: projection(&l.down)?,
+                })
+            })
+            .collect::<Result<Vec<_>, CudaError>>()?;
+        let maps = profiles
+            .iter()
+            .map(|profile| {
+                (0..config.layers)
+                    .map(|layer| match profile.compression.get(layer).filter(|_| !profile.layout.drops) {
+                        None => Ok(ProfileMaps { attend: None, down: None }),
+                        Some(c) => Ok(ProfileMaps {
+                            attend: Some(DeviceMaps::new(d, c, config.kv_heads, config.head_dim)?),
+                            down: Some(DownMaps::new(d, c)?),
+                        }),
+                    })
+                    .collect::<Result<Vec<_>, CudaError>>()
+            })
+            .collect::<Result<Vec<_>, CudaError>>()?;
+        let arena = d.alloc::<u8>(usize::try_from(arena_bytes).unwrap_or(usize::MAX).saturating_add(ARENA_SLACK))?;
+        let scratch = Scratch {
+            tokens: d.alloc(1)?,
+            positions: d.alloc(1)?,
+            pages: d.alloc(1)?,
+            picked: d.alloc(1)?,
+            x: d.alloc(1)?,
+            picked_x: d.alloc(1)?,
+            normed: d.alloc(1)?,
+            q: d.alloc(1)?,
+            k: d.alloc(1)?,
+            v: d.alloc(1)?,
+            attended: d.alloc(1)?,
+            gated: d.alloc(1)?,
+            logits: d.alloc(1)?,
+            jobs: d.alloc(1)?,
+            sinks: d.alloc(1)?,
+            latents: d.alloc(1)?,
+            host_logits: Pinned::new(d, 1)?,
+        };
+        Ok(CudaDecoder {
+            config,
+            embed: upload(d, &weights.embed)?,
+            head: weights.untied_head.as_ref().map(|h| upload(d, h)).transpose()?,
+            norm: vector(&weights.norm)?,
+            layers,
+            cos: d.upload(&rope.cos)?,
+            sin: d.upload(&rope.sin)?,
+            arena,
+            profiles,
+            maps,
+            heads: Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() },
+            block: block.next_multiple_of(P),
+            scratch,
+            groups: Vec::new(),
+            used: 0,
+            recordings: HashMap::new(),
+            device,
+        })
+    }
+
+    /// The cache profiles it serves.
+    pub fn profiles(&self) -> &[ReadyProfile] {
+        &self.profiles
+    }
+
+    /// The memory of its cache.
+    pub fn arena(&mut self) -> &mut Memory<u8> {
+        &mut self.arena
+    }
+
+    /// What runs, for logs.
+    pub fn describe(&self) -> String {
+        self.device.describe()
+    }
+
+    /// Carries out a plan, as [`super::decoder::Decoder::forward`] does.
+    ///
+    /// A step that asks for the very launches of one before it, as most steps that only decode do, is one launch of what was recorded
+    /// then.
+    ///
+    /// # Errors
+    /// Where the device fails. What the plan writes is then undefined, and nothing else.
+    pub fn forward(&mut self, plan: &StepPlan, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        let layers = self.config.layers;
+        let mut through: Vec<usize> = (0..plan.rows.len()).filter(|&i| plan.rows[i].layers.len() == layers).collect();
+        through.sort_by_key(|&i| key(&plan.rows[i]));
+        if !through.is_empty() {
+            let mut first = 0;
+            let spans: Vec<Span> = through
+                .iter()
+                .map(|&row| {
+                    let span = Span { row, position: plan.rows[row].positions.start, n: plan.rows[row].len(), first };
+                    first += span.n;
+                    span
+                })
+                .collect();
+            let tokens = self.begin(plan, &spans)?;
+            self.take_tokens(plan, &spans)?;
+            let wanted = wanted(plan, &spans);
+            let moves = plan.rows.iter().any(|row| !row.moves.is_empty());
+            if !moves && wanted.len() <= HEADS_AT_ONCE {
+                self.pick(&wanted)?;
+                self.recorded(tokens, wanted.len())?;
+                self.tell(&wanted, sink)?;
+            } else {
+                self.embed(tokens)?;
+                for layer in 0..layers {
+                    self.layer(layer, tokens)?;
+                    self.moves(plan, &through, layer)?;
+                }
+                self.emit(&wanted, sink)?;
+            }
+        }
+        for (index, row) in plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() < layers) {
+            for layer in row.layers.clone() {
+                self.quantum(plan, (index, row), layer as usize, sink)?;
+                self.moves(plan, &[index], layer as usize)?;
+            }
+        }
+        self.device.wait()
+    }
+
+    /// All launches of a batch that moves nothing, from embeddings to the logits of `wanted` rows: as recorded, when the same were asked
+    /// for before.
+    fn recorded(&mut self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
+        let s = &self.scratch;
+        let mut key = vec![tokens as u64, wanted as u64];
+        key.extend([&s.x, &s.picked_x, &s.q, &s.k, &s.v, &s.logits].map(Memory::ptr));
+        key.extend([&s.tokens, &s.positions, &s.pages, &s.picked].map(Memory::ptr));
+        key.extend([&s.normed, &s.attended, &s.gated].map(Memory::ptr));
+        for g in &self.groups[..self.used] {
+            key.extend([u64::from(g.profile.0), u64::from(g.store == ExactStore::Workspace), g.first as u64, g.n as u64]);
+            g.work.key(&mut key);
+            g.prefill.key(&mut key);
+        }
+        match self.recordings.get(&key) {
+            Some(Some(recording)) => return recording.launch(),
+            // Asked for a second time: likely to be again.
+            Some(None) => {
+                let device = self.device.clone();
+                let recording = device.record(|| self.launch(tokens, wanted))?;
+                recording.launch()?;
+                self.recordings.insert(key, Some(recording));
+                return Ok(());
+            }
+            None => {}
+        }
+        if self.recordings.len() >= RECORDINGS {
+            self.recordings.clear();
+        }
+        self.recordings.insert(key, None);
+        self.launch(tokens, wanted)
+    }
+
+    fn launch(&self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
+        self.embed(tokens)?;
+        (0..self.config.layers).try_for_each(|layer| self.layer(layer, tokens))?;
+        self.head(wanted)
+    }
+
+    /// One layer of one row of a layer-by-layer prefill, block by block.
+    fn quantum(&mut self, plan: &StepPlan, (index, row): (usize, &Row), layer: usize, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        let offset = self.profiles[row.profile.0 as usize].layout.workspace_hidden();
+        let mut position = row.positions.start;
+        while position < row.positions.end {
+            let n = ((row.positions.end - position) as usize).min(self.block);
+            let spans = [Span { row: index, position, n, first: 0 }];
+            self.begin(plan, &spans)?;
+            let x = n * self.config.hidden;
+            if layer == 0 {
+                self.take_tokens(plan, &spans)?;
+                self.embed(n)?;
+            } else {
+                let at = (self.scratch.pages.part(0, n), self.scratch.positions.part(0, n));
+                self.device.hidden(&self.arena, at, offset, self.scratch.x.part(0, x), false)?;
+            }
+            self.layer(layer, n)?;
+            if layer + 1 == self.config.layers {
+                self.emit(&wanted(plan, &spans), sink)?;
+            } else {
+                let at = (self.scratch.pages.part(0, n), self.scratch.positions.part(0, n));
+                self.device.hidden(&self.arena, at, offset, self.scratch.x.part(0, x), true)?;
+            }
+            position += n as u32;
+        }
+        Ok(())
+    }
+
+    /// Takes a batch's positions, pages and spans to the device; spans of one profile and store are neighbours. Gives its positions.
+    fn begin(&mut self, plan: &StepPlan, spans: &[Span]) -> Result<usize, CudaError> {
+        let tokens = spans.last().map_or(0, |s| s.first + s.n);
+        let c = self.config;
+        let s = &mut self.scratch;
+        let (mut positions, mut pages) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        for span in spans {
+            let row = &plan.rows[span.row];
+            let exact = &plan.pages[row.exact.clone()];
+            for position in span.position..span.position + span.n as u32 {
+                positions.push(position);
+                pages.push(exact[position as usize / P - row.sealed.len()].0);
+            }
+        }
+        s.positions.reserve(tokens)?;
+        s.positions.write(0, &positions)?;
+        s.pages.reserve(tokens)?;
+        s.pages.write(0, &pages)?;
+        s.x.reserve(tokens * c.hidden)?;
+        s.normed.reserve(tokens * c.hidden)?;
+        s.q.reserve(tokens * c.q_channels())?;
+        s.k.reserve(tokens * c.kv_channels())?;
+        s.v.reserve(tokens * c.kv_channels())?;
+        s.attended.reserve(tokens * c.q_channels())?;
+        s.gated.reserve(tokens * c.intermediate)?;
+
+        let mut used = 0;
+        for some in spans.chunk_by(|a, b| key(&plan.rows[a.row]) == key(&plan.rows[b.row])) {
+            let row = &plan.rows[some[0].row];
+            let (first, n) = (some[0].first, some.iter().map(|s| s.n).sum());
+            if used == self.groups.len() {
+                let (work, prefill) = (DeviceWork::new(&self.device)?, Prefill::new(&self.device)?);
+                self.groups.push(Group { profile: row.profile, store: row.store, first, n, work, prefill });
+            }
+            let group = &mut self.groups[used];
+            used += 1;
+            (group.profile, group.store, group.first, group.n) = (row.profile, row.store, first, n);
+            group.prefill.clear();
+            let profile = &self.profiles[row.profile.0 as usize];
+            let mut work = Work::default();
+            for span in some {
+                let row = &plan.rows[span.row];
+                let (sealed, exact) = (&plan.pages[row.sealed.clone()], &plan.pages[row.exact.clone()]);
+                if span.n >= CHUNK && sealed.is_empty() {
+                    group.prefill.push((span.first - first) as u32, span.n as u32, span.position, exact);
+                    continue;
+                }
+                let view = LayerView { layer: 0, layout: &profile.layout, compression: profile.compression.first() };
+                let of = AttendRow {
+                    view,
+                    first: span.first,
+                    n: span.n,
+                    position: span.position,
+                    sealed,
+                    sinks: row.sinks,
+                    exact,
+                    exact_offset: 0,
+                };
+                (0..span.n).for_each(|i| work.push((span.first - first + i) as u32, span.position + i as u32, &of));
+            }
+            group.work.set(&work, self.heads, &profile.layout.sealed, n)?;
+            group.prefill.set()?;
+        }
+        self.used = used;
+        Ok(tokens)
+    }
+
+    /// Takes a batch's tokens to the device.
+    fn take_tokens(&mut self, plan: &StepPlan, spans: &[Span]) -> Result<(), CudaError> {
+        let of = |span: &Span| {
+            let row = &plan.rows[span.row];
+            let first = row.tokens.start + (span.position - row.positions.start) as usize;
+            &plan.tokens[first..first + span.n]
+        };
+        let tokens: Vec<u32> = spans.iter().flat_map(of).copied().collect();
+        let s = &mut self.scratch;
+        s.tokens.reserve(tokens.len())?;
+        s.tokens.write(0, &tokens)
+    }
+
+    /// The embeddings of a batch's tokens.
+    fn embed(&self, tokens: usize) -> Result<(), CudaError> {
+        let (s, hidden) = (&self.scratch, self.config.hidden);
+        self.device.embed(s.tokens.part(0, tokens), &self.embed, hidden, s.x.part(0, tokens * hidden))
+    }
+
+    /// One decoder layer over the batch.
+    fn layer(&self, layer: usize, tokens: usize) -> Result<(), CudaError> {
+        let (c, s, w, device) = (self.config, &self.scratch, &self.layers[layer], &*self.device);
+        let (x, normed) = (s.x.part(0, tokens * c.hidden), s.normed.part(0, tokens * c.hidden));
+        let linears = |jobs: &[Job], x: u64, inputs: usize| Linears { jobs, x, rows: tokens, inputs, ldx: inputs }.launch(device);
+        device.rms_norm(x, tokens, &w.input_norm, c.norm_eps, normed)?;
+        let jobs = [w.q.job(s.q.ptr(), Mode::F32), w.k.job(s.k.ptr(), Mode::F32), w.v.job(s.v.ptr(), Mode::F32)];
+        linears(&jobs, s.normed.ptr(), c.hidden)?;
+        for group in &self.groups[..self.used] {
+            let profile = &self.profiles[group.profile.0 as usize];
+            let layout = &profile.layout;
+            let offset = match group.store {
+                ExactStore::Exact => layer * layout.exact_layer_bytes(),
+                ExactStore::Workspace => 0,
+            };
+            let (qs, kvs) = (c.q_channels(), c.kv_channels());
+            let q = s.q.part(group.first * qs, group.n * qs);
+            let rope = Rope {
+                q,
+                k: s.k.part(group.first * kvs, group.n * kvs),
+                v: s.v.part(group.first * kvs, group.n * kvs),
+                q_norm: w.q_norm.as_ref(),
+                k_norm: w.k_norm.as_ref(),
+                eps: c.norm_eps,
+                cos: &self.cos,
+                sin: &self.sin,
+                positions: s.positions.part(group.first, group.n),
+                pages: s.pages.part(group.first, group.n),
+                arena: &self.arena,
+                offset,
+                exact: layout.exact,
+            };
+            device.rope_append(&rope, self.heads)?;
+            let out = s.attended.part(group.first * qs, group.n * qs);
+            group.prefill.attend(device, self.heads, &self.arena, offset, (q, out))?;
+            let of = AttendLayer {
+                view: LayerView { layer, layout, compression: profile.compression.get(layer) },
+                shape: self.heads,
+                exact_offset: offset,
+                maps: self.maps[group.profile.0 as usize][layer].attend.as_ref(),
+                arena: self.arena.ptr(),
+                q: q.ptr(),
+                out: out.ptr(),
+                out_f32: 0,
+                batch: group.n,
+            };
+            group.work.attend(device, &of)?;
+        }
+        linears(&[w.o.job(s.x.ptr(), Mode::Add)], s.attended.ptr(), c.q_channels())?;
+        device.rms_norm(x, tokens, &w.post_norm, c.norm_eps, normed)?;
+        let gated = Job {
+            w: [w.gate.w.ptr(), w.up.w.ptr()],
+            bias: [&w.gate, &w.up].map(|p| p.bias.as_ref().map_or(0, Memory::ptr)),
+            y: s.gated.ptr(),
+            out: c.intermediate,
+            ldy: c.intermediate,
+            mode: Mode::Gated,
+        };
+        linears(&[gated], s.normed.ptr(), c.hidden)?;
+        linears(&[w.down.job(s.x.ptr(), Mode::Add)], s.gated.ptr(), c.intermediate)
+    }
+
+    /// Carries out the moves of `rows` in one layer.
+    fn moves(&mut self, plan: &StepPlan, rows: &[usize], layer: usize) -> Result<(), CudaError> {
+        for index in 0..self.profiles.len() {
+            let layout = &self.profiles[index].layout;
+            let (mut seals, mut sinks) = (Vec::new(), Vec::new());
+            for row in rows.iter().map(|&i| &plan.rows[i]).filter(|row| row.profile.0 as usize == index) {
+                let from_offset = match row.store {
+                    ExactStore::Exact => layer * layout.exact_layer_bytes(),
+                    ExactStore::Workspace => 0,
+                };
+                for m in &plan.moves[row.moves.clone()] {
+                    match *m {
+                        Move::Seal { from, to, skip } => seals.push(SealedJob { from: from.0, offset: from_offset as u32, to: to.0, skip }),
+                        Move::Sinks { from, to, n } => sinks.push(SinksJob { from: from.0, offset: from_offset as u32, to: to.0, n }),
+                        Move::Keep { from, to, n: _ } => {
+                            let bytes = layout.exact_layer_bytes();
+                            let at = |page: PageAddr, offset: usize| page.byte() as usize + offset;
+                            self.arena.copy_within(at(from, from_offset), at(to, layer * bytes), bytes)?;
+                        }
+                    }
+                }
+            }
+            let s = &mut self.scratch;
+            if !sinks.is_empty() {
+                s.sinks.reserve(sinks.len())?;
+                s.sinks.write(0, &sinks)?;
+                let to = (layer * layout.sinks_layer_bytes(), layout.sinks_stride());
+                self.device.keep_sinks(&self.arena, &s.sinks, sinks.len(), to, (layout.kv_heads, layout.head_dim, layout.exact))?;
+            }
+            if let (Some(maps), false) = (&self.maps[index][layer].down, seals.is_empty()) {
+                s.jobs.reserve(seals.len())?;
+                s.jobs.write(0, &seals)?;
+                seal(&self.device, &self.arena, (layout, layer), maps, (&s.jobs, seals.len()), &mut s.latents)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Final norm, output head and logits of the wanted positions of a batch, a bounded number at a time.
+    fn emit(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        for some in wanted.chunks(HEADS_AT_ONCE) {
+            self.pick(some)?;
+            self.head(some.len())?;
+            self.tell(some, sink)?;
+        }
+        Ok(())
+    }
+
+    /// Takes to the device which rows of the batch are wanted, and makes room for them.
+    fn pick(&mut self, wanted: &[Wanted]) -> Result<(), CudaError> {
+        let (c, s, n) = (self.config, &mut self.scratch, wanted.len());
+        s.picked.reserve(n)?;
+        s.picked.write(0, &wanted.iter().map(|w| w.at).collect::<Vec<u32>>())?;
+        s.picked_x.reserve(n * c.hidden)?;
+        s.normed.reserve(n * c.hidden)?;
+        s.logits.reserve(n * c.vocab)
+    }
+
+    /// Final norm and output head of the rows that were picked.
+    fn head(&self, n: usize) -> Result<(), CudaError> {
+        if n == 0 {
+            return Ok(());
+        }
+        let (c, s) = (self.config, &self.scratch);
+        let x = s.picked_x.part(0, n * c.hidden);
+        self.device.pick(s.x.part(0, s.x.len()), s.picked.part(0, n), c.hidden, x)?;
+        self.device.rms_norm(x, n, &self.norm, c.norm_eps, s.normed.part(0, n * c.hidden))?;
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        let job = Job { w: [head.ptr(), 0], bias: [0; 2], y: s.logits.ptr(), out: c.vocab, ldy: c.vocab, mode: Mode::F32 };
+        Linears { jobs: &[job], x: s.normed.ptr(), rows: n, inputs: c.hidden, ldx: c.hidden }.launch(&self.device)
+    }
+
+    /// Reads the logits and hands them out.
+    fn tell(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        let (vocab, n, s) = (self.config.vocab, wanted.len(), &mut self.scratch);
+        s.host_logits.reserve(n * vocab)?;
+        let host = &mut s.host_logits.as_mut_slice()[..n * vocab];
+        s.logits.read(0, host)?;
+        wanted.iter().zip(host.chunks_exact_mut(vocab)).for_each(|(w, logits)| sink.logits(w.row, w.position, logits));
+        Ok(())
+    }
+}
+
+/// A position whose logits are wanted: its plan row, and where it is in the batch.
+#[derive(Clone, Copy)]
+struct Wanted {
+    row: usize,
+    position: u32,
+    at: u32,
+}
+
+/// The positions of a batch whose logits are wanted.
+fn wanted(plan: &StepPlan, spans: &[Span]) -> Vec<Wanted> {
+    let of = |span: &Span| {
+        let Span { row: index, position, n, first } = *span;
+        let row = &plan.rows[index];
+        let ends = position + n as u32 == row.positions.end;
+        let range = match row.logits {
+            Logits::All => 0..n,
+            Logits::Last if ends => n - 1..n,
+            Logits::Last | Logits::None => 0..0,
+        };
+        range.map(move |i| Wanted { row: index, position: position + i as u32, at: (first + i) as u32 })
+    };
+    spans.iter().flat_map(of).collect()
+}
+
+/// What rows share that are met by one launch.
+fn key(row: &Row) -> (u8, bool) {
+    (row.profile.0, row.store == ExactStore::Workspace)
+}
+
+/// Whether a device serves all of this.
+fn check(config: &ModelConfig, weights: &ModelWeights<'_>, profiles: &[ReadyProfile]) -> Result<(), CudaRefusal> {
+    if matches!(weights.embed.matrix().data, MatrixData::F32(_)) {
+        return Err(CudaRefusal::Dtype);
+    }
+    for (what, width) in [("hidden states", config.hidden), ("an MLP", config.intermediate), ("query heads", config.q_channels())] {
+        if !width.is_multiple_of(8) {
+            return Err(CudaRefusal::Width { what, width });
+        }
+    }
+    Ok(profiles.iter().try_for_each(check_profile)?)
+}
+
+/// Whether a device serves a cache profile.
+///
+/// # Errors
+/// Where it does not, why.
+pub fn check_profile(profile: &ReadyProfile) -> Result<(), Unserved> {
+    let view = |layer| LayerView { layer, layout: &profile.layout, compression: profile.compression.get(layer) };
+    (0..profile.layout.layers).try_for_each(|layer| serves(&view(layer)))
+}

@@ -1,0 +1,477 @@
+//! A device, its memory, and launches of kernels by name.
+//!
+//! One stream carries everything in order. Memory is freed once what was asked of the stream before is done.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex};
+
+use bytemuck::Pod;
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute};
+use cudarc::driver::{CudaContext, CudaStream, result};
+
+use super::CudaError;
+
+/// All kernels for all architectures: see `kernels/README.md` for how it is made.
+static IMAGE: &[u8] = include_bytes!("../../../kernels/strait.fatbin");
+
+/// Least driver that runs the image.
+const LEAST_DRIVER: i32 = 12_000;
+
+/// A device with its kernels loaded.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    module: sys::CUmodule,
+    /// Kernels asked for so far, and the shared memory each was last allowed.
+    kernels: Mutex<HashMap<&'static str, Kernel>>,
+    /// Multiprocessors.
+    pub processors: usize,
+    /// Bytes of shared memory a block may ask for.
+    pub shared: usize,
+    /// Whether a kernel may begin before the one ahead of it has ended.
+    overlaps: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Kernel {
+    function: CUfunction,
+    shared: u32,
+}
+
+// SAFETY: a function handle belongs to its module, which the device keeps, and may be used from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: handles of the driver are used by any thread that has the context bound, and everything here binds it first.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: loaded once, unloaded once, after all that was launched.
+        let _ = self.stream.synchronize().and_then(|()| unsafe { result::module::unload(self.module) });
+    }
+}
+
+impl Device {
+    /// Devices of this machine; none where there is no driver.
+    ///
+    /// # Errors
+    /// Where there is a driver and it fails.
+    pub fn count() -> Result<usize, CudaError> {
+        // SAFETY: loading the driver runs its own initialisers only.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        result::init().map_err(|e| CudaError::NoDevice(e.to_string()))?;
+        Ok(result::device::get_count()? as usize)
+    }
+
+    /// Opens device `ordinal` and loads the kernels.
+    ///
+    /// # Errors
+    /// Each with its mend: no driver, no such device, too old a driver or device.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            return Err(CudaError::NoSuchDevice { asked: ordinal, count });
+        }
+        let mut version = 0;
+        // SAFETY: a valid place for the answer.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+        if version < LEAST_DRIVER {
+            return Err(CudaError::OldDriver { version });
+        }
+        let context = CudaContext::new(ordinal)?;
+        let capability = context.compute_capability()?;
+        if capability.0 < 8 {
+            return Err(CudaError::OldDevice { name: context.name()?, capability });
+        }
+        let stream = context.new_stream()?;
+        // SAFETY: the context is bound to this thread; the image is a whole one and outlives the module.
+        let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }?;
+        let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        Ok(Arc::new(Device { context, stream, module, kernels: Mutex::default(), processors, shared, overlaps: capability.0 >= 9 }))
+    }
+
+    /// Its number among the devices of this machine.
+    pub fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
+    /// Its name and compute capability, for logs.
+    pub fn describe(&self) -> String {
+        let name = self.context.name().unwrap_or_else(|e| e.to_string());
+        let (major, minor) = self.context.compute_capability().unwrap_or((0, 0));
+        format!("{name}, compute capability {major}.{minor}, {} multiprocessors", self.processors)
+    }
+
+    /// Bytes free and in all.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        Ok(self.context.mem_get_info()?)
+    }
+
+    /// Bytes of the device, as they were before.
+    ///
+    /// # Errors
+    /// Where there are not so many.
+    pub fn alloc<T: Pod>(self: &Arc<Self>, n: usize) -> Result<Memory<T>, CudaError> {
+        self.context.bind_to_thread()?;
+        let bytes = (n * size_of::<T>()).max(1);
+        // SAFETY: the context is bound.
+        let at = unsafe { result::malloc_sync(bytes) }.map_err(|e| match (e.0, self.context.mem_get_info()) {
+            (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, total))) => CudaError::NoMemory { bytes, free, total },
+            _ => e.into(),
+        })?;
+        Ok(Memory { device: self.clone(), at, n, of: PhantomData })
+    }
+
+    /// A copy of `data` on the device.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub fn upload<T: Pod>(self: &Arc<Self>, data: &[T]) -> Result<Memory<T>, CudaError> {
+        let mut memory = self.alloc(data.len())?;
+        memory.write(0, data)?;
+        Ok(memory)
+    }
+
+    /// Launches a kernel whose one parameter is `args`, which must be what it takes.
+    ///
+    /// # Safety
+    /// Pointers in `args` point to what the kernel reads and writes, until it is done.
+    ///
+    /// # Errors
+    /// Where the device refuses the launch.
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let fault = |source| CudaError::Launch { kernel, source };
+        self.context.bind_to_thread()?;
+        let function = self.kernel(kernel, shared as u32).map_err(fault)?;
+        let mut parameters = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
+        let [x, y, z] = grid.map(|n| n as u32);
+        // SAFETY: a union of plain numbers, zero where nothing is said.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(self.overlaps),
+        };
+        // SAFETY: the function takes one parameter of this type, as the caller promises, and parameters are copied by the call. Every
+        // kernel of ours waits for the one before it, but for reading weights, which no kernel writes.
+        unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), std::ptr::null_mut()) }.result().map_err(fault)
+    }
+
+    /// A kernel that may have so much shared memory.
+    fn kernel(&self, name: &'static str, shared: u32) -> Result<CUfunction, cudarc::driver::DriverError> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let kernel = match kernels.get_mut(name) {
+            Some(kernel) => kernel,
+            None => {
+                let text = std::ffi::CString::new(name).expect("names of kernels have no zeros");
+                // SAFETY: the module is loaded, and the device keeps it.
+                let function = unsafe { result::module::get_function(self.module, text) }?;
+                kernels.entry(name).or_insert(Kernel { function, shared: 48 << 10 })
+            }
+        };
+        if shared > kernel.shared {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of this module.
+            unsafe { result::function::set_function_attribute(kernel.function, attribute, shared as i32) }?;
+            kernel.shared = shared;
+        }
+        Ok(kernel.function)
+    }
+
+    /// Waits until all that was asked for is done.
+    ///
+    /// # Errors
+    /// Where any of it failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// Milliseconds the device takes for `work`, which is recorded once and then run `times` over, and once before.
+    ///
+    /// # Errors
+    /// Those of the work, and where the device fails.
+    pub fn time(&self, times: usize, work: impl FnOnce() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+        let graph = self.record(work)?;
+        graph.launch()?;
+        let start = self.event()?;
+        (0..times).try_for_each(|_| graph.launch())?;
+        let end = self.event()?;
+        self.wait()?;
+        Ok(f64::from(start.elapsed_ms(&end)?) / times as f64)
+    }
+
+    /// What `work` asks of the stream, to be asked again at the cost of one launch.
+    ///
+    /// # Errors
+    /// Those of the work, and where the device cannot record it.
+    pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Recording, CudaError> {
+        self.context.bind_to_thread()?;
+        self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let done = work();
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.stream.end_capture(flags)?;
+        done?;
+        Ok(Recording(graph))
+    }
+
+    fn event(&self) -> Result<cudarc::driver::CudaEvent, CudaError> {
+        Ok(self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))?)
+    }
+
+    /// The stream everything runs on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+}
+
+/// Host memory that the device copies to and from at full speed, without a stop in between.
+pub struct Pinned<T> {
+    device: Arc<Device>,
+    at: *mut T,
+    n: usize,
+}
+
+// SAFETY: plain memory that is its own.
+unsafe impl<T: Send> Send for Pinned<T> {}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        let _ = self.device.context.bind_to_thread();
+        let _ = self.device.stream.synchronize();
+        // SAFETY: allocated by the driver, freed once.
+        let _ = unsafe { result::free_host(self.at.cast()) };
+    }
+}
+
+impl<T: Pod> Pinned<T> {
+    /// `n` zeros.
+    ///
+    /// # Errors
+    /// Where the system has no such memory left.
+    pub fn new(device: &Arc<Device>, n: usize) -> Result<Self, CudaError> {
+        device.context.bind_to_thread()?;
+        // SAFETY: the context is bound; what is allocated is written before it is read.
+        let at = unsafe { result::malloc_host((n * size_of::<T>()).max(1), 0) }?.cast::<T>();
+        // SAFETY: so many elements were allocated.
+        unsafe { std::ptr::write_bytes(at, 0, n) };
+        Ok(Pinned { device: device.clone(), at, n })
+    }
+
+    /// Grows to at least `n` elements; what it held is lost.
+    ///
+    /// # Errors
+    /// As [`Pinned::new`].
+    pub fn reserve(&mut self, n: usize) -> Result<(), CudaError> {
+        if n > self.n {
+            *self = Pinned::new(&self.device, n.next_power_of_two())?;
+        }
+        Ok(())
+    }
+
+    /// Its elements.
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: allocated, initialised, and borrowed as this is.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.n) }
+    }
+}
+
+/// Recorded work; none where nothing was asked.
+pub struct Recording(Option<cudarc::driver::CudaGraph>);
+
+// SAFETY: a graph's handles may be used from any thread that has the context bound, and launching binds it.
+unsafe impl Send for Recording {}
+
+impl Recording {
+    /// Asks for all of it again, in the stream's order.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    pub fn launch(&self) -> Result<(), CudaError> {
+        Ok(self.0.as_ref().map_or(Ok(()), cudarc::driver::CudaGraph::launch)?)
+    }
+}
+
+/// `n` elements on a device.
+pub struct Memory<T> {
+    device: Arc<Device>,
+    at: sys::CUdeviceptr,
+    n: usize,
+    of: PhantomData<T>,
+}
+
+// SAFETY: an address on the device; whoever holds it may use it from any thread.
+unsafe impl<T> Send for Memory<T> {}
+// SAFETY: as above; writing takes `&mut`.
+unsafe impl<T> Sync for Memory<T> {}
+
+impl<T> Drop for Memory<T> {
+    fn drop(&mut self) {
+        // Errors of the stream belong to who asked for what failed; nobody is left to be told of one here.
+        let _ = self.device.context.bind_to_thread();
+        let _ = self.device.stream.synchronize();
+        // SAFETY: allocated by the device, freed once.
+        let _ = unsafe { result::free_sync(self.at) };
+    }
+}
+
+/// Some elements of a [`Memory`], borrowed.
+#[derive(Clone, Copy)]
+pub struct Part<'a, T> {
+    at: u64,
+    n: usize,
+    of: PhantomData<&'a T>,
+}
+
+impl<T> Part<'_, T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+
+    /// Its address on the device.
+    pub fn ptr(&self) -> u64 {
+        self.at
+    }
+}
+
+impl<T: Pod> Memory<T> {
+    /// `n` elements from `first` on.
+    ///
+    /// # Panics
+    /// Beyond its end.
+    pub fn part(&self, first: usize, n: usize) -> Part<'_, T> {
+        assert!(first + n <= self.n, "{n} elements at {first} of {}", self.n);
+        Part { at: self.at + (first * size_of::<T>()) as u64, n, of: PhantomData }
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+
+    /// Its address on the device, as kernels take it.
+    pub fn ptr(&self) -> u64 {
+        self.at
+    }
+
+    /// Writes `data` from element `first` on. The data may change once this returns.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    ///
+    /// # Panics
+    /// Beyond its end.
+    pub fn write(&mut self, first: usize, data: &[T]) -> Result<(), CudaError> {
+        assert!(first + data.len() <= self.n, "{} elements at {first} of {}", data.len(), self.n);
+        self.device.context.bind_to_thread()?;
+        let at = self.at + (first * size_of::<T>()) as u64;
+        if !data.is_empty() {
+            // SAFETY: inside the allocation. From pageable memory the driver stages the data before it returns.
+            unsafe { result::memcpy_htod_async(at, data, self.device.stream.cu_stream()) }?;
+        }
+        Ok(())
+    }
+
+    /// Reads `data.len()` elements from `first` on, once all before is done.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    ///
+    /// # Panics
+    /// Beyond its end.
+    pub fn read(&self, first: usize, data: &mut [T]) -> Result<(), CudaError> {
+        assert!(first + data.len() <= self.n, "{} elements at {first} of {}", data.len(), self.n);
+        self.device.context.bind_to_thread()?;
+        let at = self.at + (first * size_of::<T>()) as u64;
+        if !data.is_empty() {
+            // SAFETY: inside the allocation; the wait below outlives no borrow.
+            unsafe { result::memcpy_dtoh_async(data, at, self.device.stream.cu_stream()) }?;
+        }
+        self.device.wait()
+    }
+
+    /// All of it.
+    ///
+    /// # Errors
+    /// As [`Memory::read`].
+    pub fn to_vec(&self) -> Result<Vec<T>, CudaError> {
+        let mut data = vec![T::zeroed(); self.n];
+        self.read(0, &mut data)?;
+        Ok(data)
+    }
+
+    /// Copies `n` elements from one place to another.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    ///
+    /// # Panics
+    /// Beyond its end, or where the places overlap.
+    pub fn copy_within(&mut self, from: usize, to: usize, n: usize) -> Result<(), CudaError> {
+        assert!(from.max(to) + n <= self.n && (from + n <= to || to + n <= from), "{n} elements from {from} to {to} of {}", self.n);
+        self.device.context.bind_to_thread()?;
+        let at = |i: usize| self.at + (i * size_of::<T>()) as u64;
+        // SAFETY: both inside the allocation, and apart.
+        Ok(unsafe { result::memcpy_dtod_async(at(to), at(from), n * size_of::<T>(), self.device.stream.cu_stream()) }?)
+    }
+
+    /// Sets every byte.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn fill(&mut self, byte: u8) -> Result<(), CudaError> {
+        self.device.context.bind_to_thread()?;
+        // SAFETY: inside the allocation.
+        Ok(unsafe { result::memset_d8_async(self.at, byte, self.n * size_of::<T>(), self.device.stream.cu_stream()) }?)
+    }
+
+    /// Grows to at least `n` elements; what it held is lost.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub fn reserve(&mut self, n: usize) -> Result<(), CudaError> {
+        if n > self.n {
+            *self = self.device.clone().alloc(n.next_power_of_two())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,136 @@
+//! Products with weights on the device: which kernel of `linear.cuh`, and how it is launched.
+
+use super::CudaError;
+use super::driver::Device;
+
+/// What becomes of a product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// Stored as f32.
+    F32,
+    /// Stored as bf16.
+    Bf16,
+    /// Added onto f32: the residual stream.
+    Add,
+    /// Of gate and up: bf16 `silu(gate) * up`.
+    Gated,
+}
+
+/// `y = x . w^T + bias` of one matrix, or of a gate and an up matrix.
+#[derive(Clone, Copy)]
+pub struct Job {
+    /// `[out][inputs]` bf16; the second of a gated job only.
+    pub w: [u64; 2],
+    /// f32, zero for none.
+    pub bias: [u64; 2],
+    /// `[rows][ldy]`.
+    pub y: u64,
+    pub out: usize,
+    pub ldy: usize,
+    pub mode: Mode,
+}
+
+/// Up to three jobs on the same input, as one launch.
+pub struct Linears<'a> {
+    pub jobs: &'a [Job],
+    /// `[rows][ldx]` bf16.
+    pub x: u64,
+    pub rows: usize,
+    pub inputs: usize,
+    pub ldx: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct LinearArgs {
+    w: [u64; 2],
+    bias: [u64; 2],
+    y: u64,
+    out: i32,
+    ldy: i32,
+    mode: i32,
+    pad: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearsArgs {
+    jobs: [LinearArgs; 3],
+    x: u64,
+    count: i32,
+    rows: i32,
+    inputs: i32,
+    ldx: i32,
+}
+
+/// Rows from which the weights are no longer all there is to wait for.
+const MANY: usize = 65;
+
+impl Linears<'_> {
+    /// Launches them.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    ///
+    /// # Panics
+    /// For more than three jobs, or inputs that 8 does not divide.
+    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+        assert!(self.jobs.len() <= 3, "{} jobs", self.jobs.len());
+        assert!(self.inputs.is_multiple_of(8) && self.ldx.is_multiple_of(8), "inputs of {} in rows of {}", self.inputs, self.ldx);
+        let mut jobs = [LinearArgs::default(); 3];
+        for (to, job) in jobs.iter_mut().zip(self.jobs) {
+            let mode = match job.mode {
+                Mode::F32 => 0,
+                Mode::Bf16 => 1,
+                Mode::Add => 2,
+                Mode::Gated => 3,
+            };
+            *to = LinearArgs { w: job.w, bias: job.bias, y: job.y, out: job.out as i32, ldy: job.ldy as i32, mode, pad: 0 };
+        }
+        let args = LinearsArgs {
+            jobs,
+            x: self.x,
+            count: self.jobs.len() as i32,
+            rows: self.rows as i32,
+            inputs: self.inputs as i32,
+            ldx: self.ldx as i32,
+        };
+        let gated = self.jobs.iter().any(|job| job.mode == Mode::Gated);
+        let tiles = |outputs: usize| -> usize {
+            self.jobs.iter().map(|job| job.out.div_ceil(if job.mode == Mode::Gated { outputs / 2 } else { outputs })).sum()
+        };
+        if self.rows >= MANY {
+            // SAFETY: shapes as the kernel documents; the caller's memory.
+            return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), tiles(128), 1], 256, 65536, &args) };
+        }
+        let n = self.rows.div_ceil(8).next_power_of_two();
+        // Measured on an H200: 32 outputs a tile wherever they fill the multiprocessors, 64 for many rows.
+        let m = match n {
+            _ if gated && n <= 4 => 2,
+            1 | 2 | 4 if 10 * tiles(32) >= 9 * device.processors => 2,
+            1 | 2 | 4 => 1,
+            _ if tiles(64) >= 2 * device.processors && device.shared >= 131_072 + 4096 * 8 => 4,
+            _ => 2,
+        };
+        let kernel = match (m, n) {
+            (1, 1) => "linear_few_m1_n1",
+            (1, 2) => "linear_few_m1_n2",
+            (1, 4) => "linear_few_m1_n4",
+            (1, _) => "linear_few_m1_n8",
+            (2, 1) => "linear_few_m2_n1",
+            (2, 2) => "linear_few_m2_n2",
+            (2, 4) => "linear_few_m2_n4",
+            (2, _) => "linear_few_m2_n8",
+            (_, 4) => "linear_few_m4_n4",
+            (..) => "linear_few_m4_n8",
+        };
+        let shared = if m == 4 { 131_072 } else { 65_536 } + 4096 * n;
+        let blocks = match (m, n) {
+            (4, _) | (_, 8) => 1,
+            (_, 1 | 2) if device.shared >= 200 << 10 => 3,
+            _ => 2,
+        };
+        // SAFETY: as above.
+        unsafe { device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, shared, &args) }
+    }
+}

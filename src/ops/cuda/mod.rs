@@ -1,0 +1,49 @@
+//! The operations on a CUDA device: `kernels/*.cu` launched through the driver, which is found at run time or is not there.
+//!
+//! Nothing here needs CUDA to build. [`driver`] owns the device, its memory and its launches; [`attend`] is attention of decoded
+//! positions over every kind of page, on the very bytes the host's backend reads.
+
+pub mod attend;
+pub mod driver;
+pub mod linear;
+pub mod prefill;
+pub mod rows;
+pub mod seal;
+
+pub use driver::{Device, Memory, Part, Pinned, Recording};
+
+/// Why the device cannot do what was asked. Each says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    #[error("no NVIDIA driver is on this machine (libcuda.so.1 is not found): install one, or use --device cpu")]
+    NoDriver,
+    #[error("the NVIDIA driver finds no device: {0}")]
+    NoDevice(String),
+    #[error("there is no CUDA device {asked}: this machine has {count}, numbered from 0")]
+    NoSuchDevice { asked: usize, count: usize },
+    #[error("the NVIDIA driver speaks CUDA {}.{}, and CUDA 12.0 is the least: update it", version / 1000, version % 1000 / 10)]
+    OldDriver { version: i32 },
+    #[error("{name} has compute capability {}.{}, and 8.0 is the least", capability.0, capability.1)]
+    OldDevice { name: String, capability: (i32, i32) },
+    #[error(
+        "the device has no {bytes} bytes left, {free} of {total} are free: lower --kv-cache-memory-bytes, take a smaller model, or use --device cpu"
+    )]
+    NoMemory { bytes: usize, free: usize, total: usize },
+    #[error("kernel {kernel}: {source}")]
+    Launch { kernel: &'static str, source: cudarc::driver::DriverError },
+    #[error("the device failed: {0}")]
+    Device(#[from] cudarc::driver::DriverError),
+}
+
+impl CudaError {
+    /// Whether the device computes nothing more in this process: what it holds is undefined, and every call fails from now on.
+    pub fn is_lost(&self) -> bool {
+        use cudarc::driver::sys::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OUT_OF_MEMORY};
+        match self {
+            CudaError::Launch { source, .. } | CudaError::Device(source) => {
+                !matches!(source.0, CUDA_ERROR_INVALID_VALUE | CUDA_ERROR_OUT_OF_MEMORY)
+            }
+            _ => false,
+        }
+    }
+}

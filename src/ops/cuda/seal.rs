@@ -1,0 +1,156 @@
+//! Exact pages to sealed pages: launches of `seal.cuh`.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::CudaError;
+use super::driver::{Device, Memory};
+use crate::compress::{KeyMap, LayerCompression};
+use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedPart};
+
+/// A page to seal (`seal::Job`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct SealedJob {
+    pub from: u32,
+    /// Byte offset of the layer in `from`.
+    pub offset: u32,
+    pub to: u32,
+    pub skip: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PartArgs {
+    rank: u32,
+    groups: u32,
+    bits: u32,
+    affine: u32,
+    blocks: u32,
+    codes: u32,
+    meta: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProjectArgs {
+    arena: u64,
+    jobs: u64,
+    key_map: u64,
+    value_map: u64,
+    value_mean: u64,
+    latents: u64,
+    keys: PartArgs,
+    values: PartArgs,
+    channels: u32,
+    d: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CodesArgs {
+    arena: u64,
+    jobs: u64,
+    latents: u64,
+    keys: PartArgs,
+    values: PartArgs,
+}
+
+/// The maps of one layer that take latents, dense, rotations folded in.
+pub struct DownMaps {
+    /// `[channels][key rank]`, of keys after rope.
+    keys: Memory<f32>,
+    /// `[channels][value rank]`, and `[channels]`.
+    values: Memory<f32>,
+    mean: Memory<f32>,
+    groups: u32,
+}
+
+impl DownMaps {
+    /// Folds and uploads the maps of one layer.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    ///
+    /// # Panics
+    /// For keys that are taken before rope.
+    pub fn new(device: &Arc<Device>, compression: &LayerCompression) -> Result<Self, CudaError> {
+        let KeyMap::Frequencies(map) = &compression.keys else { panic!("keys are taken after rope") };
+        let values = &compression.values;
+        let (channels, rank) = (values.channels(), values.rank());
+        // The latent of a key that is one in one channel is that channel's row.
+        let mut unit = vec![0.0; channels];
+        let mut keys = Vec::with_capacity(channels * compression.keys.rank());
+        for c in 0..channels {
+            unit[c] = 1.0;
+            keys.extend(map.latent(&unit));
+            unit[c] = 0.0;
+        }
+        let mut down = vec![0.0; channels * rank];
+        for group in &values.groups {
+            let width = group.ranks.len();
+            for (i, c) in group.channels.clone().enumerate() {
+                down[c * rank + group.ranks.start..][..width].copy_from_slice(&group.down[i * width..][..width]);
+            }
+        }
+        let groups = values.groups.len().max(1) as u32;
+        Ok(DownMaps { keys: device.upload(&keys)?, values: device.upload(&down)?, mean: device.upload(&values.mean)?, groups })
+    }
+}
+
+/// Seals `n` of `jobs` in one layer. `latents` grows to what lies between the two kernels.
+///
+/// # Errors
+/// Where the device refuses, or there is no room.
+///
+/// # Panics
+/// Where the layer seals nothing.
+pub fn seal(
+    device: &Device,
+    arena: &Memory<u8>,
+    (layout, layer): (&PageLayout, usize),
+    maps: &DownMaps,
+    (jobs, n): (&Memory<SealedJob>, usize),
+    latents: &mut Memory<f32>,
+) -> Result<(), CudaError> {
+    if n == 0 || layout.drops {
+        return Ok(());
+    }
+    assert!(n <= jobs.len(), "{n} jobs of {}", jobs.len());
+    let sealed = layout.sealed[layer];
+    let part = |p: SealedPart| PartArgs {
+        rank: p.rank as u32,
+        groups: maps.groups,
+        bits: p.bits,
+        affine: u32::from(p.quantiser == Quantiser::Affine),
+        blocks: sealed.blocks as u32,
+        codes: p.codes as u32,
+        meta: p.meta as u32,
+    };
+    let (keys, values) = (part(sealed.keys), part(sealed.values));
+    let most = sealed.keys.rank.max(sealed.values.rank);
+    latents.reserve(n * 64 * (sealed.keys.rank + sealed.values.rank))?;
+    let args = ProjectArgs {
+        arena: arena.ptr(),
+        jobs: jobs.ptr(),
+        key_map: maps.keys.ptr(),
+        value_map: maps.values.ptr(),
+        value_mean: maps.mean.ptr(),
+        latents: latents.ptr(),
+        keys,
+        values,
+        channels: (layout.kv_heads * layout.head_dim) as u32,
+        d: layout.head_dim as u32,
+    };
+    let kernel = match layout.exact {
+        ExactType::Bf16 => "seal_project_b16",
+        ExactType::F32 => "seal_project_f32",
+    };
+    // SAFETY: jobs are of pages that their plan leased; maps have the layer's shapes.
+    unsafe { device.launch(kernel, [most.div_ceil(32), n, 2], 128, 12288, &args) }?;
+    let args = CodesArgs { arena: arena.ptr(), jobs: jobs.ptr(), latents: latents.ptr(), keys, values };
+    let shared = 4 * (1536 + 32 * sealed.blocks).max(2 * most.next_multiple_of(32));
+    // SAFETY: as above.
+    unsafe { device.launch("seal_codes", [n, 4, 1], 512, shared, &args) }
+}

@@ -1,0 +1,423 @@
+//! The CUDA backend against the definition: the host's code and the kernels' source, on an emulated driver whose device is this CPU
+//! (`kernels/emulation`), or on a real one with `STRAIT_TEST_CUDA=real`.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use strait::compress::artifact::{Artifact, Fingerprint};
+use strait::engine::thread::{Parts, Runner, start};
+use strait::engine::{EngineHandle, TokenStream};
+use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
+use strait::kv::Arena;
+use strait::kv::layout::{BasisKind, ExactType, PageLayout, Profile};
+use strait::model::checkpoint::Checkpoint;
+use strait::model::cuda::CudaDecoder;
+use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use strait::model::weights::LoadDtype;
+use strait::ops::cpu::Cpu;
+use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work, serves, span};
+use strait::ops::cuda::{CudaError, Device};
+use strait::ops::reference::Reference;
+use strait::ops::{AttendRow, Heads};
+use strait::request::{Event, Failure, GenerateRequest, Sampling};
+use strait::scheduler::{self, ProfileSizes, RowResult, Scheduler};
+use strait::step::StepPlan;
+
+use crate::ops::{Cache, LAYER, Sequence, assert_near, assert_same, heads, turned};
+
+/// Whether the tests run on a real device.
+fn real() -> bool {
+    std::env::var("STRAIT_TEST_CUDA").is_ok_and(|v| v == "real")
+}
+
+/// Compiles the emulated driver, once for each state of its sources, and has it loaded before anything asks for a driver: the
+/// dynamic loader gives a library that is there already to who asks for its name.
+fn emulate() -> Result<(), String> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let mut hash = blake3::Hasher::new();
+    for dir in [root.clone(), root.join("emulation")] {
+        let mut files: Vec<_> =
+            std::fs::read_dir(dir).map_err(|e| e.to_string())?.map(|f| f.unwrap().path()).filter(|p| p.is_file()).collect();
+        files.sort();
+        for file in files.iter().filter(|f| f.extension().is_some_and(|e| ["cu", "cuh", "h", "cpp"].contains(&e.to_str().unwrap()))) {
+            hash.update(&std::fs::read(file).map_err(|e| e.to_string())?);
+        }
+    }
+    let name = format!("emulated-{}.so", &hash.finalize().to_hex()[..16]);
+    let library = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if !library.exists() {
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let part = library.with_extension(format!("{}.part", std::process::id()));
+        let out = Command::new(&compiler)
+            .args(["-O2", "-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcuda.so", "-march=native", "-o"])
+            .arg(&part)
+            .arg(root.join("emulation/driver.cpp"))
+            .output()
+            .map_err(|e| format!("{compiler} does not run: {e}; the kernels' tests need a C++17 compiler (Debian: apt install g++)"))?;
+        if !out.status.success() {
+            return Err(format!("{compiler} fails:\n{}", String::from_utf8_lossy(&out.stderr)));
+        }
+        std::fs::rename(part, &library).map_err(|e| e.to_string())?;
+    }
+    // SAFETY: our own library; it runs nothing when it is loaded but the constructors of its tables.
+    let loaded = unsafe { libloading::Library::new(library) }.map_err(|e| e.to_string())?;
+    EMULATED.set(loaded).map_err(|_| "loaded twice".to_owned())
+}
+
+static EMULATED: OnceLock<libloading::Library> = OnceLock::new();
+
+/// The device of all tests.
+fn device() -> Arc<Device> {
+    static DEVICE: OnceLock<Result<Arc<Device>, String>> = OnceLock::new();
+    let open = || {
+        if !real() {
+            emulate()?;
+        }
+        Device::open(0).map_err(|e| e.to_string())
+    };
+    DEVICE.get_or_init(open).clone().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Attention of the last `n` positions of each sequence on the device.
+fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
+    let shape = cache.shape;
+    let layout = &cache.layout;
+    serves(&cache.view()).unwrap();
+    let mut work = Work::default();
+    let mut first = 0;
+    for &(seq, n) in rows {
+        let row = AttendRow {
+            view: cache.view(),
+            first,
+            n,
+            position: (seq.len - n) as u32,
+            sealed: &seq.sealed,
+            sinks: seq.sinks,
+            exact: &seq.exact,
+            exact_offset: 0,
+        };
+        (0..n).for_each(|i| work.push((first + i) as u32, row.position + i as u32, &row));
+        first += n;
+    }
+    let maps = cache.compression.as_ref().map(|c| DeviceMaps::new(device, c, shape.kv_heads, shape.head_dim).unwrap());
+    let mut arena = device.alloc::<u8>(cache.arena.len() + ARENA_SLACK).unwrap();
+    arena.write(0, cache.arena.slice::<u8>(PageAddr(0), 0, cache.arena.len())).unwrap();
+    let q = device.upload(q).unwrap();
+    let mut out = device.alloc::<u16>(q.len()).unwrap();
+    let mut out_f32 = device.alloc::<f32>(q.len()).unwrap();
+    out.fill(0xff).unwrap();
+    out_f32.fill(0xff).unwrap();
+    let mut on = DeviceWork::new(device).unwrap();
+    on.set(&work, shape, &layout.sealed, first).unwrap();
+    let layer = AttendLayer {
+        view: cache.view(),
+        shape,
+        exact_offset: LAYER * layout.exact_layer_bytes(),
+        maps: maps.as_ref(),
+        arena: arena.ptr(),
+        q: q.ptr(),
+        out: out.ptr(),
+        out_f32: out_f32.ptr(),
+        batch: first,
+    };
+    on.attend(device, &layer).unwrap();
+    let halves: Vec<f32> = out.to_vec().unwrap().iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect();
+    let out = out_f32.to_vec().unwrap();
+    let rounded: Vec<f32> = out.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+    assert_same(&halves, &rounded, format_args!("bf16 of the same"));
+    out
+}
+
+fn rms(got: &[f32], want: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x).powi(2);
+    let off: f64 = got.iter().zip(want).map(|(a, b)| square(a - b)).sum();
+    (off / want.iter().map(|&x| square(x)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn the_device_is_found_and_errors_say_what_to_do() {
+    let device = device();
+    assert!(device.describe().contains("compute capability"), "{}", device.describe());
+    let count = Device::count().unwrap();
+    match Device::open(count) {
+        Err(e @ CudaError::NoSuchDevice { .. }) => assert!(e.to_string().contains("numbered from 0"), "{e}"),
+        other => panic!("{:?}", other.map(|d| d.describe())),
+    }
+    let data: Vec<u32> = (0..1000).collect();
+    let memory = device.upload(&data).unwrap();
+    assert_eq!(memory.to_vec().unwrap(), data);
+    let mut part = [0; 3];
+    memory.read(500, &mut part).unwrap();
+    assert_eq!(part, [500, 501, 502]);
+}
+
+#[test]
+fn exact_attention_on_the_device_agrees_with_the_definition() {
+    let device = device();
+    for (exact, shape) in [
+        (ExactType::F32, heads(4, 4, 64)),
+        (ExactType::Bf16, heads(2, 1, 80)),
+        (ExactType::F32, heads(4, 1, 96)),
+        (ExactType::Bf16, heads(7, 1, 128)),
+        (ExactType::Bf16, heads(10, 2, 64)),
+        (ExactType::Bf16, heads(3, 3, 96)),
+        (ExactType::F32, heads(2, 1, 80)),
+        (ExactType::F32, heads(2, 2, 128)),
+    ] {
+        for (before, n) in [(0, 1), (0, 3), (62, 3), (127, 1), (500, 2), (64 * 17 + 5, 1)] {
+            let cache = &mut Cache::new(exact, shape, None);
+            let mut seq = Sequence::default();
+            cache.extend(&mut seq, before + n);
+            let q = cache.queries(n);
+            let want = cache.attend(&Reference, &[(&seq, n)], &q);
+            let got = attend(&device, cache, &[(&seq, n)], &q);
+            let Heads { heads, kv_heads, head_dim, .. } = shape;
+            assert_near(&got, &want, 2e-5, format_args!("{exact:?} {heads}/{kv_heads} of {head_dim}, {before}+{n}"));
+        }
+    }
+}
+
+#[test]
+fn sealed_attention_on_the_device_agrees_with_the_definition() {
+    let device = device();
+    for (bits, sinks, exact, shape) in [
+        (4, 4, ExactType::Bf16, heads(8, 2, 64)),
+        (4, 0, ExactType::F32, heads(3, 3, 80)),
+        (4, 17, ExactType::F32, heads(32, 4, 96)),
+        (4, 64, ExactType::Bf16, heads(20, 4, 128)),
+        (3, 4, ExactType::F32, heads(4, 2, 64)),
+        (3, 0, ExactType::Bf16, heads(32, 8, 64)),
+        (2, 5, ExactType::Bf16, heads(4, 2, 64)),
+        (2, 0, ExactType::F32, heads(32, 4, 80)),
+        // Sums of 8 warps: more than 256 value channels.
+        (4, 4, ExactType::Bf16, heads(12, 12, 64)),
+        (2, 4, ExactType::Bf16, heads(20, 10, 64)),
+    ] {
+        for pages in [1, 5] {
+            let cache = &mut Cache::new(exact, shape, Some(turned(bits, sinks, BasisKind::Frequency, [true, true])));
+            let mut seq = Sequence::default();
+            cache.extend(&mut seq, pages * 64 + 64 + 10);
+            cache.seal(&Reference, &mut seq, pages);
+            let q = cache.queries(2);
+            let want = cache.attend(&Reference, &[(&seq, 2)], &q);
+            let got = attend(&device, cache, &[(&seq, 2)], &q);
+            let off = rms(&got, &want);
+            // Queries and weights have the 11 bits of f16, partial results too.
+            let Heads { heads, kv_heads, head_dim, .. } = shape;
+            assert!(off < 3e-3, "{bits} bits, {exact:?} {heads}/{kv_heads} of {head_dim}, {pages} pages: off by {off:e}");
+        }
+    }
+}
+
+#[test]
+fn a_row_on_the_device_does_not_depend_on_its_batch() {
+    let device = device();
+    let cache = &mut Cache::new(ExactType::Bf16, heads(8, 2, 64), Some(turned(4, 4, BasisKind::Frequency, [true, true])));
+    let (mut one, mut two) = (Sequence::default(), Sequence::default());
+    cache.extend(&mut one, 14 * 64 + 70);
+    cache.seal(&Reference, &mut one, 13);
+    cache.extend(&mut two, 40);
+    let q = cache.queries(4);
+    let width = 8 * 64;
+    let all = attend(&device, cache, &[(&two, 3), (&one, 1)], &q);
+    assert_same(&attend(&device, cache, &[(&one, 1)], &q[3 * width..]), &all[3 * width..], format_args!("alone"));
+    assert_same(&attend(&device, cache, &[(&two, 3)], &q[..3 * width]), &all[..3 * width], format_args!("the others"));
+}
+
+#[test]
+fn spans_are_whole_tiles_that_follow_from_the_length() {
+    for (pages, want) in [(0, 0), (1, 4), (256, 4), (257, 8), (512, 8), (2048, 32), (1 << 20, 32)] {
+        assert_eq!(span(pages, (4, 32)), want, "{pages} pages");
+    }
+}
+
+/// Logits of a pass, by plan row and position.
+#[derive(Default)]
+struct Kept(BTreeMap<(usize, u32), Vec<f32>>);
+
+impl LogitsSink for Kept {
+    fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]) {
+        self.0.insert((row, position), logits.to_vec());
+    }
+}
+
+fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
+    scheduler::Config {
+        max_num_seqs: 8,
+        max_num_batched_tokens: budget,
+        max_queued_requests: 16,
+        max_queued_tokens: 1 << 20,
+        layers,
+        max_model_len: 1024,
+        arena_bytes,
+        profiles,
+        prefix_caching: true,
+        hash_secret: [7; 32],
+        model_digest: [1; 32],
+    }
+}
+
+fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.into(),
+        max_new_tokens: new,
+        min_new_tokens: 0,
+        stop_tokens: Arc::new([]),
+        sampling: Sampling::greedy(),
+        logprobs: None,
+        prompt_logprobs: None,
+        profile: ProfileIndex(profile),
+        adapter: AdapterGeneration(0),
+        priority: 0,
+        cache_salt: 0,
+        queue_timeout: Duration::from_secs(60),
+    }
+}
+
+/// The scheduler's plans for some requests, carried out by the host and by the device, each on a cache of its own, until all are
+/// done: at every position whose logits are wanted both must say the same. The host's tokens go on.
+fn in_lockstep(checkpoint: &'static Checkpoint, profiles: Vec<ReadyProfile>, requests: &[(usize, u32, u8)], budget: u32) -> f64 {
+    const POSITIONS: usize = 1024;
+    let config = &checkpoint.config;
+    let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
+    let arena_bytes = 40 * profiles[0].layout.sizes().exact;
+    let mut scheduler = Scheduler::new(settings(config.layers as u32, budget, arena_bytes, sizes)).unwrap();
+    let mut host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), POSITIONS, 64);
+    let mut arena = Arena::new(arena_bytes).unwrap();
+    let rope = host.rope().clone();
+    let mut on = CudaDecoder::new(device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, 64)).unwrap();
+    let ops = Cpu::new(2);
+    let (mut worst, mut now) = (0.0f64, Duration::ZERO);
+    let (mut plan, mut outcomes) = (StepPlan::default(), Vec::new());
+    let mut seed = 5u64;
+    for (i, &(prompt, new, profile)) in requests.iter().enumerate() {
+        let prompt: Vec<u32> = (0..prompt)
+            .map(|_| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (seed >> 33) as u32 % config.vocab as u32
+            })
+            .collect();
+        scheduler.enqueue(SeqId(i as u64), request(&prompt, new, profile), now).unwrap();
+    }
+    while !scheduler.is_idle() {
+        now += Duration::from_millis(1);
+        scheduler.plan(now, &mut plan, &mut outcomes);
+        let (mut a, mut b) = (Kept::default(), Kept::default());
+        host.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops: &ops, sink: &mut a, observer: None });
+        on.forward(&plan, &mut b).unwrap();
+        assert_eq!(a.0.keys().collect::<Vec<_>>(), b.0.keys().collect::<Vec<_>>(), "{plan}");
+        for (at, want) in &a.0 {
+            let off = rms(&b.0[at], want);
+            worst = worst.max(off);
+            assert!(off < 0.1, "row {} position {}: off by {off:.3} in\n{plan}", at.0, at.1);
+        }
+        let results: Vec<RowResult> = (0..plan.rows.len())
+            .map(|row| match a.0.range((row, 0)..(row + 1, 0)).next_back() {
+                Some((_, logits)) => {
+                    let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+                    RowResult::Token(best as u32)
+                }
+                None => RowResult::Nothing,
+            })
+            .collect();
+        scheduler.commit(&plan, &results, now, &mut outcomes);
+    }
+    worst
+}
+
+/// The demo model in bf16 with a `full` cache and the smallest that comes with it.
+fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(strait::demo::checkpoint().unwrap()));
+    let config = &checkpoint.config;
+    let artifact = Artifact::from_bytes(strait::demo::ARTIFACT, config, Fingerprint(checkpoint.digest())).unwrap();
+    let small = artifact.profiles().iter().map(|s| s.profile.clone()).find(|p| p.name == "cskv-95").unwrap();
+    let full = Profile { name: "full".into(), cskv: None };
+    let ready = [full, small].map(|p| {
+        let widths = p.cskv.as_ref().map(|_| artifact.widths(&p).unwrap());
+        ReadyProfile {
+            layout: PageLayout::new(config, ExactType::Bf16, &p, widths.as_deref()),
+            compression: p.cskv.as_ref().map_or(vec![], |_| artifact.layers(&p).unwrap()),
+        }
+    });
+    (checkpoint, ready.into())
+}
+
+#[test]
+fn the_demo_model_says_the_same_on_the_device_as_on_the_host() {
+    let (checkpoint, profiles) = demo();
+    // Prompts within a step and beyond it, so layer by layer; of both caches, side by side; decoding across a seal.
+    let worst = in_lockstep(checkpoint, profiles, &[(20, 3, 0), (150, 4, 1), (70, 3, 0), (200, 70, 1)], 160);
+    println!("logits differ by {worst:.1e} (rms) at most");
+}
+
+#[test]
+fn the_image_is_of_these_sources() {
+    let kernels = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let mut sources: Vec<_> = std::fs::read_dir(&kernels).unwrap().map(|f| f.unwrap().path()).collect();
+    sources.retain(|p| p.extension().is_some_and(|e| e == "cu" || e == "cuh"));
+    sources.sort();
+    // FNV-1a, as `kernels/build.py` has it.
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for path in sources {
+        let name = path.file_name().unwrap().as_encoded_bytes().to_vec();
+        for byte in name.into_iter().chain([0]).chain(std::fs::read(&path).unwrap()) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    let report = std::fs::read_to_string(kernels.join("registers.txt")).unwrap();
+    let said = report.lines().next().unwrap();
+    assert_eq!(said, format!("sources {hash:016x}"), "the kernels changed: python3 kernels/build.py compiles them anew");
+}
+
+/// An engine that serves the demo model on a device of its own.
+fn engine_on(device: Arc<Device>) -> (EngineHandle, std::thread::JoinHandle<()>) {
+    let (checkpoint, profiles) = demo();
+    let config = &checkpoint.config;
+    let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
+    let arena_bytes = 40 * profiles[0].layout.sizes().exact;
+    let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
+    let on = CudaDecoder::new(device, config, host.weights(), host.rope(), profiles, (arena_bytes, 64)).unwrap();
+    start(Parts {
+        runner: Runner::Cuda(Box::new(on)),
+        scheduler: settings(config.layers as u32, 256, arena_bytes, sizes),
+        emit: Box::new(|_| ()),
+    })
+    .unwrap()
+}
+
+fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
+    let mut tokens = vec![];
+    loop {
+        match stream.events.blocking_recv().expect("the engine says how it ends") {
+            Event::Token { id, .. } => tokens.push(id),
+            Event::Done { .. } => return Ok(tokens),
+            Event::Failed { failure } => return Err(failure),
+            Event::Prompt { .. } => {}
+        }
+    }
+}
+
+#[test]
+fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
+    let own = Device::open(device().ordinal()).unwrap();
+    let stream = own.stream().cu_stream() as usize;
+    let (engine, thread) = engine_on(own);
+    let prompt: Vec<u32> = (0..90).map(|i| 20 + i * 7 % 900).collect();
+    let (one, two) = (engine.submit(request(&prompt, 5, 0)).unwrap(), engine.submit(request(&prompt[..30], 5, 1)).unwrap());
+    let (one, two) = (hear(one).unwrap(), hear(two).unwrap());
+    assert_eq!((one.len(), two.len()), (5, 5));
+    // The same alone.
+    assert_eq!(hear(engine.submit(request(&prompt[..30], 5, 1)).unwrap()).unwrap(), two);
+    let Some(emulated) = EMULATED.get() else {
+        engine.stop();
+        return thread.join().unwrap();
+    };
+    // SAFETY: a function of the emulated driver, of this type.
+    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 200) };
+    let failure = hear(engine.submit(request(&prompt, 100, 0)).unwrap()).unwrap_err();
+    assert!(matches!(&failure, Failure::Internal(what) if what.contains("device")), "{failure:?}");
+    thread.join().expect("the engine ends by itself, and well");
+    assert!(engine.submit(request(&prompt, 1, 0)).is_err(), "nobody is left to serve");
+}
