@@ -31,13 +31,17 @@ def sources():
     return sorted(p for p in HERE.iterdir() if p.suffix in (".cu", ".cuh"))
 
 
-def fingerprint():
-    """FNV-1a of the sources, 64 bits: names and bytes, in order."""
+def fnv(data):
+    """FNV-1a, 64 bits."""
     h = 0xCBF29CE484222325
-    for path in sources():
-        for byte in path.name.encode() + b"\0" + path.read_bytes():
-            h = (h ^ byte) * 0x100000001B3 % 2**64
+    for byte in data:
+        h = (h ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     return f"{h:016x}"
+
+
+def fingerprint():
+    """Of the sources: names and bytes, in order."""
+    return fnv(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources()))
 
 
 def toolkit():
@@ -66,8 +70,8 @@ def compile_to(image):
     return table
 
 
-def report(table):
-    lines = [f"sources {fingerprint()}", "registers, and bytes spilled after a plus; by architecture", ""]
+def report(table, image):
+    lines = [f"sources {fingerprint()}", f"image {fnv(image)}", "registers, and bytes spilled after a plus; by architecture", ""]
     lines.append(f"{'kernel':<26}" + "".join(f"{f'sm_{a}':>9}" for a in ARCHITECTURES))
     for kernel, by in sorted(table.items()):
         cells = [f"{by[a][0]}+{by[a][1]}" if by[a][1] else f"{by[a][0]}" for a in ARCHITECTURES]
@@ -80,7 +84,7 @@ def main():
     with tempfile.TemporaryDirectory() as temp:
         image = pathlib.Path(temp) / "strait.fatbin"
         table = compile_to(image)
-        text = report(table)
+        text = report(table, image.read_bytes())
         faults = [f"{k} spills {s} bytes on sm_{a}" for k, by in table.items() if HOT.fullmatch(k) for a, (_, s) in by.items() if s > SPILL]
         if check:
             if text != (HERE / "registers.txt").read_text():

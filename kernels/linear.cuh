@@ -9,7 +9,7 @@
 //   linear_many           128, gated 64       any          256       65536
 //
 // All take one parameter, a Linears by value (192 bytes). tiles = sum over jobs of ceil(out / outputs of a tile).
-//   linear_few_*:  grid = (min(tiles, multiprocessors * B)), B = 1 for n8 and m4, else 2. Any grid gives the same bits.
+//   linear_few_*:  grid = (min(tiles, multiprocessors * B)), B = 1 for n8 and m4, 3 for n1 and n2 where shared memory has room, else 2. Any grid gives the same bits.
 //   linear_many:   grid = (ceil(rows / 128), tiles).
 // The host must raise MAX_DYNAMIC_SHARED_SIZE_BYTES, and had best ask for a carve-out of B blocks and no more: x lives in what is left
 // as first-level cache. m4 does not fit sm_86, sm_89 and sm_120 (99 KiB); everything else does. Gated jobs need m2, m4 or linear_many.

@@ -228,7 +228,7 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
                         let sinks = compressed.then(|| PageAddr(((sinks_base + at * sizes.sinks as usize) / 64) as u32));
                         let position = (context - 1) as u32;
                         let of = AttendRow { view, first: row, n: 1, position, sealed: &sealed, sinks, exact: &exact, exact_offset: 0 };
-                        work.push(row as u32, position, &of);
+                        work.push(row as u32, &of);
                     }
                     let mut on = DeviceWork::new(device)?;
                     on.set(&work, SHAPE, &layout.sealed, batch)?;
@@ -252,8 +252,11 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
                     Ok(device.time(times, || works.iter().try_for_each(f))? * 1e3 / sets as f64)
                 };
                 let us = each(&|w| w.attend(device, &layer))?;
-                let parts =
-                    [each(&|w| w.sealed(device, &layer))?, each(&|w| w.exact(device, &layer))?, each(&|w| w.merge(device, &layer))?];
+                let parts = [
+                    each(&|w| w.absorb(device, &layer).and_then(|()| w.sealed(device, &layer, 0)))?,
+                    each(&|w| w.exact(device, &layer, 0))?,
+                    each(&|w| w.merge(device, &layer, 0))?,
+                ];
                 let laid = if compressed {
                     batch
                         * (sealed_pages * layout.sealed[0].bytes() + window_pages * layout.exact_layer_bytes() + layout.sinks_layer_bytes())

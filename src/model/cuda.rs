@@ -11,7 +11,7 @@ use half::bf16;
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{LogitsSink, ReadyProfile};
-use crate::model::weights::{ModelWeights, Projection, Weight};
+use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
 use crate::ops::cuda::linear::{Job, Linears, Mode};
 use crate::ops::cuda::prefill::Prefill;
@@ -171,7 +171,8 @@ impl CudaDecoder {
         profiles: Vec<ReadyProfile>,
         (arena_bytes, block): (u64, usize),
     ) -> Result<Self, CudaRefusal> {
-        check(config, weights, &profiles)?;
+        check_model(config, weights)?;
+        profiles.iter().try_for_each(|profile| check_profile(profile, config, &device))?;
         let d = &device;
         let vector = |x: &Vec<f32>| d.upload(x);
         let layers = weights
@@ -329,9 +330,18 @@ impl CudaDecoder {
             // Asked for a second time: likely to be again.
             Some(None) => {
                 let device = self.device.clone();
-                let recording = device.record(|| self.launch(tokens, wanted))?;
-                recording.launch()?;
-                self.recordings.insert(key, Some(recording));
+                match device.record(|| self.launch(tokens, wanted)) {
+                    Ok(recording) => {
+                        recording.launch()?;
+                        self.recordings.insert(key, Some(recording));
+                    }
+                    Err(lost) if lost.is_lost() => return Err(lost),
+                    // There was no room for it: the launches need none.
+                    Err(_) => {
+                        self.recordings.remove(&key);
+                        self.launch(tokens, wanted)?;
+                    }
+                }
                 return Ok(());
             }
             None => {}
@@ -435,7 +445,7 @@ impl CudaDecoder {
                     exact,
                     exact_offset: 0,
                 };
-                (0..span.n).for_each(|i| work.push((span.first - first + i) as u32, span.position + i as u32, &of));
+                work.push((span.first - first) as u32, &of);
             }
             group.work.set(&work, self.heads, &profile.layout.sealed, n)?;
             group.prefill.set()?;
@@ -637,24 +647,36 @@ fn key(row: &Row) -> (u8, bool) {
     (row.profile.0, row.store == ExactStore::Workspace)
 }
 
-/// Whether a device serves all of this.
-fn check(config: &ModelConfig, weights: &ModelWeights<'_>, profiles: &[ReadyProfile]) -> Result<(), CudaRefusal> {
-    if matches!(weights.embed.matrix().data, MatrixData::F32(_)) {
+/// Whether a device serves a model.
+///
+/// # Errors
+/// Where it does not, why.
+pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(), CudaRefusal> {
+    let of_layer = |l: &LayerWeights<'_>| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().any(|p| is_f32(&p.weight));
+    if is_f32(&weights.embed) || is_f32(weights.head()) || weights.layers.iter().any(of_layer) {
         return Err(CudaRefusal::Dtype);
+    }
+    if ![64, 80, 96, 128].contains(&config.head_dim) {
+        return Err(Unserved::HeadDim(config.head_dim).into());
     }
     for (what, width) in [("hidden states", config.hidden), ("an MLP", config.intermediate), ("query heads", config.q_channels())] {
         if !width.is_multiple_of(8) {
             return Err(CudaRefusal::Width { what, width });
         }
     }
-    Ok(profiles.iter().try_for_each(check_profile)?)
+    Ok(())
+}
+
+fn is_f32(w: &Weight<'_>) -> bool {
+    matches!(w.matrix().data, MatrixData::F32(_))
 }
 
 /// Whether a device serves a cache profile.
 ///
 /// # Errors
 /// Where it does not, why.
-pub fn check_profile(profile: &ReadyProfile) -> Result<(), Unserved> {
+pub fn check_profile(profile: &ReadyProfile, config: &ModelConfig, device: &Device) -> Result<(), Unserved> {
+    let shape = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: 1.0 };
     let view = |layer| LayerView { layer, layout: &profile.layout, compression: profile.compression.get(layer) };
-    (0..profile.layout.layers).try_for_each(|layer| serves(&view(layer)))
+    (0..profile.layout.layers).try_for_each(|layer| serves(&view(layer), shape, device.shared))
 }

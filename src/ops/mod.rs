@@ -1,7 +1,7 @@
 //! The fused operations of a forward pass and their shapes. `reference` is the definition, loops in f32;
 //! `cpu` is the fast twin and must agree with it within the tolerances of `tests/suite/ops.rs`.
 //!
-//! Determinism: every output row of every operation depends on that row's inputs alone, and is computed in an
+//! Determinism, on the host: every output row of every operation depends on that row's inputs alone, and is computed in an
 //! order that depends on shapes of that row only: never on how many rows there are, how they are split into
 //! chunks, or how many threads run. So a sequence's logits do not depend, to the bit, on what else is in the
 //! batch, and for the `full` profile a prompt computed in one chunk, in many, or token by token is the same.

@@ -29,6 +29,7 @@ use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Device;
+use crate::ops::cuda::attend::{Unserved, may_serve};
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};
@@ -186,9 +187,27 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
     let device = device(settings.device)?;
-    let (mut profile_specs, mut profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
+    let mut settings = settings.clone();
     if device.is_some() {
-        served_there(&mut profile_specs, &mut profiles, &settings.default_profile)?;
+        // Before bases are computed, which takes long: what cannot be served however they come out.
+        cuda::check_model(model, decoder.weights())?;
+        let (specs, _) = ready::described(&opened, &settings)?;
+        for (profile, why) in specs.iter().filter_map(|p| Some((p, may_serve(p).err()?))) {
+            left_out(&profile.name, &settings.default_profile, &why)?;
+            settings.profiles.retain(|p| p.name != profile.name);
+            settings.left_out.push(profile.name.clone());
+        }
+    }
+    let settings = &settings;
+    let (mut profile_specs, mut profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
+    if let Some(device) = &device {
+        for at in (0..profiles.len()).rev() {
+            if let Err(why) = cuda::check_profile(&profiles[at], model, device) {
+                left_out(&profile_specs[at].name, &settings.default_profile, &why)?;
+                profile_specs.remove(at);
+                profiles.remove(at);
+            }
+        }
     }
     let default_profile = profile_specs.iter().position(|p| p.name == settings.default_profile).ok_or_else(|| {
         ConfigError::UnknownProfile { name: settings.default_profile.clone(), known: crate::config::names(&profile_specs) }
@@ -298,22 +317,15 @@ fn device(asked: DeviceArg) -> anyhow::Result<Option<Arc<Device>>> {
     }
 }
 
-/// Leaves out the profiles that a device does not serve, and says so.
+/// Says that a device does not serve a profile.
 ///
 /// # Errors
-/// Where the default is one of them.
-fn served_there(specs: &mut Vec<crate::kv::layout::Profile>, profiles: &mut Vec<ReadyProfile>, default: &str) -> anyhow::Result<()> {
-    for at in (0..profiles.len()).rev() {
-        if let Err(why) = cuda::check_profile(&profiles[at]) {
-            let name = &specs[at].name;
-            if name == default {
-                bail!("cache profile {name}: {why}; choose another with --cache-profile, or use --device cpu");
-            }
-            tracing::warn!("leaving out cache profile {name}: {why}");
-            specs.remove(at);
-            profiles.remove(at);
-        }
+/// Where it is the default.
+fn left_out(name: &str, default: &str, why: &Unserved) -> anyhow::Result<()> {
+    if name == default {
+        bail!("cache profile {name}: {why}; choose another with --cache-profile, or use --device cpu");
     }
+    tracing::warn!("leaving out cache profile {name}: {why}");
     Ok(())
 }
 

@@ -308,7 +308,7 @@ impl Cache {
         });
         let sizes = layout.sizes();
         let bytes = sizes.exact.max(sizes.sealed).max(sizes.sinks).max(64);
-        let pages = 64u64;
+        let pages = 128u64;
         let mut arena = Arena::new(bytes * pages).unwrap();
         let len = arena.len();
         arena.slice_mut::<u8>(PageAddr(0), 0, len).fill(0xff);

@@ -3,6 +3,7 @@
 //!
 //! A row's spans follow from its own length alone, so what a row comes to does not depend on what else is in the batch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
@@ -12,7 +13,7 @@ use super::CudaError;
 use super::driver::{Device, Memory};
 use crate::compress::{KeyMap, LayerCompression};
 use crate::ids::{PAGE_TOKENS, PageAddr};
-use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
+use crate::kv::layout::{BasisKind, ExactType, Profile, Quantiser, SealedLayer};
 use crate::ops::{AttendRow, Heads, LayerView};
 
 const P: usize = PAGE_TOKENS as usize;
@@ -76,37 +77,39 @@ pub struct Work {
 }
 
 impl Work {
-    /// Adds one query at `position`, whose row in the batch is `row`.
-    pub fn push(&mut self, row: u32, position: u32, of: &AttendRow<'_>) {
+    /// Adds the `n` queries of a row, the first of which stands at its position; the first is row `first` of the batch.
+    pub fn push(&mut self, first: u32, of: &AttendRow<'_>) {
         let sinks = if of.sinks.is_some() && !of.sealed.is_empty() { of.view.layout.sinks } else { 0 };
-        let (sealed, exact) = (self.sealed.len() as u32, self.exact.len() as u32);
-        if !of.view.layout.drops {
-            let table = self.put(of.sealed);
-            let each = span(of.sealed.len(), SEALED_SPAN);
-            for first in (0..of.sealed.len()).step_by(each.max(1)) {
-                let pages = each.min(of.sealed.len() - first) as u32;
-                let skip = if first == 0 { sinks } else { 0 };
-                self.sealed.push(SealedItem { row, table: table + first as u32, pages, skip });
+        let before = of.sealed.len() * P;
+        let reach = (of.position as usize + of.n - before).div_ceil(P);
+        let (sealed_table, exact_table) = (self.put(of.sealed), self.put(&of.exact[..reach]));
+        for i in 0..of.n {
+            let row = first + i as u32;
+            let (sealed, exact) = (self.sealed.len() as u32, self.exact.len() as u32);
+            if !of.view.layout.drops {
+                let each = span(of.sealed.len(), SEALED_SPAN);
+                for at in (0..of.sealed.len()).step_by(each.max(1)) {
+                    let pages = each.min(of.sealed.len() - at) as u32;
+                    self.sealed.push(SealedItem { row, table: sealed_table + at as u32, pages, skip: if at == 0 { sinks } else { 0 } });
+                }
             }
+            let positions = of.position as usize + i + 1 - before;
+            let pages = positions.div_ceil(P);
+            let each = span(pages, EXACT_SPAN);
+            for at in (0..pages).step_by(each.max(1)) {
+                let n = each.min(pages - at);
+                let sinks = if at == 0 { sinks } else { 0 };
+                self.exact.push(ExactItem {
+                    row,
+                    table: exact_table + at as u32,
+                    pages: n as u32,
+                    last: (positions - (at + n - 1) * P).min(P) as u32,
+                    sinks_page: if sinks > 0 { of.sinks.map_or(0, |p| p.0) } else { 0 },
+                    sinks,
+                });
+            }
+            self.rows.push(MergeRow { row, sealed, sealed_end: self.sealed.len() as u32, exact, exact_end: self.exact.len() as u32 });
         }
-        let positions = position as usize + 1 - of.sealed.len() * P;
-        let pages = positions.div_ceil(P);
-        let table = self.put(&of.exact[..pages]);
-        let each = span(pages, EXACT_SPAN);
-        for first in (0..pages).step_by(each.max(1)) {
-            let n = each.min(pages - first);
-            let last = (positions - (first + n - 1) * P).min(P) as u32;
-            let first_item = first == 0 && sinks > 0;
-            self.exact.push(ExactItem {
-                row,
-                table: table + first as u32,
-                pages: n as u32,
-                last,
-                sinks_page: if first_item { of.sinks.map_or(0, |p| p.0) } else { 0 },
-                sinks: if first_item { sinks } else { 0 },
-            });
-        }
-        self.rows.push(MergeRow { row, sealed, sealed_end: self.sealed.len() as u32, exact, exact_end: self.exact.len() as u32 });
     }
 
     fn put(&mut self, pages: &[PageAddr]) -> u32 {
@@ -209,13 +212,31 @@ pub enum Unserved {
     Rank { layer: usize, rank: usize },
     #[error("a CUDA device serves heads of 64, 80, 96 or 128 channels, not {0}")]
     HeadDim(usize),
+    #[error(
+        "layer {layer} has key ranks of {rank}, for which a block of this device has too little shared memory ({needs} bytes of {has})"
+    )]
+    Shared { layer: usize, rank: usize, needs: usize, has: usize },
 }
 
-/// Whether a layer's sealed pages are met on the device.
+/// Whether a profile's sealed pages are met on a device, as far as it says itself: see [`serves`].
 ///
 /// # Errors
 /// Where they are not, why.
-pub fn serves(view: &LayerView<'_>) -> Result<(), Unserved> {
+pub fn may_serve(profile: &Profile) -> Result<(), Unserved> {
+    let Some(cskv) = &profile.cskv else { return Ok(()) };
+    match cskv.basis {
+        BasisKind::Dropped => Ok(()),
+        BasisKind::Frequency if [cskv.key_quantiser, cskv.value_quantiser] == [Quantiser::Hadamard; 2] => Ok(()),
+        BasisKind::Frequency => Err(Unserved::Quantiser),
+        _ => Err(Unserved::Basis),
+    }
+}
+
+/// Whether a layer's sealed pages are met on a device whose blocks have `shared` bytes of shared memory.
+///
+/// # Errors
+/// Where they are not, why.
+pub fn serves(view: &LayerView<'_>, shape: Heads, shared: usize) -> Result<(), Unserved> {
     if ![64, 80, 96, 128].contains(&view.layout.head_dim) {
         return Err(Unserved::HeadDim(view.layout.head_dim));
     }
@@ -230,6 +251,10 @@ pub fn serves(view: &LayerView<'_>) -> Result<(), Unserved> {
     }
     if !v.rank.is_multiple_of(4) || v.rank > 1024 {
         return Err(Unserved::Rank { layer: view.layer, rank: v.rank });
+    }
+    let needs = absorb_shared(view.layout.head_dim, k.rank).max(sealed_shared(shape.heads, &layer)) + STATIC_SHARED;
+    if needs > shared {
+        return Err(Unserved::Shared { layer: view.layer, rank: k.rank, needs, has: shared });
     }
     Ok(())
 }
@@ -279,13 +304,24 @@ impl DeviceMaps {
     }
 }
 
+/// Rows whose partial results are in memory at once, and their items.
+#[derive(Clone, Debug)]
+struct Slice {
+    rows: Range<usize>,
+    sealed: Range<usize>,
+    exact: Range<usize>,
+}
+
+/// Bytes of partial results that are kept at once, where a single row does not need more.
+const PARTIAL_BYTES: usize = 256 << 20;
+
 /// Work on the device, and the memory of its partial results. Built once a step; launched once a layer.
 pub struct DeviceWork {
     table: Memory<u32>,
     sealed_items: Memory<SealedItem>,
     exact_items: Memory<ExactItem>,
     rows: Memory<MergeRow>,
-    counts: [usize; 3],
+    slices: Vec<Slice>,
     fragments: Memory<u16>,
     factors: Memory<f32>,
     sealed: Memory<u16>,
@@ -325,7 +361,7 @@ impl DeviceWork {
             sealed_items: device.alloc(1)?,
             exact_items: device.alloc(1)?,
             rows: device.alloc(1)?,
-            counts: [0; 3],
+            slices: Vec::new(),
             fragments: device.alloc(1)?,
             factors: device.alloc(1)?,
             sealed: device.alloc(1)?,
@@ -349,24 +385,43 @@ impl DeviceWork {
         self.sealed_items.write(0, &work.sealed)?;
         self.exact_items.reserve(work.exact.len())?;
         self.exact_items.write(0, &work.exact)?;
-        self.rows.reserve(work.rows.len())?;
-        self.rows.write(0, &work.rows)?;
-        self.counts = [work.sealed.len(), work.exact.len(), work.rows.len()];
+        let rank = most(&|l| l.values.rank);
+        let bytes = |sealed: usize, exact: usize| sealed * tiles * 16 * (2 * rank + 16) + exact * shape.heads * 4 * (shape.head_dim + 2);
+        self.slices.clear();
+        let mut rows = work.rows.clone();
+        for (at, row) in rows.iter_mut().enumerate() {
+            let (sealed, exact) = (row.sealed as usize..row.sealed_end as usize, row.exact as usize..row.exact_end as usize);
+            match self.slices.last_mut() {
+                Some(s) if bytes(sealed.end - s.sealed.start, exact.end - s.exact.start) <= PARTIAL_BYTES => {
+                    (s.rows.end, s.sealed.end, s.exact.end) = (at + 1, sealed.end, exact.end);
+                }
+                _ => self.slices.push(Slice { rows: at..at + 1, sealed, exact }),
+            }
+            // Results of a slice lie from the beginning on.
+            let slice = &self.slices[self.slices.len() - 1];
+            let (sealed, exact) = (slice.sealed.start as u32, slice.exact.start as u32);
+            (row.sealed, row.sealed_end) = (row.sealed - sealed, row.sealed_end - sealed);
+            (row.exact, row.exact_end) = (row.exact - exact, row.exact_end - exact);
+        }
+        self.rows.reserve(rows.len())?;
+        self.rows.write(0, &rows)?;
         self.parts = work.rows.iter().map(|r| (r.sealed_end - r.sealed + r.exact_end - r.exact) as usize).max().unwrap_or(0);
+        let (sealed, exact) = self.slices.iter().fold((0, 0), |(s, e), slice| (s.max(slice.sealed.len()), e.max(slice.exact.len())));
         if !work.sealed.is_empty() {
             self.fragments.reserve(batch * tiles * 256 * most(&|l| steps(l)))?;
             self.factors.reserve(batch * tiles * 16)?;
-            self.sealed.reserve(work.sealed.len() * tiles * 16 * most(&|l| l.values.rank))?;
-            self.sealed_state.reserve(work.sealed.len() * tiles * 16 * 4)?;
+            self.sealed.reserve(sealed * tiles * 16 * rank)?;
+            self.sealed_state.reserve(sealed * tiles * 16 * 4)?;
         }
-        self.exact.reserve(work.exact.len() * shape.heads * shape.head_dim)?;
-        self.exact_state.reserve(work.exact.len() * shape.heads * 2)?;
+        self.exact.reserve(exact * shape.heads * shape.head_dim)?;
+        self.exact_state.reserve(exact * shape.heads * 2)?;
         Ok(())
     }
 
     /// Adds all that its launches depend on, but for what lies in its memory.
     pub fn key(&self, key: &mut Vec<u64>) {
-        key.extend(self.counts.iter().chain([&self.parts]).map(|&n| n as u64));
+        key.push(self.parts as u64);
+        key.extend(self.slices.iter().flat_map(|s| [s.rows.end, s.sealed.end, s.exact.end]).map(|n| n as u64));
         key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
         key.extend([self.factors.ptr(), self.sealed.ptr(), self.sealed_state.ptr(), self.exact.ptr(), self.exact_state.ptr()]);
     }
@@ -379,23 +434,23 @@ impl DeviceWork {
     /// # Panics
     /// Where the layer is none that [`serves`] passes.
     pub fn attend(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
-        self.sealed(device, layer)?;
-        self.exact(device, layer)?;
-        self.merge(device, layer)
+        self.absorb(device, layer)?;
+        (0..self.slices.len()).try_for_each(|slice| {
+            self.sealed(device, layer, slice)?;
+            self.exact(device, layer, slice)?;
+            self.merge(device, layer, slice)
+        })
     }
 
-    /// The parts over sealed pages.
+    /// The absorbed queries of all rows.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
-    pub fn sealed(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
+    pub fn absorb(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
-        let tiles = heads.div_ceil(16);
-        let sealed = self.counts[0];
-        if sealed > 0 {
-            let part = layer.view.layout.sealed[layer.view.layer];
+        if self.slices.iter().any(|s| !s.sealed.is_empty()) {
+            let k = layer.view.layout.sealed[layer.view.layer].keys;
             let maps = layer.maps.expect("sealed pages have maps");
-            let (k, v) = (part.keys, part.values);
             let args = AbsorbArgs {
                 q: layer.q,
                 map: maps.absorb.ptr(),
@@ -409,11 +464,25 @@ impl DeviceWork {
                 bits: k.bits as i32,
             };
             // SAFETY: memory of the shapes the kernel documents, made by `set` and `DeviceMaps::new`.
-            unsafe { device.launch("absorb", [layer.batch, kv_heads, 1], 512, 4 * (4 * d + 16 * k.rank), &args) }?;
+            unsafe { device.launch("absorb", [layer.batch, kv_heads, 1], 512, absorb_shared(d, k.rank), &args) }?;
+        }
+        Ok(())
+    }
+
+    /// The parts of a slice over sealed pages.
+    ///
+    /// # Errors
+    /// As [`DeviceWork::attend`].
+    pub fn sealed(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
+        let tiles = layer.shape.heads.div_ceil(16);
+        let items = &self.slices[slice].sealed;
+        if !items.is_empty() {
+            let part = layer.view.layout.sealed[layer.view.layer];
+            let (k, v) = (part.keys, part.values);
             let args = SealedArgs {
                 arena: layer.arena,
                 table: self.table.ptr(),
-                items: self.sealed_items.ptr(),
+                items: self.sealed_items.part(items.start, items.len()).ptr(),
                 fragments: self.fragments.ptr(),
                 factors: self.factors.ptr(),
                 out: self.sealed.ptr(),
@@ -429,27 +498,27 @@ impl DeviceWork {
                 bits_v: v.bits as i32,
                 tiles: tiles as i32,
             };
-            let mt = if tiles.is_multiple_of(2) { 2 } else { 1 };
-            const WARPS: usize = 8;
+            let mt = tiles_at_once(layer.shape.heads);
             let kernel = SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][k.bits as usize - 2][v.bits as usize - 2];
-            let shared = mt * steps(&part) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 64 * mt + 4 * SEALED_SPAN.1;
+            let shared = sealed_shared(layer.shape.heads, &part);
             // SAFETY: as above; pages were leased by who made the work.
-            unsafe { device.launch(kernel, [sealed, tiles / mt, 1], 32 * WARPS, shared, &args) }?;
+            unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * WARPS, shared, &args) }?;
         }
         Ok(())
     }
 
-    /// The parts over exact pages.
+    /// The parts of a slice over exact pages.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
-    pub fn exact(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
+    pub fn exact(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
+        let items = &self.slices[slice].exact;
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let layout = layer.view.layout;
         let args = ExactArgs {
             arena: layer.arena,
             table: self.table.ptr(),
-            items: self.exact_items.ptr(),
+            items: self.exact_items.part(items.start, items.len()).ptr(),
             q: layer.q,
             out: self.exact.ptr(),
             state: self.exact_state.ptr(),
@@ -471,22 +540,23 @@ impl DeviceWork {
             (ExactType::F32, 128) => "attend_exact_f32_128",
             (_, d) => panic!("heads of {d} channels were refused"),
         };
-        const WARPS: usize = 4;
-        let shared = 4 * (4 * d + WARPS * (4 * P + 4 * d + 8));
+        const EXACT_WARPS: usize = 4;
+        let shared = 4 * (4 * d + EXACT_WARPS * (4 * P + 4 * d + 8));
         // SAFETY: as above.
-        unsafe { device.launch(kernel, [self.counts[1], kv_heads, (heads / kv_heads).div_ceil(4)], 32 * WARPS, shared, &args) }
+        unsafe { device.launch(kernel, [items.len(), kv_heads, (heads / kv_heads).div_ceil(4)], 32 * EXACT_WARPS, shared, &args) }
     }
 
-    /// The parts of each row into one.
+    /// The parts of each row of a slice into one.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
-    pub fn merge(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
+    pub fn merge(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
+        let rows = &self.slices[slice].rows;
         let Heads { heads, kv_heads, head_dim: d, .. } = layer.shape;
-        let rank = if self.counts[0] > 0 { layer.view.layout.sealed[layer.view.layer].values.rank } else { 0 };
+        let rank = if layer.maps.is_some() { layer.view.layout.sealed[layer.view.layer].values.rank } else { 0 };
         let tiles = heads.div_ceil(16);
         let args = MergeArgs {
-            rows: self.rows.ptr(),
+            rows: self.rows.part(rows.start, rows.len()).ptr(),
             sealed: self.sealed.ptr(),
             sealed_state: self.sealed_state.ptr(),
             exact: self.exact.ptr(),
@@ -504,7 +574,7 @@ impl DeviceWork {
         let slices = (if rank.is_multiple_of(8) { 1024usize } else { 512 }).checked_div(rank).map_or(0, |n| n.max(1));
         let shared = 4 * (8 + 4 * self.parts.next_multiple_of(4) + 4 * (slices * rank).max(512 / (d / 2) * d));
         // SAFETY: as above.
-        unsafe { device.launch("merge", [self.counts[2], kv_heads, 1], 512, shared, &args) }
+        unsafe { device.launch("merge", [rows.len(), kv_heads, 1], 512, shared, &args) }
     }
 }
 
@@ -535,6 +605,27 @@ const SEALED: [[[[&str; 3]; 3]; 2]; 2] = [
         ],
     ],
 ];
+
+/// Warps of a block over sealed pages.
+const WARPS: usize = 8;
+/// Bytes of shared memory that kernels have beside what is asked for.
+const STATIC_SHARED: usize = 64;
+
+/// Bytes of shared memory of `absorb`.
+const fn absorb_shared(d: usize, rank: usize) -> usize {
+    4 * (4 * d + 16 * rank)
+}
+
+/// Tiles of 16 lines that a block over sealed pages meets.
+const fn tiles_at_once(heads: usize) -> usize {
+    if heads.div_ceil(16).is_multiple_of(2) { 2 } else { 1 }
+}
+
+/// Bytes of shared memory of `attend_sealed`.
+fn sealed_shared(heads: usize, layer: &SealedLayer) -> usize {
+    let mt = tiles_at_once(heads);
+    mt * steps(layer) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 64 * mt + 4 * SEALED_SPAN.1
+}
 
 /// Steps of 16 channels of an absorbed query.
 fn steps(layer: &SealedLayer) -> usize {

@@ -13,11 +13,11 @@ use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::CudaError;
 
-/// All kernels for all architectures: see `kernels/README.md` for how it is made.
+/// All kernels for all architectures: `kernels/build.py` makes it.
 static IMAGE: &[u8] = include_bytes!("../../../kernels/strait.fatbin");
 
-/// Least driver that runs the image.
-const LEAST_DRIVER: i32 = 12_000;
+/// Least driver that runs the image, which CUDA 13.0's compiler made.
+const LEAST_DRIVER: i32 = 13_000;
 
 /// A device with its kernels loaded.
 pub struct Device {
@@ -91,7 +91,7 @@ impl Device {
         }
         let stream = context.new_stream()?;
         // SAFETY: the context is bound to this thread; the image is a whole one and outlives the module.
-        let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }?;
+        let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         Ok(Arc::new(Device { context, stream, module, kernels: Mutex::default(), processors, shared, overlaps: capability.0 >= 9 }))

@@ -21,7 +21,7 @@ pub enum CudaError {
     NoDevice(String),
     #[error("there is no CUDA device {asked}: this machine has {count}, numbered from 0")]
     NoSuchDevice { asked: usize, count: usize },
-    #[error("the NVIDIA driver speaks CUDA {}.{}, and CUDA 12.0 is the least: update it", version / 1000, version % 1000 / 10)]
+    #[error("the NVIDIA driver speaks CUDA {}.{}, and CUDA 13.0 is the least (driver 580): update it, or use --device cpu", version / 1000, version % 1000 / 10)]
     OldDriver { version: i32 },
     #[error("{name} has compute capability {}.{}, and 8.0 is the least", capability.0, capability.1)]
     OldDevice { name: String, capability: (i32, i32) },
@@ -29,6 +29,8 @@ pub enum CudaError {
         "the device has no {bytes} bytes left, {free} of {total} are free: lower --kv-cache-memory-bytes, take a smaller model, or use --device cpu"
     )]
     NoMemory { bytes: usize, free: usize, total: usize },
+    #[error("the driver does not take the kernels ({0}): update it, or use --device cpu")]
+    Image(cudarc::driver::DriverError),
     #[error("kernel {kernel}: {source}")]
     Launch { kernel: &'static str, source: cudarc::driver::DriverError },
     #[error("the device failed: {0}")]

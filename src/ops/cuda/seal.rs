@@ -99,6 +99,9 @@ impl DownMaps {
     }
 }
 
+/// Pages that are sealed at once: what lies between the two kernels is so much.
+const AT_ONCE: usize = 128;
+
 /// Seals `n` of `jobs` in one layer. `latents` grows to what lies between the two kernels.
 ///
 /// # Errors
@@ -130,27 +133,32 @@ pub fn seal(
     };
     let (keys, values) = (part(sealed.keys), part(sealed.values));
     let most = sealed.keys.rank.max(sealed.values.rank);
-    latents.reserve(n * 64 * (sealed.keys.rank + sealed.values.rank))?;
-    let args = ProjectArgs {
-        arena: arena.ptr(),
-        jobs: jobs.ptr(),
-        key_map: maps.keys.ptr(),
-        value_map: maps.values.ptr(),
-        value_mean: maps.mean.ptr(),
-        latents: latents.ptr(),
-        keys,
-        values,
-        channels: (layout.kv_heads * layout.head_dim) as u32,
-        d: layout.head_dim as u32,
-    };
-    let kernel = match layout.exact {
-        ExactType::Bf16 => "seal_project_b16",
-        ExactType::F32 => "seal_project_f32",
-    };
-    // SAFETY: jobs are of pages that their plan leased; maps have the layer's shapes.
-    unsafe { device.launch(kernel, [most.div_ceil(32), n, 2], 128, 12288, &args) }?;
-    let args = CodesArgs { arena: arena.ptr(), jobs: jobs.ptr(), latents: latents.ptr(), keys, values };
-    let shared = 4 * (1536 + 32 * sealed.blocks).max(2 * most.next_multiple_of(32));
-    // SAFETY: as above.
-    unsafe { device.launch("seal_codes", [n, 4, 1], 512, shared, &args) }
+    latents.reserve(n.min(AT_ONCE) * 64 * (sealed.keys.rank + sealed.values.rank))?;
+    for first in (0..n).step_by(AT_ONCE) {
+        let n = AT_ONCE.min(n - first);
+        let jobs = jobs.part(first, n);
+        let args = ProjectArgs {
+            arena: arena.ptr(),
+            jobs: jobs.ptr(),
+            key_map: maps.keys.ptr(),
+            value_map: maps.values.ptr(),
+            value_mean: maps.mean.ptr(),
+            latents: latents.ptr(),
+            keys,
+            values,
+            channels: (layout.kv_heads * layout.head_dim) as u32,
+            d: layout.head_dim as u32,
+        };
+        let kernel = match layout.exact {
+            ExactType::Bf16 => "seal_project_b16",
+            ExactType::F32 => "seal_project_f32",
+        };
+        // SAFETY: jobs are of pages that their plan leased; maps have the layer's shapes.
+        unsafe { device.launch(kernel, [most.div_ceil(32), n, 2], 128, 12288, &args) }?;
+        let args = CodesArgs { arena: arena.ptr(), jobs: jobs.ptr(), latents: latents.ptr(), keys, values };
+        let shared = 4 * (1536 + 32 * sealed.blocks).max(2 * most.next_multiple_of(32));
+        // SAFETY: as above.
+        unsafe { device.launch("seal_codes", [n, 4, 1], 512, shared, &args) }?;
+    }
+    Ok(())
 }
