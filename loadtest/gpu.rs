@@ -1,6 +1,7 @@
 //! How near the CUDA kernels come to what the device can do: `cargo bench --bench gpu [-- word ...]` prints the tables whose title
 //! contains one of the words (all without words). `SDPA=FILE` names what `loadtest/gpu.py` measured of PyTorch on the same card;
-//! `ROW=TEXT` leaves of the table `attention` the rows whose "cache, context x batch" contains the text.
+//! `ROW=TEXT` leaves of the tables `attention` and `decode` the rows whose "cache, context x batch" contains the text. The word `--dry`
+//! goes through all of them at small shapes on a device that this CPU emulates: times mean nothing then, and what would fail, fails.
 //!
 //! Each row has its prediction beside it, written before it was measured: bytes over the measured ceiling, or the operations that
 //! spread codes, whichever takes longer. Work is recorded once and run many times; data is larger than the second-level cache, or
@@ -24,7 +25,69 @@ use strait::ops::cuda::{CudaError, Device, Memory};
 use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
-type Table = fn(&Arc<Device>, f64) -> Result<(), CudaError>;
+#[path = "../tests/suite/emulated.rs"]
+mod emulated;
+
+type Table = fn(&Arc<Device>, f64, &Sizes) -> Result<(), CudaError>;
+
+/// What the tables go over, and how much of it.
+struct Sizes {
+    /// Attention: context and batch.
+    contexts: Vec<usize>,
+    batches: Vec<usize>,
+    /// Queries of a chunk; context and batch.
+    chunk: usize,
+    chunks: Vec<(usize, usize)>,
+    /// Products: outputs and inputs; rows.
+    matrices: Vec<(usize, usize)>,
+    rows: Vec<usize>,
+    /// A whole model; context and batch of exact and of compressed pages.
+    model: ModelConfig,
+    exact: Vec<(usize, usize)>,
+    compressed: Vec<(usize, usize)>,
+    /// Bytes that data fills at least, over all its sets, so that no cache holds it; bytes the ceiling is measured on.
+    spread: usize,
+    ceiling: usize,
+    /// Repeats at most.
+    times: usize,
+}
+
+impl Sizes {
+    fn full() -> Self {
+        let compressed = [8192, 32_768, 131_072].iter().flat_map(|&c| [1, 16, 64].map(|b| (c, b))).collect();
+        Self {
+            contexts: vec![8192, 32_768, 131_072],
+            batches: vec![1, 16, 64],
+            chunk: 2048,
+            chunks: vec![(2048, 1), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)],
+            matrices: vec![(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)],
+            rows: vec![1, 4, 8, 16, 32, 64, 512],
+            model: model(32),
+            exact: vec![(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)],
+            compressed,
+            spread: 600 << 20,
+            ceiling: 4 << 30,
+            times: 20,
+        }
+    }
+
+    fn dry() -> Self {
+        Self {
+            contexts: vec![128, 640],
+            batches: vec![1, 2],
+            chunk: 64,
+            chunks: vec![(64, 2), (192, 1)],
+            matrices: vec![(128, 256), (192, 512)],
+            rows: vec![1, 8, 80],
+            model: ModelConfig { hidden: 256, intermediate: 512, vocab: 512, ..model(2) },
+            exact: vec![(64, 2), (256, 1)],
+            compressed: vec![(256, 2)],
+            spread: 1 << 20,
+            ceiling: 1 << 20,
+            times: 1,
+        }
+    }
+}
 
 fn main() -> std::process::ExitCode {
     match run() {
@@ -36,16 +99,25 @@ fn main() -> std::process::ExitCode {
     }
 }
 
-fn run() -> Result<(), CudaError> {
+fn run() -> Result<(), String> {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let dry = words.iter().any(|w| w == "--dry");
+    let words: Vec<_> = words.into_iter().filter(|w| w != "--dry").collect();
+    if dry {
+        emulated::load()?;
+    }
+    tables(&words, &if dry { Sizes::dry() } else { Sizes::full() }).map_err(|e| e.to_string())
+}
+
+fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     let device = Device::open(0)?;
-    let ceiling = ceiling(&device)?;
+    let ceiling = ceiling(&device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
     let tables: [(&str, Table); 4] = [("attention", attention), ("prefill", prefill), ("linear", linear), ("decode", decode)];
     for (title, table) in tables {
         if words.is_empty() || words.iter().any(|w| title.contains(w.as_str())) {
             println!("{title}");
-            table(&device, ceiling)?;
+            table(&device, ceiling, sizes)?;
             println!();
         }
     }
@@ -81,8 +153,7 @@ struct ReadArgs {
 }
 
 /// Bytes per second of a summing kernel, at its best of some grids.
-fn ceiling(device: &Arc<Device>) -> Result<f64, CudaError> {
-    let bytes = 4usize << 30;
+fn ceiling(device: &Arc<Device>, bytes: usize) -> Result<f64, CudaError> {
     let data = filled(device, bytes, &random_bf16(8 << 20))?;
     let out = device.alloc::<u32>(1)?;
     let mut best = 0.0f64;
@@ -180,7 +251,7 @@ fn sdpa() -> HashMap<(usize, usize), (f64, String)> {
     rows.into_iter().map(|(context, batch, us, backend)| ((context, batch), (us, backend))).collect()
 }
 
-fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
     let sdpa = sdpa();
     let rng = &mut Rng(7);
     println!("  one layer of 32 heads over 8 KV heads of 128; times in us; bytes counted as laid out, scales, window and sinks included");
@@ -192,31 +263,31 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
     for profile in [full, profile(26, 4), profile(32, 4), profile(13, 4), profile(26, 3), profile(26, 2)] {
         let layout = PageLayout::new(&model(1), ExactType::Bf16, &profile, None);
         let compressed = profile.cskv.is_some();
-        let sizes = layout.sizes();
+        let page = layout.sizes();
         let maps_host = compressed.then(|| maps(&layout, rng));
         let maps = maps_host.as_ref().map(|m| DeviceMaps::new(device, m, SHAPE.kv_heads, 128)).transpose()?;
-        for context in [8192usize, 32_768, 131_072] {
-            for batch in [1usize, 16, 64] {
+        for &context in &sizes.contexts {
+            for &batch in &sizes.batches {
                 let (sealed_pages, window_pages) = if compressed { (context / 64 - 1, 1) } else { (0, context / 64) };
-                let per = sealed_pages * sizes.sealed as usize + window_pages * sizes.exact as usize + sizes.sinks as usize;
+                let per = sealed_pages * page.sealed as usize + window_pages * page.exact as usize + page.sinks as usize;
                 let bytes_once = batch * per;
                 let name = format!("{}, {context} x {batch}", profile.name);
                 if bytes_once > 40 << 30 || std::env::var("ROW").is_ok_and(|row| !name.contains(&row)) {
                     continue;
                 }
                 // Sets of data that take turns.
-                let sets = (300usize << 20).div_ceil(bytes_once).clamp(1, 64);
+                let sets = (sizes.spread / 2).div_ceil(bytes_once).clamp(1, 64);
                 let arena_bytes = sets * bytes_once;
                 // Sealed pages first, of all sets; then the exact ones.
-                let sealed_bytes = sets * batch * sealed_pages * sizes.sealed as usize;
+                let sealed_bytes = sets * batch * sealed_pages * page.sealed as usize;
                 let mut arena = device.alloc::<u8>(arena_bytes + ARENA_SLACK)?;
                 fill_part(&mut arena, 0, sealed_bytes, &if compressed { sealed_block(&layout, 256, rng) } else { vec![] })?;
                 fill_part(&mut arena, sealed_bytes, arena_bytes - sealed_bytes, &random_bf16(4 << 20))?;
                 let mut order: Vec<u32> = (0..(sets * batch * sealed_pages) as u32).collect();
                 (1..order.len()).rev().for_each(|i| order.swap(i, (rng.next() % (i as u64 + 1)) as usize));
-                let sealed_at = |i: usize| PageAddr(order[i] * (sizes.sealed / 64) as u32);
-                let exact_at = |i: usize| PageAddr(((sealed_bytes + i * sizes.exact as usize) / 64) as u32);
-                let sinks_base = sealed_bytes + sets * batch * window_pages * sizes.exact as usize;
+                let sealed_at = |i: usize| PageAddr(order[i] * (page.sealed / 64) as u32);
+                let exact_at = |i: usize| PageAddr(((sealed_bytes + i * page.exact as usize) / 64) as u32);
+                let sinks_base = sealed_bytes + sets * batch * window_pages * page.exact as usize;
                 let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
                 let mut works = Vec::new();
                 for set in 0..sets {
@@ -225,7 +296,7 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
                         let at = set * batch + row;
                         let sealed: Vec<_> = (0..sealed_pages).map(|i| sealed_at(at * sealed_pages + i)).collect();
                         let exact: Vec<_> = (0..window_pages).map(|i| exact_at(at * window_pages + i)).collect();
-                        let sinks = compressed.then(|| PageAddr(((sinks_base + at * sizes.sinks as usize) / 64) as u32));
+                        let sinks = compressed.then(|| PageAddr(((sinks_base + at * page.sinks as usize) / 64) as u32));
                         let position = (context - 1) as u32;
                         let of = AttendRow { view, first: row, n: 1, position, sealed: &sealed, sinks, exact: &exact, exact_offset: 0 };
                         work.push(row as u32, &of);
@@ -247,7 +318,7 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
                     out_f32: 0,
                     batch,
                 };
-                let times = (1usize << 30).div_ceil(arena_bytes).clamp(3, 20);
+                let times = (1usize << 30).div_ceil(arena_bytes).max(3).min(sizes.times);
                 let each = |f: &dyn Fn(&DeviceWork) -> Result<(), CudaError>| -> Result<f64, CudaError> {
                     Ok(device.time(times, || works.iter().try_for_each(f))? * 1e3 / sets as f64)
                 };
@@ -298,27 +369,27 @@ fn attention(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// Chunks of 2048 queries at the end of their context.
-fn prefill(device: &Arc<Device>, _: f64) -> Result<(), CudaError> {
-    const CHUNK: usize = 2048;
-    println!("  chunks of {CHUNK} queries, 32 heads over 8 KV heads of 128, exact pages; predicted at 400 TFLOP/s");
+/// Chunks of queries at the end of their context.
+fn prefill(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    let chunk = sizes.chunk;
+    println!("  chunks of {chunk} queries, 32 heads over 8 KV heads of 128, exact pages; predicted at 400 TFLOP/s");
     println!("  {:>7} {:>5} {:>9} {:>9} {:>8}", "context", "batch", "predicted", "measured", "TFLOP/s");
     let layout = PageLayout::new(&model(1), ExactType::Bf16, &Profile { name: "full".into(), cskv: None }, None);
     let page = layout.sizes().exact as usize;
-    for (context, batch) in [(2048usize, 1usize), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)] {
+    for &(context, batch) in &sizes.chunks {
         let pages = context / 64;
         let arena = filled(device, batch * pages * page, &random_bf16(4 << 20))?;
-        let q = device.upload(&Rng(5).normals(batch * CHUNK * 32 * 128))?;
+        let q = device.upload(&Rng(5).normals(batch * chunk * 32 * 128))?;
         let out = device.alloc::<u16>(q.len())?;
         let mut work = Prefill::new(device)?;
         for row in 0..batch {
             let table: Vec<_> = (0..pages).map(|i| PageAddr(((row * pages + i) * page / 64) as u32)).collect();
-            work.push((row * CHUNK) as u32, CHUNK as u32, (context - CHUNK) as u32, &table);
+            work.push((row * chunk) as u32, chunk as u32, (context - chunk) as u32, &table);
         }
         work.set()?;
         let (q, out) = (q.part(0, q.len()), out.part(0, out.len()));
-        let us = 1e3 * device.time(5, || work.attend(device, SHAPE, &arena, 0, (q, out)))?;
-        let visible = CHUNK * (context - CHUNK) + CHUNK * (CHUNK + 1) / 2;
+        let us = 1e3 * device.time(sizes.times.min(5), || work.attend(device, SHAPE, &arena, 0, (q, out)))?;
+        let visible = chunk * (context - chunk) + chunk * (chunk + 1) / 2;
         let flops = (4 * 128 * 32 * batch * visible) as f64;
         println!("  {context:>7} {batch:>5} {:>9.1} {us:>9.1} {:>8.1}", flops / 400e6, flops / us / 1e6);
     }
@@ -338,18 +409,18 @@ fn fill_part(memory: &mut Memory<u8>, at: usize, bytes: usize, block: &[u8]) -> 
     Ok(())
 }
 
-fn linear(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
     println!("  y = x W^T in bf16, f32 sums; times in us");
     println!("  {:>7} {:>6} {:>5} {:>9} {:>9} {:>8} {:>8} {:>6}", "out", "in", "rows", "floor", "measured", "GB/s", "TFLOP/s", "%floor");
     let block = random_bf16(8 << 20);
-    for (out, inputs) in [(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)] {
-        for rows in [1usize, 4, 8, 16, 32, 64, 512] {
+    for &(out, inputs) in &sizes.matrices {
+        for &rows in &sizes.rows {
             let bytes = 2 * out * inputs;
-            let sets = (600usize << 20).div_ceil(bytes).clamp(1, 64);
+            let sets = sizes.spread.div_ceil(bytes).clamp(1, 64);
             let w = filled(device, sets * bytes, &block)?;
             let x = filled(device, 2 * rows * inputs, &block)?;
             let y = device.alloc::<f32>(rows * out)?;
-            let ms = device.time(5, || {
+            let ms = device.time(sizes.times.min(5), || {
                 (0..sets).try_for_each(|i| {
                     let job = Job { w: [w.ptr() + (i * bytes) as u64, 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
                     Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs }.launch(device)
@@ -380,13 +451,13 @@ impl LogitsSink for Deaf {
 }
 
 /// Whole steps of an 8B Llama with random weights: all that the server's engine waits for, logits on the host included.
-fn decode(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
+fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
     let rng = &mut Rng(3);
-    let config: &'static ModelConfig = Box::leak(Box::new(model(32)));
-    let c = config;
+    let c: &'static ModelConfig = Box::leak(Box::new(sizes.model.clone()));
     // All matrices borrow the same numbers on the host; on the device each has its own.
     let block: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(rng.normal() * 0.03)).collect();
-    let numbers: Vec<bf16> = block.iter().copied().cycle().take(c.vocab * c.hidden).collect();
+    let most = c.vocab.max(c.intermediate).max(c.q_channels());
+    let numbers: Vec<bf16> = block.iter().copied().cycle().take(most * c.hidden).collect();
     let weight =
         |out: usize, inputs: usize| Weight { out_features: out, in_features: inputs, data: Data::Bf16((&numbers[..out * inputs]).into()) };
     let projection = |out: usize, inputs: usize| weights::Projection { weight: weight(out, inputs), bias: None };
@@ -413,32 +484,29 @@ fn decode(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
     let read: usize =
         all.layers.iter().map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|p| p.weight.bytes()).sum::<usize>()).sum();
     let read = read + all.head().bytes();
-    let rope = RopeTable::new(config, 131_073);
+    let rope = RopeTable::new(c, 131_073);
     println!(
-        "  32 layers, {:.2} GB of weights read a step; times in ms; floor: weights and cache over {:.0} GB/s",
+        "  {} layers, {:.2} GB of weights read a step; times in ms; floor: weights and cache over {:.0} GB/s",
+        c.layers,
         read as f64 / 1e9,
         ceiling / 1e9
     );
     println!("  {:<20} {:>7} {:>5} {:>9} {:>9} {:>7} {:>10}", "cache", "context", "batch", "floor", "step", "%floor", "tokens/s");
     let full = Profile { name: "full".into(), cskv: None };
     for profile in [full, profile(26, 4), profile(13, 4)] {
-        let layout = PageLayout::new(config, ExactType::Bf16, &profile, None);
-        let sizes = layout.sizes();
+        let layout = PageLayout::new(c, ExactType::Bf16, &profile, None);
+        let page = layout.sizes();
         let compressed = profile.cskv.is_some();
         let compression = if compressed { vec![maps(&layout, rng); c.layers] } else { vec![] };
-        let shapes: &[(usize, usize)] = if compressed {
-            &[(8192, 1), (8192, 16), (8192, 64), (32_768, 1), (32_768, 16), (32_768, 64), (131_072, 1), (131_072, 16), (131_072, 64)]
-        } else {
-            &[(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)]
-        };
+        let shapes = if compressed { &sizes.compressed } else { &sizes.exact };
         let pages = |context: usize| if compressed && context > 64 { (context / 64 - 1, 1) } else { (0, context.div_ceil(64)) };
         let bytes = |&(context, batch): &(usize, usize)| {
             let (sealed, exact) = pages(context);
-            batch * (sealed * sizes.sealed as usize + exact * sizes.exact as usize + sizes.sinks as usize)
+            batch * (sealed * page.sealed as usize + exact * page.exact as usize + page.sinks as usize)
         };
         let arena_bytes = shapes.iter().map(bytes).max().unwrap_or(0);
         let ready = vec![ReadyProfile { layout: layout.clone(), compression }];
-        let mut on = match CudaDecoder::new(device.clone(), config, &all, &rope, ready, (arena_bytes as u64, 512)) {
+        let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, (arena_bytes as u64, 512)) {
             Ok(on) => on,
             Err(CudaRefusal::Device(e)) => {
                 println!("  {:<20} does not fit: {e}", profile.name);
@@ -453,7 +521,7 @@ fn decode(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
                 continue;
             }
             let (sealed_pages, exact_pages) = pages(context);
-            let sealed_bytes = batch * sealed_pages * sizes.sealed as usize;
+            let sealed_bytes = batch * sealed_pages * page.sealed as usize;
             let sealed_block = if compressed { sealed_pages_of(&layout, 32, rng) } else { vec![] };
             fill_part(on.arena(), 0, sealed_bytes, &sealed_block)?;
             fill_part(on.arena(), sealed_bytes, bytes(shape) - sealed_bytes, &exact)?;
@@ -461,10 +529,10 @@ fn decode(device: &Arc<Device>, ceiling: f64) -> Result<(), CudaError> {
             for row in 0..batch {
                 let at = |i: usize, size: u64, base: usize| PageAddr(((base + i * size as usize) / 64) as u32);
                 let first = plan.pages.len();
-                plan.pages.extend((0..sealed_pages).map(|i| at(row * sealed_pages + i, sizes.sealed, 0)));
+                plan.pages.extend((0..sealed_pages).map(|i| at(row * sealed_pages + i, page.sealed, 0)));
                 let middle = plan.pages.len();
-                plan.pages.extend((0..exact_pages).map(|i| at(row * exact_pages + i, sizes.exact, sealed_bytes)));
-                let sinks = at(row, sizes.sinks, sealed_bytes + batch * exact_pages * sizes.exact as usize);
+                plan.pages.extend((0..exact_pages).map(|i| at(row * exact_pages + i, page.exact, sealed_bytes)));
+                let sinks = at(row, page.sinks, sealed_bytes + batch * exact_pages * page.exact as usize);
                 plan.tokens.push(row as u32);
                 plan.rows.push(Row {
                     seq: SeqId(row as u64),

@@ -162,7 +162,7 @@ API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
 API cuEventRecord(void* e, void*) { ((Event*)e)->at = now(); return 0; }
 API cuEventSynchronize(void*) { return 0; }
 API cuEventQuery(void*) { return 0; }
-API cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
+API cuEventElapsedTime(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
 API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return allocate(p, n); }
 API cuMemAllocAsync(CUdeviceptr* p, size_t n, void*) { return allocate(p, n); }
 API cuMemFree_v2(CUdeviceptr p) { return release(p); }

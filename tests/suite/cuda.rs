@@ -2,7 +2,6 @@
 //! (`kernels/emulation`), or on a real one with `STRAIT_TEST_CUDA=real`.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -25,6 +24,7 @@ use strait::request::{Event, Failure, GenerateRequest, Sampling};
 use strait::scheduler::{self, ProfileSizes, RowResult, Scheduler};
 use strait::step::StepPlan;
 
+use crate::emulated;
 use crate::ops::{Cache, LAYER, Sequence, assert_near, assert_same, heads, turned};
 
 /// Whether the tests run on a real device.
@@ -32,48 +32,12 @@ fn real() -> bool {
     std::env::var("STRAIT_TEST_CUDA").is_ok_and(|v| v == "real")
 }
 
-/// Compiles the emulated driver, once for each state of its sources, and has it loaded before anything asks for a driver: the
-/// dynamic loader gives a library that is there already to who asks for its name.
-fn emulate() -> Result<(), String> {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-    let mut hash = blake3::Hasher::new();
-    for dir in [root.clone(), root.join("emulation")] {
-        let mut files: Vec<_> =
-            std::fs::read_dir(dir).map_err(|e| e.to_string())?.map(|f| f.unwrap().path()).filter(|p| p.is_file()).collect();
-        files.sort();
-        for file in files.iter().filter(|f| f.extension().is_some_and(|e| ["cu", "cuh", "h", "cpp"].contains(&e.to_str().unwrap()))) {
-            hash.update(&std::fs::read(file).map_err(|e| e.to_string())?);
-        }
-    }
-    let name = format!("emulated-{}.so", &hash.finalize().to_hex()[..16]);
-    let library = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    if !library.exists() {
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-        let part = library.with_extension(format!("{}.part", std::process::id()));
-        let out = Command::new(&compiler)
-            .args(["-O2", "-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcuda.so", "-march=native", "-o"])
-            .arg(&part)
-            .arg(root.join("emulation/driver.cpp"))
-            .output()
-            .map_err(|e| format!("{compiler} does not run: {e}; the kernels' tests need a C++17 compiler (Debian: apt install g++)"))?;
-        if !out.status.success() {
-            return Err(format!("{compiler} fails:\n{}", String::from_utf8_lossy(&out.stderr)));
-        }
-        std::fs::rename(part, &library).map_err(|e| e.to_string())?;
-    }
-    // SAFETY: our own library; it runs nothing when it is loaded but the constructors of its tables.
-    let loaded = unsafe { libloading::Library::new(library) }.map_err(|e| e.to_string())?;
-    EMULATED.set(loaded).map_err(|_| "loaded twice".to_owned())
-}
-
-static EMULATED: OnceLock<libloading::Library> = OnceLock::new();
-
 /// The device of all tests.
 fn device() -> Arc<Device> {
     static DEVICE: OnceLock<Result<Arc<Device>, String>> = OnceLock::new();
     let open = || {
         if !real() {
-            emulate()?;
+            emulated::load()?;
         }
         Device::open(0).map_err(|e| e.to_string())
     };
@@ -482,7 +446,7 @@ fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
     assert_eq!((one.len(), two.len()), (5, 5));
     // The same alone.
     assert_eq!(hear(engine.submit(request(&prompt[..30], 5, 1)).unwrap()).unwrap(), two);
-    let Some(emulated) = EMULATED.get() else {
+    let Some(emulated) = emulated::EMULATED.get() else {
         engine.stop();
         return thread.join().unwrap();
     };

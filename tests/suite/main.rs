@@ -8,6 +8,7 @@ mod calibrate;
 mod checkpoint;
 mod codec;
 mod cuda;
+mod emulated;
 mod engine;
 mod eval;
 mod families;
