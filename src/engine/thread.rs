@@ -78,11 +78,25 @@ impl Runner {
     }
 }
 
-/// Starts the thread. It runs until [`Engine::stop`].
+/// The engine's thread, and what it ends with.
+pub type EngineThread = std::thread::JoinHandle<Result<(), Broken>>;
+
+/// Why the engine ended before it was asked to. Its clients have been told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Broken {
+    /// The device will compute nothing more.
+    #[error("its device is lost")]
+    DeviceLost,
+    /// The books of the cache are wrong: any further token might be another sequence's.
+    #[error("its page accounting is broken")]
+    Accounting,
+}
+
+/// Starts the thread. It runs until [`Engine::stop`], or until it is [`Broken`].
 ///
 /// # Errors
 /// When the scheduler refuses its configuration, or no thread can be made.
-pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, std::thread::JoinHandle<()>)> {
+pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
     let scheduler = Scheduler::new(parts.scheduler.clone())?;
     let (inbox, messages) = std_mpsc::channel();
     let door = Arc::new(Door {
@@ -267,7 +281,7 @@ struct Room {
 }
 
 impl Room {
-    fn run(mut self, messages: &std_mpsc::Receiver<Message>) {
+    fn run(mut self, messages: &std_mpsc::Receiver<Message>) -> Result<(), Broken> {
         let mut plan = StepPlan::default();
         let mut results = Vec::new();
         loop {
@@ -275,7 +289,7 @@ impl Room {
                 self.scheduler.end_all(Failure::Draining, &mut self.outcomes);
                 self.deliver(&[]);
                 self.publish();
-                return;
+                return Ok(());
             }
             let now = self.door.born.elapsed();
             self.door.beat.store(now.as_millis() as u64, Ordering::Relaxed);
@@ -293,16 +307,15 @@ impl Room {
                 self.scheduler.end_all(Failure::Internal("the server lost its device".into()), &mut self.outcomes);
                 self.deliver(&[]);
                 self.publish();
-                return;
+                return Err(Broken::DeviceLost);
             }
             if self.steps.is_multiple_of(CHECK_EVERY)
                 && let Err(broken) = self.scheduler.check()
             {
-                // The books of the cache are wrong: any further token might be another sequence's.
                 tracing::error!(%broken, "page accounting is broken; the engine stops");
                 self.scheduler.end_all(Failure::Internal("the server's page accounting failed".into()), &mut self.outcomes);
                 self.deliver(&[]);
-                return;
+                return Err(Broken::Accounting);
             }
             if self.snapshot_at.elapsed() > SNAPSHOT_EVERY {
                 self.publish();

@@ -18,6 +18,7 @@ use tower::ServiceExt;
 
 use crate::config::args::{self, Asked, Asking, ServeFlags, StyleArg};
 use crate::config::{self, ConfigError, Settings};
+use crate::engine::thread::EngineThread;
 use crate::eval::ask::{Body, Client, Sending, Transport};
 use crate::eval::forced::{Machine, Said, force};
 use crate::eval::http::Http;
@@ -131,7 +132,7 @@ struct Examiner {
     client: Client,
     profiles: Vec<Option<String>>,
     origin: Origin,
-    inside: Option<(Arc<Server>, std::thread::JoinHandle<()>)>,
+    inside: Option<(Arc<Server>, EngineThread)>,
 }
 
 impl Drop for Examiner {

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use tokio::net::TcpListener;
 
 use crate::admission;
@@ -20,7 +20,7 @@ use crate::config::ConfigError;
 use crate::config::Settings;
 use crate::config::args::{DeviceArg, LogFormat, ServeFlags};
 use crate::demo;
-use crate::engine::thread::{Host, Parts, Runner, start};
+use crate::engine::thread::{Broken, EngineThread, Host, Parts, Runner, start};
 use crate::ids::{PAGE_TOKENS, ProfileIndex};
 use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
@@ -103,26 +103,31 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     let drained = tokio::select! {
         drained = &mut serving => drained.context("the accept loop failed")?,
         ended = &mut engine => {
-            // By itself: its clients have been told. What they were told has a moment to reach them.
-            let (stopping, panicked) = (server.phase() >= server::Phase::Draining, ended?.is_err());
+            // Its clients have been told. Where it was not asked to end, that has a moment to reach them.
+            let stopping = server.phase() >= server::Phase::Draining;
             server.stop();
             if !stopping {
                 tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-                bail!("the engine {}; see the log above", if panicked { "thread panicked" } else { "stopped by itself" });
             }
-            if panicked {
-                bail!("the engine thread panicked; see the log above");
-            }
+            ended_well(ended?)?;
+            ensure!(stopping, "the engine ended unasked");
             let drained = serving.await.context("the accept loop failed")?;
             tracing::info!(forced = drained.forced, "stopped");
             return Ok(());
         }
     };
-    if engine.await?.is_err() {
-        bail!("the engine thread panicked; see the log above");
-    }
+    ended_well(engine.await?)?;
     tracing::info!(forced = drained.forced, "stopped");
     Ok(())
+}
+
+/// What became of the engine's thread, as an error where it did not end as asked.
+fn ended_well(ended: std::thread::Result<Result<(), Broken>>) -> anyhow::Result<()> {
+    match ended {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(broken)) => bail!("the engine stopped: {broken}; see the log above"),
+        Err(_) => bail!("the engine thread panicked; see the log above"),
+    }
 }
 
 /// SIGTERM or SIGINT.
@@ -353,7 +358,7 @@ fn secret() -> [u8; 32] {
 }
 
 /// Starts the engine and puts the model behind the edge.
-fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, std::thread::JoinHandle<()>)> {
+fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThread)> {
     let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } =
         ready;
     let config = parts.scheduler.clone();

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use strait::compress::artifact::{Artifact, Fingerprint};
-use strait::engine::thread::{Parts, Runner, start};
+use strait::engine::thread::{Broken, EngineThread, Parts, Runner, start};
 use strait::engine::{EngineHandle, TokenStream};
 use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
 use strait::kv::Arena;
@@ -408,7 +408,7 @@ fn the_image_is_of_these_sources() {
 }
 
 /// An engine that serves the demo model on a device of its own.
-fn engine_on(device: Arc<Device>) -> (EngineHandle, std::thread::JoinHandle<()>) {
+fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
     let (checkpoint, profiles) = demo();
     let config = &checkpoint.config;
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
@@ -448,12 +448,12 @@ fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
     assert_eq!(hear(engine.submit(request(&prompt[..30], 5, 1)).unwrap()).unwrap(), two);
     let Some(emulated) = emulated::EMULATED.get() else {
         engine.stop();
-        return thread.join().unwrap();
+        return thread.join().unwrap().unwrap();
     };
     // SAFETY: a function of the emulated driver, of this type.
     unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 200) };
     let failure = hear(engine.submit(request(&prompt, 100, 0)).unwrap()).unwrap_err();
     assert!(matches!(&failure, Failure::Internal(what) if what.contains("device")), "{failure:?}");
-    thread.join().expect("the engine ends by itself, and well");
+    assert_eq!(thread.join().unwrap(), Err(Broken::DeviceLost));
     assert!(engine.submit(request(&prompt, 1, 0)).is_err(), "nobody is left to serve");
 }

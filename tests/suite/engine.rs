@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
 use strait::compress::artifact::Fingerprint;
-use strait::engine::thread::{Host, Parts, Runner, start};
+use strait::engine::thread::{EngineThread, Host, Parts, Runner, start};
 use strait::engine::{EngineHandle, SubmitError, TokenStream};
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::Arena;
@@ -37,7 +37,7 @@ fn profiles() -> Vec<Profile> {
 
 struct World {
     engine: EngineHandle,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Option<EngineThread>,
 }
 
 impl Drop for World {
@@ -45,7 +45,7 @@ impl Drop for World {
         self.engine.stop();
         let ended = self.thread.take().expect("joined once").join();
         if !std::thread::panicking() {
-            ended.expect("the engine thread ends well");
+            assert_eq!(ended.expect("the engine thread ends well"), Ok(()));
         }
     }
 }

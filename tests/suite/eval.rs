@@ -619,7 +619,7 @@ fn forced_text_reads_what_decoding_reads() {
             }
         }
         engine.stop();
-        thread.join().unwrap();
+        thread.join().unwrap().unwrap();
     }
 }
 
