@@ -16,9 +16,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tower::ServiceExt;
 
-use crate::config::args::{self, Asked, Asking, ServeFlags, StyleArg};
+use crate::config::args::{self, Asked, Asking, DeviceArg, ServeFlags, StyleArg};
 use crate::config::{self, ConfigError, Settings};
-use crate::engine::thread::EngineThread;
+use crate::engine::thread::{EngineThread, Runner};
 use crate::eval::ask::{Body, Client, Sending, Transport};
 use crate::eval::forced::{Machine, Said, force};
 use crate::eval::http::Http;
@@ -330,7 +330,12 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
 
 /// Perplexity and divergence of a model of this process.
 fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
-    let settings = settings(&ask.asked, None)?;
+    let mut settings = settings(&ask.asked, None)?;
+    // Forced text is given to a decoder without an engine, and only the host has one for that.
+    if settings.device != DeviceArg::Cpu {
+        tracing::info!("text is scored on the CPU; the config file's device is for serving");
+        settings.device = DeviceArg::Cpu;
+    }
     let telemetry = Arc::new(Telemetry::new("eval"));
     let mut ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
     check_known(&ask.asked, &ready.profile_specs)?;
@@ -352,9 +357,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         .map(|&length| Ok((length, run::sequences(&ask.text, &tokens, &begin, length, ask.n)?)))
         .collect::<Result<_, RunError>>()?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
-    let crate::engine::thread::Runner::Host(host) = &mut ready.parts.runner else {
-        bail!("forced text is read on the host; leave out --device")
-    };
+    let Runner::Host(host) = &mut ready.parts.runner else { unreachable!("loaded for the CPU") };
     let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles };
     let mut rows = Vec::new();
     for (length, sequences) in sheets {

@@ -83,7 +83,7 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     config.seed = settings.seed;
     let server = Server::new(config, telemetry.clone());
     let drain_timeout = settings.shutdown_timeout;
-    let serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
+    let mut serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
 
     // Loading blocks for long; meanwhile the edge answers 503 and a signal ends the process.
     let loading = {
@@ -98,7 +98,6 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     // Nobody may be reading; that is no reason not to serve.
     let _ = write!(out, "{}", banner(&address, is_demo, &summary)).and_then(|()| out.flush());
 
-    let mut serving = serving;
     let mut engine = tokio::task::spawn_blocking(move || engine.join());
     let drained = tokio::select! {
         drained = &mut serving => drained.context("the accept loop failed")?,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::engine::thread::{Broken, EngineThread, Parts, Runner, start};
 use strait::engine::{EngineHandle, TokenStream};
-use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
+use strait::ids::{PageAddr, SeqId};
 use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
@@ -20,12 +20,12 @@ use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork
 use strait::ops::cuda::{CudaError, Device};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
-use strait::request::{Event, Failure, GenerateRequest, Sampling};
+use strait::request::{Event, Failure, GenerateRequest};
 use strait::scheduler::{self, ProfileSizes, RowResult, Scheduler};
 use strait::step::StepPlan;
 
-use crate::emulated;
 use crate::ops::{Cache, LAYER, Sequence, assert_near, assert_same, heads, turned};
+use crate::{emulated, engine};
 
 /// Whether the tests run on a real device.
 fn real() -> bool {
@@ -261,20 +261,7 @@ fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSiz
 }
 
 fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest {
-    GenerateRequest {
-        prompt: prompt.into(),
-        max_new_tokens: new,
-        min_new_tokens: 0,
-        stop_tokens: Arc::new([]),
-        sampling: Sampling::greedy(),
-        logprobs: None,
-        prompt_logprobs: None,
-        profile: ProfileIndex(profile),
-        adapter: AdapterGeneration(0),
-        priority: 0,
-        cache_salt: 0,
-        queue_timeout: Duration::from_secs(60),
-    }
+    GenerateRequest { logprobs: None, ..engine::request(prompt, new, profile) }
 }
 
 /// The scheduler's plans for some requests, carried out by the host and by the device, each on a cache of its own, until all are

@@ -122,7 +122,7 @@ fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
         .collect()
 }
 
-fn request(prompt: &[TokenId], max_new: u32, profile: u8) -> GenerateRequest {
+pub(crate) fn request(prompt: &[TokenId], max_new: u32, profile: u8) -> GenerateRequest {
     GenerateRequest {
         prompt: prompt.into(),
         max_new_tokens: max_new,

@@ -25,7 +25,7 @@ use strait::eval::http::Http;
 use strait::eval::run::{answers, cell, read_questions, sheet};
 use strait::eval::score::{Block, Rule, changed, student, t_point, wilson};
 use strait::eval::tasks::{FitError, Material, Niah, Question, Style, Task, fit, seed_of, sentences};
-use strait::ids::{AdapterGeneration, ProfileIndex, TokenId};
+use strait::ids::TokenId;
 use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
@@ -586,21 +586,9 @@ fn forced_text_reads_what_decoding_reads() {
         })
         .unwrap();
         for (profile, prompt) in (0..4).flat_map(|p| prompts.iter().map(move |prompt| (p, prompt))) {
-            let request = GenerateRequest {
-                prompt: prompt[..].into(),
-                max_new_tokens: 260,
-                min_new_tokens: 0,
-                stop_tokens: Arc::new([]),
-                // Sampled, so that it does not fall into a loop.
-                sampling: Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() },
-                logprobs: Some(0),
-                prompt_logprobs: None,
-                profile: ProfileIndex(profile),
-                adapter: AdapterGeneration(0),
-                priority: 0,
-                cache_salt: 0,
-                queue_timeout: Duration::from_secs(60),
-            };
+            // Sampled, so that it does not fall into a loop.
+            let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() };
+            let request = GenerateRequest { sampling, logprobs: Some(0), ..crate::engine::request(prompt, 260, profile) };
             let mut stream = engine.submit(request).unwrap();
             let (mut sequence, mut logprobs) = (prompt.clone(), vec![]);
             while let Some(Event::Token { id, logprob }) = stream.events.blocking_recv() {
