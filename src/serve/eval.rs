@@ -333,7 +333,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let mut settings = settings(&ask.asked, None)?;
     // Forced text is given to a decoder without an engine, and only the host has one for that.
     if settings.device != DeviceArg::Cpu {
-        tracing::info!("text is scored on the CPU; the config file's device is for serving");
+        eprintln!("text is scored on the CPU; the config file's device is for serving");
         settings.device = DeviceArg::Cpu;
     }
     let telemetry = Arc::new(Telemetry::new("eval"));
