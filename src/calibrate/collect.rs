@@ -74,7 +74,15 @@ pub fn show<O: Observer>(
             };
             let plan = StepPlan { rows: vec![row], tokens: chunk.to_vec(), pages: pages.clone(), moves: vec![] };
             let shown: Option<&mut dyn Observer> = Some(&mut *observer);
-            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops, sink: &mut Nobody, observer: shown });
+            decoder.forward(&mut Pass {
+                plan: &plan,
+                arena: &mut arena,
+                profiles: &profiles,
+                adapters: &[],
+                ops,
+                sink: &mut Nobody,
+                observer: shown,
+            });
             seen += chunk.len();
             done(observer, seen)?;
         }

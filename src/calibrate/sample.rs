@@ -90,7 +90,15 @@ pub fn sample(
         }
         let mut pick =
             Pick { rows: &mut rows, draw: &mut draw, ends: telling.ends, order: Vec::new(), ended: [false; ROWS], broken: false };
-        decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops, sink: &mut pick, observer: None });
+        decoder.forward(&mut Pass {
+            plan: &plan,
+            arena: &mut arena,
+            profiles: &profiles,
+            adapters: &[],
+            ops,
+            sink: &mut pick,
+            observer: None,
+        });
         let Pick { ended, broken, .. } = pick;
         if broken {
             anyhow::bail!("the model's logits are not finite on text of its own; the checkpoint or the kernels are broken");

@@ -70,7 +70,7 @@ impl Runner {
         match self {
             Runner::Host(host) => {
                 let Host { decoder, arena, profiles, ops } = &mut **host;
-                decoder.forward(&mut Pass { plan, arena, profiles, ops: &**ops, sink, observer: None });
+                decoder.forward(&mut Pass { plan, arena, profiles, adapters: &[], ops: &**ops, sink, observer: None });
                 Ok(())
             }
             Runner::Cuda(decoder) => decoder.forward(plan, sink),

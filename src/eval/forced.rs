@@ -117,7 +117,7 @@ pub struct Machine<'m, 'w> {
 
 impl Machine<'_, '_> {
     fn run(&mut self, arena: &mut Arena, plan: &StepPlan, sink: &mut dyn LogitsSink) {
-        self.decoder.forward(&mut Pass { plan, arena, profiles: self.profiles, ops: self.ops, sink, observer: None });
+        self.decoder.forward(&mut Pass { plan, arena, profiles: self.profiles, adapters: &[], ops: self.ops, sink, observer: None });
     }
 }
 

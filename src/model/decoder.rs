@@ -8,7 +8,9 @@ use crate::compress::LayerCompression;
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
+use crate::model::adapted::{self, Adapters, NormPlace, Normed, Place, Worn};
 use crate::model::config::ModelConfig;
+use crate::model::delta::{Delta, Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection};
 use crate::ops::{Append, AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, append};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
@@ -114,6 +116,8 @@ pub struct Pass<'p> {
     pub plan: &'p StepPlan,
     pub arena: &'p mut Arena,
     pub profiles: &'p [ReadyProfile],
+    /// The adapters its rows name.
+    pub adapters: &'p Adapters<'p>,
     pub ops: &'p dyn Ops,
     pub sink: &'p mut dyn LogitsSink,
     /// Nobody, but in calibration.
@@ -156,14 +160,15 @@ impl<'a> Decoder<'a> {
         let mut scratch = std::mem::take(&mut self.scratch);
         let layers = self.config.layers;
         let mut through = std::mem::take(&mut scratch.parts);
-        into_parts(plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() == layers), &mut through);
+        into_parts(plan, layers, &mut through);
         let tokens: usize = through.iter().map(|p| p.n).sum();
         let mut x = std::mem::take(&mut scratch.x);
         x.resize(tokens * self.config.hidden, 0.0);
         for part in &through {
             let row = &plan.rows[part.row];
+            let delta = adapted::adapter(pass.adapters, row.adapter);
             for (i, &token) in plan.tokens[row.tokens.clone()].iter().enumerate() {
-                self.weights.embed.row(token as usize, slice_mut(&mut x, part.first + i, 1, self.config.hidden));
+                self.embed(token as usize, delta, slice_mut(&mut x, part.first + i, 1, self.config.hidden));
             }
         }
         for layer in 0..layers {
@@ -180,6 +185,18 @@ impl<'a> Decoder<'a> {
         self.emit(pass, &through, &x, &mut scratch);
         (scratch.x, scratch.parts) = (x, through);
         self.scratch = scratch;
+    }
+
+    /// The vector of a token, into `x: [hidden]`.
+    fn embed(&self, token: usize, delta: Option<&Delta>, x: &mut [f32]) {
+        let own = delta.and_then(|d| d.embed.as_ref());
+        own.and_then(|e| e.replace.as_ref()).unwrap_or(&self.weights.embed).row(token, x);
+        if let Some(gain) = own.and_then(|e| e.gain.as_ref()) {
+            x.iter_mut().zip(gain).for_each(|(x, g)| *x *= g);
+        }
+        if let Some(factors) = own.and_then(|e| e.factors.as_ref()) {
+            factors.add(token, x);
+        }
     }
 
     /// One layer of one row of a layer-by-layer prefill, block by block.
@@ -203,7 +220,7 @@ impl<'a> Decoder<'a> {
                 let to = slice_mut(&mut x, i, 1, hidden);
                 if layer == 0 {
                     let token = plan.tokens[row.tokens.start + (position - row.positions.start) as usize + i];
-                    self.weights.embed.row(token as usize, to);
+                    self.embed(token as usize, adapted::adapter(pass.adapters, row.adapter), to);
                 } else {
                     let (page, at) = place(position + i as u32);
                     to.copy_from_slice(pass.arena.slice(page, at, hidden));
@@ -232,10 +249,12 @@ impl<'a> Decoder<'a> {
         let (c, plan, ops) = (self.config, pass.plan, pass.ops);
         let w = &self.weights.layers[layer];
         let tokens = x.len() / c.hidden;
+        let worn = worn(pass, parts);
         s.positions.clear();
         parts.iter().for_each(|p| s.positions.extend((0..p.n as u32).map(|i| p.position + i)));
         s.normed.resize(tokens * c.hidden, 0.0);
-        ops.rms_norm(x, &w.input_norm, c.norm_eps, &mut s.normed);
+        let of = Normed { x, weight: &w.input_norm, eps: c.norm_eps, stride: c.hidden };
+        adapted::rms_norm(ops, &of, NormPlace::Layer(layer, Norm::Input), &worn, &mut s.normed);
         if let Some(observer) = &mut pass.observer {
             observer.inputs(layer, x, &s.normed);
         }
@@ -250,16 +269,19 @@ impl<'a> Decoder<'a> {
             s.wanted.extend(parts.iter().flat_map(|p| wanted(plan, p)));
         }
         let all = !last || s.wanted.len() == tokens || pass.observer.is_some();
+        let [q, k, v] = [Site::Q, Site::K, Site::V].map(|site| Place::Layer(layer, site));
         if all {
             let mut jobs = [linear(&w.q, &mut s.q), linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)];
-            ops.linear(&s.normed, tokens, &mut jobs);
+            adapted::linear(ops, (&s.normed, tokens), &mut jobs, &[q, k, v], &worn);
         } else {
-            ops.linear(&s.normed, tokens, &mut [linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)]);
+            let mut jobs = [linear(&w.k, &mut s.k), linear(&w.v, &mut s.v)];
+            adapted::linear(ops, (&s.normed, tokens), &mut jobs, &[k, v], &worn);
         }
         if let Some(norm) = &w.k_norm {
             // In place through the attention buffer, which is free until attention runs.
             s.attended.resize(s.k.len(), 0.0);
-            ops.rms_norm(&s.k, norm, c.norm_eps, &mut s.attended);
+            let of = Normed { x: &s.k, weight: norm, eps: c.norm_eps, stride: c.kv_channels() };
+            adapted::rms_norm(ops, &of, NormPlace::Layer(layer, Norm::Key), &worn, &mut s.attended);
             std::mem::swap(&mut s.k, &mut s.attended);
         }
         if let Some(observer) = &mut pass.observer {
@@ -285,7 +307,7 @@ impl<'a> Decoder<'a> {
         }
 
         if all {
-            self.attend_and_mlp(layer, pass, parts, x, s);
+            self.attend_and_mlp(layer, pass, (parts, &worn), x, s);
             return;
         }
         if s.wanted.is_empty() {
@@ -312,8 +334,9 @@ impl<'a> Decoder<'a> {
         s.positions.clear();
         s.positions.extend(singles.iter().map(|p| p.position));
         s.q.resize(picked.len() * c.q_channels(), 0.0);
-        ops.linear(&picked_normed, picked.len(), &mut [linear(&w.q, &mut s.q)]);
-        self.attend_and_mlp(layer, pass, &singles, &mut picked_x, s);
+        let worn = self::worn(pass, &singles);
+        adapted::linear(ops, (&picked_normed, picked.len()), &mut [linear(&w.q, &mut s.q)], &[q], &worn);
+        self.attend_and_mlp(layer, pass, (&singles, &worn), &mut picked_x, s);
         for (from, &i) in picked.iter().enumerate() {
             slice_mut(x, i, 1, c.hidden).copy_from_slice(slice(&picked_x, from, 1, c.hidden));
         }
@@ -322,13 +345,14 @@ impl<'a> Decoder<'a> {
     }
 
     /// From projected queries in `s.q` and positions in `s.positions` to the layer's output, added onto `x`.
-    fn attend_and_mlp(&self, layer: usize, pass: &mut Pass<'_>, parts: &[Part], x: &mut [f32], s: &mut Scratch) {
+    fn attend_and_mlp(&self, layer: usize, pass: &mut Pass<'_>, (parts, worn): (&[Part], &[Worn<'_>]), x: &mut [f32], s: &mut Scratch) {
         let (c, plan, ops) = (self.config, pass.plan, pass.ops);
         let w: &LayerWeights<'_> = &self.weights.layers[layer];
         let tokens = x.len() / c.hidden;
         if let Some(norm) = &w.q_norm {
             s.attended.resize(s.q.len(), 0.0);
-            ops.rms_norm(&s.q, norm, c.norm_eps, &mut s.attended);
+            let of = Normed { x: &s.q, weight: norm, eps: c.norm_eps, stride: c.q_channels() };
+            adapted::rms_norm(ops, &of, NormPlace::Layer(layer, Norm::Query), worn, &mut s.attended);
             std::mem::swap(&mut s.q, &mut s.attended);
         }
         if let Some(observer) = &mut pass.observer {
@@ -353,15 +377,18 @@ impl<'a> Decoder<'a> {
         s.attended.resize(tokens * c.q_channels(), 0.0);
         ops.attend(pass.arena, self.heads, &self.rope, &rows, &s.q, &mut s.attended);
         s.rows = empty_of(rows);
-        ops.linear(&s.attended, tokens, &mut [residual(&w.o, x)]);
+        let at = |site| Place::Layer(layer, site);
+        adapted::linear(ops, (&s.attended, tokens), &mut [residual(&w.o, x)], &[at(Site::O)], worn);
 
         s.normed.resize(tokens * c.hidden, 0.0);
-        ops.rms_norm(x, &w.post_norm, c.norm_eps, &mut s.normed);
+        let of = Normed { x, weight: &w.post_norm, eps: c.norm_eps, stride: c.hidden };
+        adapted::rms_norm(ops, &of, NormPlace::Layer(layer, Norm::Post), worn, &mut s.normed);
         s.gate.resize(tokens * c.intermediate, 0.0);
         s.up.resize(tokens * c.intermediate, 0.0);
-        ops.linear(&s.normed, tokens, &mut [linear(&w.gate, &mut s.gate), linear(&w.up, &mut s.up)]);
+        let mut jobs = [linear(&w.gate, &mut s.gate), linear(&w.up, &mut s.up)];
+        adapted::linear(ops, (&s.normed, tokens), &mut jobs, &[at(Site::Gate), at(Site::Up)], worn);
         ops.silu_mul(&mut s.gate, &s.up);
-        ops.linear(&s.gate, tokens, &mut [residual(&w.down, x)]);
+        adapted::linear(ops, (&s.gate, tokens), &mut [residual(&w.down, x)], &[at(Site::Down)], worn);
     }
 
     /// Carries out the moves of `rows` in one layer.
@@ -409,10 +436,12 @@ impl<'a> Decoder<'a> {
             s.wanted_x.clear();
             some.iter().for_each(|&(_, i)| s.wanted_x.extend_from_slice(slice(x, i, 1, c.hidden)));
             s.wanted_normed.resize(s.wanted_x.len(), 0.0);
-            ops.rms_norm(&s.wanted_x, &self.weights.norm, c.norm_eps, &mut s.wanted_normed);
+            let worn = adapted::worn(pass.adapters, some.iter().map(|&(row, _)| (plan.rows[row].adapter, 1)));
+            let of = Normed { x: &s.wanted_x, weight: &self.weights.norm, eps: c.norm_eps, stride: c.hidden };
+            adapted::rms_norm(ops, &of, NormPlace::Final, &worn, &mut s.wanted_normed);
             s.logits.resize(some.len() * c.vocab, 0.0);
             let head = Linear { w: self.weights.head().matrix(), bias: None, accumulate: false, y: &mut s.logits };
-            ops.linear(&s.wanted_normed, some.len(), &mut [head]);
+            adapted::linear(ops, (&s.wanted_normed, some.len()), &mut [head], &[Place::Head], &worn);
             for (&(row, i), logits) in some.iter().zip(s.logits.chunks_exact_mut(c.vocab)) {
                 let part = parts.iter().rev().find(|p| p.first <= i).expect("every position is in a part");
                 pass.sink.logits(row, part.position + (i - part.first) as u32, logits);
@@ -422,15 +451,22 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Rows as parts of one batch, in order.
-fn into_parts<'p>(rows: impl Iterator<Item = (usize, &'p Row)>, parts: &mut Vec<Part>) {
+/// Rows that pass through all layers, as parts of one batch: those of one adapter beside each other, else in order.
+fn into_parts(plan: &StepPlan, layers: usize, parts: &mut Vec<Part>) {
     parts.clear();
+    let rows = plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() == layers);
+    parts.extend(rows.map(|(index, row)| Part { row: index, position: row.positions.start, n: row.len(), first: 0 }));
+    parts.sort_unstable_by_key(|p| (plan.rows[p.row].adapter, p.row));
     let mut first = 0;
-    parts.extend(rows.map(|(index, row)| {
-        let part = Part { row: index, position: row.positions.start, n: row.len(), first };
+    for part in parts {
+        part.first = first;
         first += part.n;
-        part
-    }));
+    }
+}
+
+/// Which rows of a batch wear which adapter.
+fn worn<'p>(pass: &Pass<'p>, parts: &[Part]) -> Vec<Worn<'p>> {
+    adapted::worn(pass.adapters, parts.iter().map(|p| (pass.plan.rows[p.row].adapter, p.n)))
 }
 
 /// Rows of the batch whose logits the plan wants.

@@ -1,11 +1,14 @@
 //! The decoder and where it comes from: `checkpoint` opens a folder, `weights` types its tensors, `config` holds its
-//! facts, `decoder` runs them on the host, `cuda` on a device.
+//! facts, `delta` is what an adapter changes of them, `decoder` runs them on the host (rows under adapters through `adapted`), `cuda`
+//! on a device.
 
+pub mod adapted;
 pub mod checkpoint;
 pub mod config;
 pub mod config_json;
 pub mod cuda;
 pub mod decoder;
+pub mod delta;
 pub mod generation;
 pub mod header;
 pub mod json;

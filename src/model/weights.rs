@@ -221,7 +221,7 @@ fn convert<T: Copy + Default + Send + Sync>(view: TensorView<'_>, to: impl Fn(f3
 }
 
 /// The elements as `f32`, whatever the alignment. Only for the three supported types.
-pub(super) fn floats(view: TensorView<'_>) -> impl Iterator<Item = f32> + '_ {
+pub(crate) fn floats(view: TensorView<'_>) -> impl Iterator<Item = f32> + '_ {
     let read: fn(&[u8]) -> f32 = match view.dtype {
         Dtype::F32 => |b| f32::from_le_bytes(b.try_into().expect("chunks of four")),
         Dtype::Bf16 => |b| bf16::from_le_bytes(b.try_into().expect("chunks of two")).to_f32(),

@@ -41,6 +41,32 @@ pub struct Linear<'a> {
     pub y: &'a mut [f32],
 }
 
+/// Output columns of a tile of [`LowRank::up`].
+pub const UP_TILE: usize = 64;
+
+/// A product of two thin matrices, `up (down x)`: what an adapter adds to a linear layer (LoRA, Hu et al. 2021, eq. 3), its scale
+/// folded into `up`. Both factors have one element type.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'a> {
+    pub rank: usize,
+    pub in_features: usize,
+    pub out_features: usize,
+    /// `[rank][in_features]`.
+    pub down: MatrixData<'a>,
+    /// `[out_features / 64 rounded up][rank][64]`, zeros past the end: a tile of outputs is read front to back.
+    pub up: MatrixData<'a>,
+}
+
+/// A [`LowRank`] for some rows of a batch.
+#[derive(Clone, Debug)]
+pub struct Update<'a> {
+    pub factors: LowRank<'a>,
+    /// Rows of the input, and of the output it is added to.
+    pub rows: std::ops::Range<usize>,
+    /// Which of the outputs.
+    pub target: usize,
+}
+
 /// Cosines and sines per position, `[max_positions][head_dim / 2]`, scaling included.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
@@ -94,6 +120,13 @@ pub trait Ops: Send + Sync {
 
     /// All of `jobs` on the same input `x: [rows][in_features]`. One parallel region for all jobs.
     fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]);
+
+    /// `targets[u.target][i] += up (down x[i])` for the rows `i` of every update `u`; all updates share the input `x: [rows][in_features]`,
+    /// and a target is `[rows][out_features]`. No two updates of a target share a row.
+    ///
+    /// Grouped as S-LoRA (Sheng et al. 2023) and Punica (Chen et al. 2023) group them: one pass that shrinks to ranks, one that
+    /// expands. Reads each update's factors once, `2 * rank * (in + out)` FLOPs a row; rows without an update cost nothing.
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]);
 
     /// `out[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight`, for rows of `weight.len()`.
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
@@ -172,6 +205,39 @@ pub fn append(arena: &mut Arena, a: &Append<'_>) {
 /// Bytes of keys of one head in an exact page; its values follow.
 pub fn exact_head_bytes(layout: &PageLayout) -> usize {
     layout.head_dim * 64 * layout.exact.bytes()
+}
+
+impl MatrixData<'_> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        match self {
+            MatrixData::F32(d) => d.len(),
+            MatrixData::Bf16(d) => d.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element `i`, widened.
+    pub fn at(&self, i: usize) -> f32 {
+        match self {
+            MatrixData::F32(d) => d[i],
+            MatrixData::Bf16(d) => d[i].to_f32(),
+        }
+    }
+}
+
+impl LowRank<'_> {
+    /// Panics unless the factors are as long as they say: kernels read them by address.
+    pub fn check(&self) {
+        let LowRank { rank, in_features, out_features, down, up } = self;
+        assert!(*rank > 0, "a rank of zero is no update");
+        assert_eq!(down.len(), rank * in_features, "down is not [rank][in_features]");
+        assert_eq!(up.len(), out_features.div_ceil(UP_TILE) * rank * UP_TILE, "up is not tiles of [rank][64]");
+    }
 }
 
 impl ExactType {

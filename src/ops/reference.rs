@@ -7,7 +7,7 @@ use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::Arena;
 use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedLayer};
-use crate::ops::{AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob, exact_head_bytes};
+use crate::ops::{AttendRow, Heads, LayerView, Linear, Matrix, Ops, RopeTable, SealJob, UP_TILE, Update, exact_head_bytes};
 
 const P: usize = PAGE_TOKENS as usize;
 
@@ -16,11 +16,7 @@ pub struct Reference;
 
 impl Matrix<'_> {
     fn at(&self, row: usize, column: usize) -> f32 {
-        let i = row * self.in_features + column;
-        match self.data {
-            MatrixData::F32(w) => w[i],
-            MatrixData::Bf16(w) => w[i].to_f32(),
-        }
+        self.data.at(row * self.in_features + column)
     }
 }
 
@@ -43,6 +39,23 @@ impl Ops for Reference {
                         y += job.y[r * n + o];
                     }
                     job.y[r * n + o] = y;
+                }
+            }
+        }
+    }
+
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
+        for update in updates {
+            let f = &update.factors;
+            f.check();
+            for row in update.rows.clone() {
+                let x = &x[row * f.in_features..][..f.in_features];
+                let dot = |j: usize| (0..f.in_features).map(|i| f64::from(x[i]) * f64::from(f.down.at(j * f.in_features + i))).sum::<f64>();
+                let shrunk: Vec<f64> = (0..f.rank).map(dot).collect();
+                let y = &mut targets[update.target][row * f.out_features..][..f.out_features];
+                for (o, y) in y.iter_mut().enumerate() {
+                    let up = |j: usize| f64::from(f.up.at((o / UP_TILE * f.rank + j) * UP_TILE + o % UP_TILE));
+                    *y += (0..f.rank).map(|j| shrunk[j] * up(j)).sum::<f64>() as f32;
                 }
             }
         }

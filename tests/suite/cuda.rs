@@ -304,7 +304,15 @@ fn in_lockstep(
             now += Duration::from_millis(1);
             scheduler.plan(now, &mut plan, &mut outcomes);
             let (mut a, mut b) = (Kept::default(), Kept::default());
-            host.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops: &ops, sink: &mut a, observer: None });
+            host.forward(&mut Pass {
+                plan: &plan,
+                arena: &mut arena,
+                profiles: &profiles,
+                adapters: &[],
+                ops: &ops,
+                sink: &mut a,
+                observer: None,
+            });
             on.forward(&plan, &mut b).unwrap();
             assert_eq!(a.0.keys().collect::<Vec<_>>(), b.0.keys().collect::<Vec<_>>(), "{plan}");
             for (at, want) in &a.0 {

@@ -16,7 +16,7 @@ use strait::model::checkpoint::Checkpoint;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
-use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
+use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, Update};
 use strait::request::{Event, Failure, FinishReason, GenerateRequest, Sampling, TokenLogprob, Usage};
 use strait::scheduler::{self, ProfileSizes, RowResult};
 use strait::step::StepPlan;
@@ -382,6 +382,9 @@ impl Ops for Cursed {
     fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
         self.0.linear(x, rows, jobs);
     }
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
+        self.0.low_rank(x, updates, targets);
+    }
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         assert!(!x.contains(&self.1), "the cursed token");
         self.0.rms_norm(x, weight, eps, out);
@@ -452,7 +455,15 @@ fn a_decode_step_allocates_nothing() {
             scheduler.plan(Duration::ZERO, &mut plan, &mut outcomes);
             assert_eq!(plan.rows.len(), 4, "{model}, step {step}");
             let before = crate::allocations();
-            decoder.forward(&mut Pass { plan: &plan, arena: &mut arena, profiles: &profiles, ops: &*ops, sink: &mut Deaf, observer: None });
+            decoder.forward(&mut Pass {
+                plan: &plan,
+                arena: &mut arena,
+                profiles: &profiles,
+                adapters: &[],
+                ops: &*ops,
+                sink: &mut Deaf,
+                observer: None,
+            });
             allocated.push(crate::allocations() - before);
             scheduler.commit(&plan, &[const { RowResult::Token(1) }; 4], Duration::ZERO, &mut outcomes);
         }

@@ -3,6 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+mod adapters;
 mod artifact;
 mod calibrate;
 mod checkpoint;

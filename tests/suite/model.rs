@@ -6,6 +6,7 @@ use strait::kv::Arena;
 use strait::kv::layout::{ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::Ops;
 use strait::ops::cpu::Cpu;
@@ -25,15 +26,17 @@ impl LogitsSink for Collected {
 }
 
 /// One sequence with a `full` cache of its own.
-struct Alone<'a> {
+pub(crate) struct Alone<'a> {
     decoder: Decoder<'a>,
     arena: Arena,
     profiles: Vec<ReadyProfile>,
     pages: Vec<PageAddr>,
+    /// The adapter it wears.
+    pub(crate) delta: Option<Delta>,
 }
 
 impl<'a> Alone<'a> {
-    fn new(checkpoint: &'a Checkpoint, dtype: LoadDtype) -> Self {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, dtype: LoadDtype) -> Self {
         const POSITIONS: usize = 512;
         let full = Profile { name: "full".into(), cskv: None };
         let layout = PageLayout::new(&checkpoint.config, ExactType::F32, &full, None);
@@ -44,15 +47,16 @@ impl<'a> Alone<'a> {
             arena: Arena::new(page * POSITIONS as u64 / 64).unwrap(),
             profiles: vec![ReadyProfile { layout, compression: vec![] }],
             pages,
+            delta: None,
         }
     }
 
-    fn run(&mut self, ops: &dyn Ops, tokens: &[TokenId], from: u32, logits: Logits) -> Vec<(u32, Vec<f32>)> {
+    pub(crate) fn run(&mut self, ops: &dyn Ops, tokens: &[TokenId], from: u32, logits: Logits) -> Vec<(u32, Vec<f32>)> {
         let end = from + tokens.len() as u32;
         let row = Row {
             seq: SeqId(0),
             profile: ProfileIndex(0),
-            adapter: AdapterGeneration(0),
+            adapter: AdapterGeneration(u64::from(self.delta.is_some())),
             positions: from..end,
             layers: 0..self.decoder.config().layers as u32,
             tokens: 0..tokens.len(),
@@ -65,10 +69,12 @@ impl<'a> Alone<'a> {
         };
         let plan = StepPlan { rows: vec![row], tokens: tokens.to_vec(), pages: self.pages.clone(), moves: vec![] };
         let mut sink = Collected::default();
+        let adapters: Vec<_> = self.delta.iter().map(|d| (AdapterGeneration(1), d)).collect();
         self.decoder.forward(&mut Pass {
             plan: &plan,
             arena: &mut self.arena,
             profiles: &self.profiles,
+            adapters: &adapters,
             ops,
             sink: &mut sink,
             observer: None,
@@ -77,7 +83,7 @@ impl<'a> Alone<'a> {
     }
 }
 
-fn log_softmax(logits: &[f32], token: TokenId) -> f32 {
+pub(crate) fn log_softmax(logits: &[f32], token: TokenId) -> f32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
     (f64::from(logits[token as usize] - max) - sum.ln()) as f32

@@ -12,7 +12,7 @@ use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quanti
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::ops::cpu::{Cpu, Isa};
 use strait::ops::reference::Reference;
-use strait::ops::{Append, AttendRow, Heads, LayerView, Linear, Matrix, MatrixData, Ops, RopeTable, SealJob, append};
+use strait::ops::{Append, AttendRow, Heads, LayerView, Linear, LowRank, Matrix, MatrixData, Ops, RopeTable, SealJob, Update, append};
 use strait::quant::{Order, get, levels};
 
 /// Seeded numbers.
@@ -133,6 +133,94 @@ fn linear_agrees_with_the_definition_and_is_the_same_in_any_batch() {
                             let want: Vec<f32> = (0..rows * out).map(|i| whole[(first + i / out) * OUT + i % out]).collect();
                             assert_same(&got, &want, format_args!("{} {rows} rows, {inputs} inputs, {out} outputs", one.isa()));
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Factors in both types, their `up` in tiles.
+struct Thin {
+    rank: usize,
+    shape: (usize, usize),
+    down: Vec<f32>,
+    up: Vec<f32>,
+    halves: [Vec<bf16>; 2],
+}
+
+impl Thin {
+    fn new(rng: &mut Rng, rank: usize, shape @ (out, inputs): (usize, usize)) -> Thin {
+        let (down, mut up) = (rng.normals(rank * inputs), rng.normals(out.div_ceil(64) * rank * 64));
+        for (i, v) in up.iter_mut().enumerate() {
+            // What lies past the last output must not matter.
+            if i / (rank * 64) * 64 + i % 64 >= out {
+                *v = f32::NAN;
+            }
+        }
+        let halves = [&down, &up].map(|x| x.iter().map(|&v| bf16::from_f32(v)).collect());
+        Thin { rank, shape, down, up, halves }
+    }
+
+    fn low_rank(&self, bf16: bool) -> LowRank<'_> {
+        let [down, up] = if bf16 {
+            [MatrixData::Bf16(&self.halves[0]), MatrixData::Bf16(&self.halves[1])]
+        } else {
+            [MatrixData::F32(&self.down), MatrixData::F32(&self.up)]
+        };
+        LowRank { rank: self.rank, in_features: self.shape.1, out_features: self.shape.0, down, up }
+    }
+}
+
+#[test]
+fn low_rank_agrees_with_the_definition_and_a_row_does_not_see_the_others() {
+    let rng = &mut Rng(77);
+    let machines: Vec<_> = isas().into_iter().map(|isa| (cpu(isa, 1), cpu(isa, 2))).collect();
+    for (inputs, outs) in [(1, [1, 3]), (33, [64, 65]), (512, [100, 7]), (1030, [128, 200])] {
+        // Rows of several adapters, ranks and targets, and rows of none between them.
+        let segments: [(std::ops::Range<usize>, usize, usize); 7] =
+            [(0..1, 1, 0), (1..4, 3, 1), (0..1, 16, 1), (5..6, 5, 0), (7..40, 8, 0), (7..40, 4, 1), (44..45, 130, 0)];
+        const ROWS: usize = 46;
+        let x = rng.normals(ROWS * inputs);
+        let thins: Vec<Thin> = segments.iter().map(|(_, rank, target)| Thin::new(rng, *rank, (outs[*target], inputs))).collect();
+        let before: Vec<Vec<f32>> = outs.iter().map(|out| rng.normals(ROWS * out)).collect();
+        for bf16 in [false, true] {
+            let run = |ops: &dyn Ops, only: Option<usize>| {
+                let (x, rows): (&[f32], _) = match only {
+                    None => (&x, 0..ROWS),
+                    Some(row) => (&x[row * inputs..][..inputs], row..row + 1),
+                };
+                let mut ys: Vec<Vec<f32>> = before.iter().zip(outs).map(|(y, out)| y[rows.start * out..rows.end * out].to_vec()).collect();
+                let updates = segments.iter().zip(&thins).filter_map(|((at, _, target), thin)| {
+                    let (from, to) = (at.start.max(rows.start), at.end.min(rows.end));
+                    let rows = from.checked_sub(rows.start)?..to.checked_sub(rows.start)?;
+                    (from < to).then(|| Update { factors: thin.low_rank(bf16), rows, target: *target })
+                });
+                let updates: Vec<Update<'_>> = updates.collect();
+                let mut targets: Vec<&mut [f32]> = ys.iter_mut().map(|y| &mut y[..]).collect();
+                ops.low_rank(x, &updates, &mut targets);
+                ys
+            };
+            let want = run(&Reference, None);
+            for (one, two) in &machines {
+                let whole = run(one, None);
+                for (got, want) in whole.iter().zip(&want) {
+                    assert_near(got, want, 2e-6 * (inputs as f32).sqrt(), format_args!("{} {inputs} {outs:?} bf16 {bf16}", one.isa()));
+                }
+                for (target, got) in run(two, None).iter().enumerate() {
+                    assert_same(got, &whole[target], format_args!("{} on two threads, {inputs}", one.isa()));
+                }
+                for row in 0..ROWS {
+                    for (target, got) in run(two, Some(row)).iter().enumerate() {
+                        let out = outs[target];
+                        assert_same(got, &whole[target][row * out..][..out], format_args!("{} row {row} alone, {inputs}", one.isa()));
+                    }
+                }
+                // Rows of no adapter keep what they had.
+                for (target, out) in outs.iter().enumerate() {
+                    for row in [4, 6, 41, 45] {
+                        let at = row * out..(row + 1) * out;
+                        assert_same(&whole[target][at.clone()], &before[target][at], format_args!("row {row} wears nothing"));
                     }
                 }
             }

@@ -19,7 +19,7 @@ use crate::ops::{Linear, MatrixData};
 
 /// Inputs summed in one accumulator before it is added to the total. Six rows of so many inputs and four of weights
 /// take less than half the first-level cache, as two threads often share a core.
-const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 512;
 /// Weight rows of a panel at most; `PANEL * BLOCK` floats fit the second-level cache beside the input tile.
 const PANEL: usize = 128;
 /// Input rows that meet a panel before it is dropped.
@@ -27,7 +27,7 @@ const ROWS: usize = 192;
 /// Up to so many rows, widening weights in registers beats the detour through a panel.
 const FEW: usize = 24;
 /// Floats of one tile's totals: six rows by four columns as [`Lanes::reduce_add`] lays them out.
-const TOTALS: usize = 32;
+pub(super) const TOTALS: usize = 32;
 /// Multiplications below which waking other threads costs more than they save.
 const WORTH_SHARING: usize = 96 * 1024;
 /// Bytes of weights a chunk of the few-rows kernel should have at least.
@@ -191,7 +191,7 @@ struct Unit<'a> {
 }
 
 /// How inputs and weights become products: the element types, and how many inputs a step takes.
-trait Dot<S: Lanes> {
+pub(super) trait Dot<S: Lanes> {
     type X: Copy;
     type W: Copy;
     /// Element of a panel.
@@ -209,7 +209,7 @@ trait Dot<S: Lanes> {
 }
 
 /// Products and sums in f32.
-struct Plain<W>(std::marker::PhantomData<W>);
+pub(super) struct Plain<W>(std::marker::PhantomData<W>);
 /// Products of bf16 pairs, summed in f32.
 struct Pairs;
 
@@ -293,13 +293,13 @@ impl<S: Lanes> Dot<S> for Pairs {
 
 /// The dot products of `R` inputs with `4 * Q` weight rows over `n <= BLOCK` inputs, added to `totals`, of which
 /// each group of four weight rows has [`TOTALS`]. The rows are valid for `n` elements, `totals` for `Q * TOTALS`.
-struct Dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize> {
-    x: [*const D::X; R],
-    w: [[*const D::W; 4]; Q],
-    n: usize,
+pub(super) struct Dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize> {
+    pub(super) x: [*const D::X; R],
+    pub(super) w: [[*const D::W; 4]; Q],
+    pub(super) n: usize,
     /// Distance in bytes to the weights that will be read next, to be fetched meanwhile; zero for nothing.
-    ahead: usize,
-    totals: *mut f32,
+    pub(super) ahead: usize,
+    pub(super) totals: *mut f32,
 }
 
 impl<T: Lanes, D: Dot<T>, const R: usize, const Q: usize> Kernel for Dots<T, D, R, Q> {

@@ -4,6 +4,7 @@
 //! pool     threads, one job at a time, and their scratch memory
 //! simd     one vector type per instruction set; kernels are generic over it
 //! linear   matrix products, weights read in place
+//! adapted  low-rank updates of matrix products, many adapters at once
 //! tile     the register tile attention and sealing are made of
 //! attend   attention over exact and sealed pages, in spans of tiles
 //! latent   attention over sealed pages of a frequency basis, straight on their codes
@@ -21,8 +22,9 @@
 use std::sync::Mutex;
 
 use crate::kv::Arena;
-use crate::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob};
+use crate::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, Update};
 
+mod adapted;
 mod attend;
 mod codes;
 mod latent;
@@ -42,6 +44,7 @@ pub struct Cpu {
     isa: Isa,
     pool: pool::Pool,
     linear: Mutex<linear::LinearScratch>,
+    adapted: Mutex<adapted::AdaptedScratch>,
     attend: Mutex<attend::AttendScratch>,
     seal: Mutex<Vec<u64>>,
 }
@@ -68,7 +71,8 @@ impl Cpu {
     }
 
     fn build(isa: Isa, threads: usize) -> Cpu {
-        Cpu { isa, pool: pool::Pool::new(threads), linear: Mutex::default(), attend: Mutex::default(), seal: Mutex::default() }
+        let pool = pool::Pool::new(threads);
+        Cpu { isa, pool, linear: Mutex::default(), adapted: Mutex::default(), attend: Mutex::default(), seal: Mutex::default() }
     }
 
     /// The instruction set in use.
@@ -90,6 +94,10 @@ impl Ops for Cpu {
 
     fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
         linear::linear(self, x, rows, jobs);
+    }
+
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
+        adapted::low_rank(self, x, updates, targets);
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {

@@ -1,0 +1,343 @@
+//! What an adapter that was trained on changed weights adds on the weights as they are served.
+//!
+//! PiSSA (Meng et al. 2024) and SORSA take the leading singular triplets out of the base before training, OLoRA the leading columns
+//! of its QR decomposition; LoRA-GA and CorDA take out a product that only the initial adapter or the residual base still knows.
+//! With `W_r = W - P` trained to `W_r + s B A`, the difference on the served `W` is `s B A - P`: of twice the rank, exact.
+//!
+//! Both halves are as large as the leading part of `W`, and their difference is small. It is formed in f64 and factored anew, so
+//! that rounding the factors costs a share of the difference and not of `W`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use faer::{Mat, MatRef};
+
+use crate::adapters::pack::base_weight;
+use crate::adapters::spectrum::{self, Dense, Triplets};
+use crate::adapters::{AdapterError, BaseChoice, Format, Module, Parsed, Place, Reader, TrainedOn, peft, sorsa};
+use crate::model::checkpoint::Checkpoint;
+
+/// Singular values below this share of the largest that the two halves of a difference have are rounding.
+const NULL: f64 = 2e-7;
+
+/// Leading singular triplets of the base, by module: computed once, kept in memory and, where there is a folder, on disk.
+pub struct Spectra {
+    dir: Option<PathBuf>,
+    known: Mutex<HashMap<Place, Arc<Triplets>>>,
+}
+
+impl Spectra {
+    /// Kept under `dir`, in a folder of the base's digest; in memory alone without one.
+    pub fn new(dir: Option<&Path>, base: &Checkpoint) -> Spectra {
+        let digest: String = base.digest()[..8].iter().map(|b| format!("{b:02x}")).collect();
+        Spectra { dir: dir.map(|d| d.join(digest)), known: Mutex::default() }
+    }
+
+    /// The `r` leading triplets of the base's weights at `place`; perhaps more.
+    ///
+    /// # Errors
+    /// Where the weights have no decomposition, which finite ones have.
+    pub fn top(&self, base: &Checkpoint, place: Place, r: usize) -> Result<Arc<Triplets>, AdapterError> {
+        // One computation at a time: two would take each other's cores.
+        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (rows, cols) = place.shape(&base.config);
+        let enough = |t: &Triplets| t.rows == rows && t.cols == cols && t.s.len() >= r.min(rows).min(cols);
+        if let Some(found) = known.get(&place).filter(|t| enough(t)) {
+            return Ok(found.clone());
+        }
+        let file = self.dir.as_ref().map(|d| d.join(format!("{}.top", place.path())));
+        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| read_triplets(&bytes));
+        let found = match stored.filter(enough) {
+            Some(stored) => stored,
+            None => {
+                let weight = base_weight(base, place);
+                let found = spectrum::top(Dense { rows, cols, data: &weight }, r).map_err(|e| at(place, &e))?;
+                if let Some(file) = &file {
+                    keep(file, &triplet_bytes(&found));
+                }
+                found
+            }
+        };
+        let found = Arc::new(found);
+        known.insert(place, found.clone());
+        Ok(found)
+    }
+
+    /// All left singular vectors of the base's weights at `place`.
+    ///
+    /// # Errors
+    /// As [`Spectra::top`].
+    pub fn left(&self, base: &Checkpoint, place: Place) -> Result<spectrum::Left, AdapterError> {
+        let (rows, cols) = place.shape(&base.config);
+        let file = self.dir.as_ref().map(|d| d.join(format!("{}.left", place.path())));
+        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| spectrum::Left::from_bytes(&bytes).ok());
+        if let Some(stored) = stored.filter(|l| l.rows == rows) {
+            return Ok(stored);
+        }
+        let weight = base_weight(base, place);
+        let found = spectrum::left(Dense { rows, cols, data: &weight }).map_err(|e| at(place, &e))?;
+        if let Some(file) = &file {
+            keep(file, &found.to_bytes());
+        }
+        Ok(found)
+    }
+}
+
+const MAGIC: [u8; 8] = *b"TOPSVD\x00\x01";
+
+fn triplet_bytes(t: &Triplets) -> Vec<u8> {
+    let sizes = [t.rows, t.cols, t.s.len()].into_iter().flat_map(|n| (n as u64).to_le_bytes());
+    let numbers = t.u.iter().chain(&t.s).chain(&t.v).flat_map(|v| v.to_le_bytes());
+    MAGIC.into_iter().chain(sizes).chain(numbers).collect()
+}
+
+fn read_triplets(bytes: &[u8]) -> Option<Triplets> {
+    let (head, numbers) = bytes.split_at_checked(32)?;
+    let size = |i: usize| usize::try_from(u64::from_le_bytes(head[8 * i..][..8].try_into().ok()?)).ok();
+    let (rows, cols, n) = (size(1)?, size(2)?, size(3)?);
+    let count = rows.checked_add(cols)?.checked_add(1)?.checked_mul(n)?;
+    if head[..8] != MAGIC || Some(numbers.len()) != count.checked_mul(8) {
+        return None;
+    }
+    let mut all = numbers.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("chunks of eight")));
+    let mut take = |n: usize| all.by_ref().take(n).collect::<Vec<f64>>();
+    let (u, s, v) = (take(rows * n), take(n), take(cols * n));
+    [&u, &s, &v].iter().all(|x| x.iter().all(|v| v.is_finite())).then_some(Triplets { rows, cols, u, s, v })
+}
+
+/// Keeps bytes for the next time, whole or not at all. Not being able to costs time alone.
+fn keep(file: &Path, bytes: &[u8]) {
+    let write = || -> std::io::Result<()> {
+        let dir = file.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(dir)?;
+        let draft = file.with_extension(format!("{}.draft", std::process::id()));
+        std::fs::write(&draft, bytes)?;
+        std::fs::rename(&draft, file)
+    };
+    if let Err(error) = write() {
+        tracing::debug!(file = %file.display(), %error, "a decomposition could not be kept");
+    }
+}
+
+fn at(place: Place, error: &spectrum::Error) -> AdapterError {
+    AdapterError::Refused { reason: format!("{}: {error}", place.path()) }
+}
+
+/// Makes the factors of `parsed` differences on the served base. What else than its own files shaped them comes back, as a digest.
+///
+/// # Errors
+/// Where the base they were trained on is not the served one, cannot be had, or is not the one that was named.
+pub fn onto_served(parsed: &mut Parsed, choice: &BaseChoice, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
+    let mut other = [0; 32];
+    match choice {
+        BaseChoice::Auto | BaseChoice::Pissa => {
+            let pissa = *choice == BaseChoice::Pissa;
+            match parsed.trained_on {
+                TrainedOn::Base if pissa => without_leading(parsed, reader)?,
+                TrainedOn::Base if matches!(parsed.format, Format::Lora | Format::Rslora) => not_residual(parsed, reader.base)?,
+                TrainedOn::Base => {}
+                TrainedOn::WithoutLeading | TrainedOn::WithoutScaledLeading => without_leading(parsed, reader)?,
+                TrainedOn::WithoutQr => without_qr(parsed, reader.base)?,
+            }
+        }
+        _ if parsed.format == Format::Sorsa => {
+            return Err(AdapterError::Refused { reason: "a SORSA checkpoint knows its base; leave base out".into() });
+        }
+        BaseChoice::Original => {}
+        BaseChoice::Residual(path) => other = from_residual(parsed, path, reader)?,
+        BaseChoice::Initial(path) => other = from_initial(parsed, path, reader)?,
+    }
+    parsed.trained_on = TrainedOn::Base;
+    Ok(other)
+}
+
+/// `up down - sign * (left right)`, factored anew: `left: [out][k]`, `right: [k][in]`.
+fn add(
+    module: &mut Module,
+    (place, shape): (Place, (usize, usize)),
+    sign: f64,
+    (left, right): (&[f64], &[f64]),
+) -> Result<(), AdapterError> {
+    let (out, inputs) = shape;
+    let (r, k) = (module.rank, left.len() / out);
+    let mut up = vec![0.0; out * (r + k)];
+    for o in 0..out {
+        for j in 0..r {
+            up[o * (r + k) + j] = f64::from(module.up[o * r + j]);
+        }
+        for j in 0..k {
+            up[o * (r + k) + r + j] = sign * left[o * k + j];
+        }
+    }
+    let down: Vec<f64> = module.down.iter().map(|v| f64::from(*v)).chain(right.iter().copied()).collect();
+    // How large each half is bounds what rounding may leave of their difference.
+    let size = left.chunks_exact(k.max(1)).map(|row| row.iter().map(|v| v * v).sum::<f64>()).sum::<f64>().sqrt()
+        * right.chunks_exact(inputs).map(|row| row.iter().map(|v| v * v).sum::<f64>().sqrt()).fold(0.0, f64::max);
+    let mut found = spectrum::refactor(&up, &down, out, r + k, inputs).map_err(|e| self::at(place, &e))?;
+    found.truncate(found.s.iter().take_while(|s| **s > NULL * size).count().max(1));
+    let (up, down) = found.balanced();
+    module.rank = found.s.len();
+    module.up = up.iter().map(|v| *v as f32).collect();
+    module.down = down.iter().map(|v| *v as f32).collect();
+    Ok(())
+}
+
+fn without_leading(parsed: &mut Parsed, reader: &Reader<'_>) -> Result<(), AdapterError> {
+    let c = &reader.base.config;
+    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+        let shape = place.shape(c);
+        if place == Place::Embed {
+            return Err(AdapterError::NotServed {
+                what: "it takes leading singular triplets out of the embedding".into(),
+                mend: "convert it (path_initial_model_for_weight_conversion)".into(),
+            });
+        }
+        let top = reader.spectra.top(reader.base, place, module.rank)?;
+        let (n, r) = (top.s.len(), module.rank.min(top.s.len()));
+        let share = if parsed.trained_on == TrainedOn::WithoutScaledLeading { module.scale } else { 1.0 };
+        let left: Vec<f64> = top.u.chunks_exact(n).flat_map(|row| (0..r).map(|j| row[j] * top.s[j] * share)).collect();
+        let right: Vec<f64> = (0..r).flat_map(|j| top.v.chunks_exact(n).map(move |row| row[j])).collect();
+        if parsed.trained_on == TrainedOn::WithoutScaledLeading {
+            let taken = |o: usize, row: &mut [f64]| {
+                row.fill(0.0);
+                for (j, right) in right.chunks_exact(shape.1).enumerate() {
+                    row.iter_mut().zip(right).for_each(|(x, v)| *x += left[o * r + j] * v);
+                }
+            };
+            sorsa::check_residual(place, module, reader.base, &taken)?;
+        }
+        add(module, (place, shape), -1.0, (&left, &right))?;
+    }
+    Ok(())
+}
+
+/// OLoRA: `Q_r R_r` of the base's QR decomposition, times the scale. `Q_r` comes from the leading columns alone, and `R_r` is
+/// `Q_r^T W`; their product does not depend on signs.
+fn without_qr(parsed: &mut Parsed, base: &Checkpoint) -> Result<(), AdapterError> {
+    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+        let shape @ (out, inputs) = place.shape(&base.config);
+        if place == Place::Embed {
+            return Err(AdapterError::NotServed { what: "it is an OLoRA of the embedding".into(), mend: "convert it".into() });
+        }
+        let weight = base_weight(base, place);
+        let r = module.rank.min(out).min(inputs);
+        let q = Mat::from_fn(out, r, |o, j| f64::from(weight[o * inputs + j])).qr().compute_thin_Q();
+        let mut right = vec![0.0; r * inputs];
+        for o in 0..out {
+            for j in 0..r {
+                let q = q[(o, j)];
+                right[j * inputs..][..inputs].iter_mut().zip(&weight[o * inputs..]).for_each(|(x, w)| *x += q * f64::from(*w));
+            }
+        }
+        let left: Vec<f64> = (0..out).flat_map(|o| (0..r).map(move |j| (o, j))).map(|(o, j)| q[(o, j)] * module.scale).collect();
+        add(module, (place, shape), -1.0, (&left, &right))?;
+    }
+    Ok(())
+}
+
+/// Modules that the test of [`not_residual`] looks at.
+const LOOKED_AT: usize = 4;
+
+/// Refuses a plain LoRA that is the leading part of the base over its own input space: one that was trained on a residual base.
+///
+/// With `Q` an orthonormal basis of the rows of `A`, PiSSA starts from `s B A = W Q Q^T`, and training moves it little; a LoRA starts
+/// from zero. The cosine of the two sides and the ratio of their sizes tell them apart, at `rank * in * out` multiplications.
+fn not_residual(parsed: &Parsed, base: &Checkpoint) -> Result<(), AdapterError> {
+    let mut looked = 0;
+    let linear = parsed.modules.iter().filter(|(p, m)| m.rank > 0 && **p != Place::Embed && m.magnitude.is_none());
+    for (&place, module) in linear.take(LOOKED_AT) {
+        let (out, inputs) = place.shape(&base.config);
+        let r = module.rank;
+        if r >= inputs {
+            return Ok(());
+        }
+        let q = Mat::from_fn(inputs, r, |i, j| f64::from(module.down[j * inputs + i])).qr().compute_thin_Q();
+        let weight = base_weight(base, place);
+        let weight = Mat::from_fn(out, inputs, |o, i| f64::from(weight[o * inputs + i]));
+        let wide = |data: &[f32]| data.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+        let (up, down) = (wide(&module.up), wide(&module.down));
+        let own = MatRef::from_row_major_slice(&up, out, r) * (MatRef::from_row_major_slice(&down, r, inputs) * &q);
+        let theirs = weight * &q;
+        let dot: f64 = (0..r).map(|j| own.col(j).transpose() * theirs.col(j)).sum();
+        let (a, b) = (own.norm_l2(), theirs.norm_l2());
+        // Far outside what a LoRA from zero comes to, far inside what training leaves of a PiSSA.
+        if !(a > 0.0 && b > 0.0 && dot / (a * b) > 0.7 && (0.5..2.0).contains(&(a / b))) {
+            return Ok(());
+        }
+        looked += 1;
+    }
+    if looked == 0 {
+        return Ok(());
+    }
+    Err(AdapterError::NotServed {
+        what: "its factors are the leading part of the base's own weights, as of a PiSSA adapter trained on a residual base".into(),
+        mend: "name that base (base residual:FOLDER), or say base pissa if it was made from the served weights, base original if it is no PiSSA"
+            .into(),
+    })
+}
+
+/// With the weights of a residual base at hand: `W_res + s B A - W`.
+fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
+    let real = reader.bounds.resolve(path)?;
+    let residual = Checkpoint::open(&real).map_err(|e| AdapterError::base(path, &e))?;
+    let (c, served) = (&reader.base.config, &residual.config);
+    let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });
+    if (c.layers, c.hidden, c.vocab, c.heads, c.kv_heads, c.intermediate)
+        != (served.layers, served.hidden, served.vocab, served.heads, served.kv_heads, served.intermediate)
+    {
+        return refuse("it is a model of another shape than the served one".into());
+    }
+    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+        let shape @ (out, inputs) = place.shape(c);
+        if place == Place::Embed {
+            return refuse("an adapter of the embedding cannot be moved from a residual base".into());
+        }
+        let (own, left) = (base_weight(reader.base, place), base_weight(&residual, place));
+        let difference: Vec<f32> = left.iter().zip(&own).map(|(a, b)| a - b).collect();
+        if difference.iter().all(|d| *d == 0.0) {
+            return refuse(format!(
+                "its {} is that of the served base, so nothing was taken out of it; is it the right folder?",
+                place.path()
+            ));
+        }
+        let found = spectrum::top(Dense { rows: out, cols: inputs, data: &difference }, module.rank).map_err(|e| at(place, &e))?;
+        let square = |v: &[f32]| v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
+        let rest = square(&difference) - found.s.iter().map(|s| s * s).sum::<f64>();
+        // A residual in bf16 is rounded by up to 0.2 % of itself.
+        if rest > 1e-4 * square(&left) {
+            let share = (rest / square(&own)).sqrt() * 100.0;
+            return refuse(format!(
+                "{} differs from the served weights by more than rank {} ({share:.1} % of them); it is of another base",
+                place.path(),
+                module.rank
+            ));
+        }
+        let (left, right) = found.balanced();
+        add(module, (place, shape), 1.0, (&left, &right))?;
+    }
+    Ok(residual.digest())
+}
+
+/// With the adapter as it was before training: `s B A - s B_0 A_0`.
+fn from_initial(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
+    let files = reader.bounds.read(path)?;
+    let initial = peft::parse(&files, &reader.base.config)?;
+    let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });
+    let trained = |p: &Parsed| p.modules.iter().filter(|(_, m)| m.rank > 0).map(|(p, _)| *p).collect::<Vec<_>>();
+    if trained(parsed) != trained(&initial) {
+        return refuse("the initial adapter has other modules than the trained one".into());
+    }
+    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+        let before = &initial.modules[&place];
+        if before.rank != module.rank || before.scale != module.scale {
+            return refuse(format!("the initial adapter has another rank or scale at {}", place.path()));
+        }
+        if place == Place::Embed {
+            return refuse("an adapter of the embedding takes nothing out of its base".into());
+        }
+        let wide = |data: &[f32]| data.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+        add(module, (place, place.shape(&reader.base.config)), -1.0, (&wide(&before.up), &wide(&before.down)))?;
+    }
+    Ok(files.digest)
+}

@@ -1,0 +1,688 @@
+//! Which adapters there are, and who holds them: alias -> generation -> lease.
+//!
+//! ```text
+//! alias        a name clients use; points to one generation, and remembers earlier ones
+//! generation   the content of an adapter, named by its hash: on disk, or resident in memory
+//! lease        a request's hold on a resident generation, from its admission to its end
+//! ```
+//!
+//! A replaced or unloaded generation stays as long as somebody leases it, and not a moment longer, but for those an alias may be
+//! rolled back to, which stay while there is room. Bytes are counted from the moment a generation becomes resident until it is
+//! dropped; [`Registry::check`] says whether the books are right.
+//!
+//! Invariants: resident bytes are the sum over resident generations and never exceed the budget; whatever is leased is resident; a
+//! generation that no alias points to or remembers and nobody leases is not resident.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{Semaphore, watch};
+
+use crate::adapters::base::Spectra;
+use crate::adapters::folder::Bounds;
+use crate::adapters::{AdapterError, BaseChoice, Facts, Reader, Ready};
+use crate::ids::AdapterGeneration;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::delta::{Delta, HeldAs};
+
+/// Earlier generations an alias remembers.
+const HISTORY: usize = 8;
+/// Loads that work at once: each may take a core and a few times the adapter's bytes.
+const LOADS: usize = 2;
+/// Longest name, in bytes.
+const NAME_MAX: usize = 256;
+
+/// What the registry may do.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Of all resident adapters.
+    pub bytes: u64,
+    /// Of any update of an adapter as stored.
+    pub rank: usize,
+    /// Where clients may have adapters loaded from; without it they may not.
+    pub root: Option<PathBuf>,
+    /// Every adapter folder directly under the root is known by its name, and read when it is first asked for.
+    pub discover: bool,
+    /// Names of the served model, which no adapter may take.
+    pub reserved: Vec<String>,
+}
+
+/// Where an adapter is, and on which base it belongs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Source {
+    pub path: PathBuf,
+    pub base: BaseChoice,
+    /// Named by the operator at start: it may lie outside the root.
+    pub trusted: bool,
+}
+
+/// How an adapter is to be loaded.
+#[derive(Clone, Debug, Default)]
+pub struct Load {
+    pub alias: String,
+    pub path: PathBuf,
+    pub base: BaseChoice,
+    /// Replace what the alias points to.
+    pub in_place: bool,
+    /// Never evict it.
+    pub pinned: bool,
+    /// Only if the alias points to this generation now.
+    pub expected: Option<AdapterGeneration>,
+    /// The operator's own word: the root does not bind it.
+    pub trusted: bool,
+}
+
+/// What a load did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    pub generation: AdapterGeneration,
+    pub replaced: Option<AdapterGeneration>,
+    pub facts: Facts,
+    pub seconds: f64,
+}
+
+/// What an unload did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Unloaded {
+    /// Bytes that are free now.
+    pub freed_bytes: u64,
+    /// Requests that finish on what was unloaded, and the bytes that are free when they have.
+    pub leases: usize,
+    pub retiring_bytes: u64,
+}
+
+/// Something worth counting.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Happened {
+    Loaded { seconds: f64 },
+    Failed,
+    Evicted,
+}
+
+/// One alias, as an operator sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AliasState {
+    pub alias: String,
+    pub path: PathBuf,
+    pub base: String,
+    /// `None` before it was first read.
+    pub generation: Option<AdapterGeneration>,
+    pub facts: Option<Facts>,
+    pub resident: bool,
+    pub pinned: bool,
+    /// Unix seconds of the latest load or replacement.
+    pub created: u64,
+    /// Requests that took a lease under this name.
+    pub requests: u64,
+    /// Running requests that hold its generation.
+    pub leases: usize,
+    /// Earlier generations it may go back to, latest last.
+    pub history: Vec<AdapterGeneration>,
+}
+
+/// One resident generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationState {
+    pub generation: AdapterGeneration,
+    pub aliases: Vec<String>,
+    pub rank: usize,
+    pub bytes: u64,
+    /// No alias points to it any more.
+    pub retired: bool,
+    pub leases: usize,
+}
+
+/// Everything there is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    pub aliases: Vec<AliasState>,
+    pub generations: Vec<GenerationState>,
+    pub resident_bytes: u64,
+    pub budget_bytes: u64,
+    pub max_rank: usize,
+}
+
+/// All adapters of one model. Cheap to clone.
+#[derive(Clone)]
+pub struct Registry {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    base: &'static Checkpoint,
+    held: HeldAs,
+    spectra: Spectra,
+    limits: Limits,
+    books: Mutex<Books>,
+    loads: Semaphore,
+    tell: Tell,
+}
+
+/// Hears of what happened.
+pub type Tell = Box<dyn Fn(Happened) + Send + Sync>;
+
+type Verdict = Result<AdapterGeneration, AdapterError>;
+
+#[derive(Default)]
+struct Books {
+    aliases: BTreeMap<String, Alias>,
+    generations: HashMap<AdapterGeneration, Generation>,
+    /// First uses under way, by alias: whoever else asks waits for the same one.
+    loading: HashMap<String, watch::Receiver<Option<Verdict>>>,
+    resident_bytes: u64,
+    clock: u64,
+}
+
+struct Alias {
+    source: Source,
+    generation: Option<AdapterGeneration>,
+    /// With where each came from.
+    history: Vec<(AdapterGeneration, Source)>,
+    pinned: bool,
+    created: u64,
+    requests: u64,
+}
+
+struct Generation {
+    digest: [u8; 32],
+    facts: Facts,
+    /// `None`: on disk alone.
+    delta: Option<Arc<Delta>>,
+    leases: usize,
+    last_used: u64,
+}
+
+/// A request's hold on a resident generation.
+pub struct Lease {
+    generation: AdapterGeneration,
+    delta: Arc<Delta>,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Lease({:016x})", self.generation.0)
+    }
+}
+
+impl Lease {
+    /// What it holds.
+    pub fn generation(&self) -> AdapterGeneration {
+        self.generation
+    }
+
+    /// What that changes of the model.
+    pub fn delta(&self) -> &Delta {
+        &self.delta
+    }
+}
+
+impl Clone for Lease {
+    fn clone(&self) -> Lease {
+        let mut books = self.shared.lock();
+        books.generations.get_mut(&self.generation).expect("what is leased is in the books").leases += 1;
+        Lease { generation: self.generation, delta: self.delta.clone(), shared: self.shared.clone() }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut books = self.shared.lock();
+        books.generations.get_mut(&self.generation).expect("what is leased is in the books").leases -= 1;
+        let (_, dropped) = books.release(self.generation);
+        drop(books);
+        // Giving back much memory takes a while, in which nobody needs to wait for the books.
+        drop(dropped);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The adapter at `source`, read and made ready.
+    fn ready(&self, source: &Source) -> Result<Ready, AdapterError> {
+        let root = if source.trusted { None } else { self.limits.root.clone() };
+        let bounds = Bounds { root, file_bytes: self.limits.bytes };
+        let reader = Reader { base: self.base, spectra: &self.spectra, bounds, rank: self.limits.rank };
+        reader.ready(&source.path, &source.base, self.held)
+    }
+
+    /// Puts what was read into the books, unless it is there already; makes room first.
+    fn admit(&self, ready: Ready) -> Verdict {
+        let mut evicted = Vec::new();
+        let verdict = self.lock().admit(ready, self.limits.bytes, &mut evicted);
+        evicted.iter().for_each(|_| (self.tell)(Happened::Evicted));
+        verdict
+    }
+
+    fn read_and_admit(&self, source: &Source) -> Result<(AdapterGeneration, f64), AdapterError> {
+        let begun = Instant::now();
+        let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.admit(self.ready(source)?)));
+        let verdict = verdict.unwrap_or_else(|_| {
+            tracing::error!(path = %source.path.display(), "loading an adapter panicked");
+            Err(AdapterError::Internal)
+        });
+        let seconds = begun.elapsed().as_secs_f64();
+        (self.tell)(if verdict.is_ok() { Happened::Loaded { seconds } } else { Happened::Failed });
+        verdict.map(|generation| (generation, seconds))
+    }
+}
+
+impl Books {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn admit(&mut self, ready: Ready, budget: u64, evicted: &mut Vec<Arc<Delta>>) -> Verdict {
+        let Ready { generation, digest, facts, delta } = ready;
+        let tick = self.tick();
+        if let Some(known) = self.generations.get_mut(&generation) {
+            if known.digest != digest {
+                // Sixty-four bits of a hash: this does not happen, and must not be served if it does.
+                return Err(AdapterError::Internal);
+            }
+            known.last_used = tick;
+            if known.delta.is_some() {
+                return Ok(generation);
+            }
+        }
+        let bytes = facts.bytes;
+        if bytes > budget {
+            return Err(AdapterError::NeverFits { bytes, budget });
+        }
+        while self.resident_bytes + bytes > budget {
+            let Some(oldest) = self.evictable() else {
+                self.forget_unused();
+                return Err(AdapterError::Busy { bytes, held: self.resident_bytes, budget });
+            };
+            evicted.extend(self.evict(oldest));
+        }
+        self.resident_bytes += bytes;
+        let leases = self.generations.get(&generation).map_or(0, |g| g.leases);
+        let delta = Some(Arc::new(delta));
+        self.generations.insert(generation, Generation { digest, facts, delta, leases, last_used: tick });
+        Ok(generation)
+    }
+
+    /// The resident generation longest unused that nobody leases and no alias pins.
+    fn evictable(&self) -> Option<AdapterGeneration> {
+        let pinned = |g: &AdapterGeneration| self.aliases.values().any(|a| a.pinned && a.generation == Some(*g));
+        let free = self.generations.iter().filter(|(id, g)| g.delta.is_some() && g.leases == 0 && !pinned(id));
+        free.min_by_key(|(_, g)| g.last_used).map(|(id, _)| *id)
+    }
+
+    /// Takes a generation out of memory.
+    fn evict(&mut self, id: AdapterGeneration) -> Option<Arc<Delta>> {
+        let generation = self.generations.get_mut(&id)?;
+        let delta = generation.delta.take()?;
+        self.resident_bytes -= generation.facts.bytes;
+        Some(delta)
+    }
+
+    fn is_named(&self, id: AdapterGeneration) -> bool {
+        self.aliases.values().any(|a| a.generation == Some(id) || a.history.iter().any(|(g, _)| *g == id))
+    }
+
+    /// Drops a generation that no alias names and nobody leases: the bytes that are free by it.
+    fn release(&mut self, id: AdapterGeneration) -> (u64, Option<Arc<Delta>>) {
+        if self.generations.get(&id).is_none_or(|g| g.leases > 0) || self.is_named(id) {
+            return (0, None);
+        }
+        let delta = self.evict(id);
+        let gone = self.generations.remove(&id);
+        (gone.filter(|_| delta.is_some()).map_or(0, |g| g.facts.bytes), delta)
+    }
+
+    /// Drops what was admitted for an alias that then did not take it.
+    fn forget_unused(&mut self) {
+        let all: Vec<_> = self.generations.keys().copied().collect();
+        all.into_iter().for_each(|id| drop(self.release(id)));
+    }
+
+    fn lease(&mut self, alias: &str, shared: &Arc<Shared>) -> Option<Lease> {
+        let tick = self.tick();
+        let alias = self.aliases.get_mut(alias)?;
+        let id = alias.generation?;
+        let generation = self.generations.get_mut(&id)?;
+        let delta = generation.delta.clone()?;
+        alias.requests += 1;
+        generation.leases += 1;
+        generation.last_used = tick;
+        Some(Lease { generation: id, delta, shared: shared.clone() })
+    }
+}
+
+impl Registry {
+    /// No adapters yet, for a model whose linear layers are held as `held`. `tell` hears of loads and evictions.
+    pub fn new((base, held): (&'static Checkpoint, HeldAs), spectra: Spectra, limits: Limits, tell: Tell) -> Registry {
+        let shared = Shared { base, held, spectra, limits, books: Mutex::default(), loads: Semaphore::new(LOADS), tell };
+        Registry { shared: Arc::new(shared) }
+    }
+
+    /// What it may do.
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// Whether `name` is an adapter's; looks into the root where adapters are discovered there.
+    pub fn knows(&self, name: &str) -> bool {
+        if self.shared.lock().aliases.contains_key(name) {
+            return true;
+        }
+        let Some(source) = self.discovered(name) else { return false };
+        let mut books = self.shared.lock();
+        books.aliases.entry(name.to_owned()).or_insert_with(|| Alias::new(source));
+        true
+    }
+
+    /// An adapter folder of this name directly under the root.
+    fn discovered(&self, name: &str) -> Option<Source> {
+        let limits = &self.shared.limits;
+        let root = limits.root.as_ref().filter(|_| limits.discover)?;
+        if check_name(name, &limits.reserved).is_err() || name.contains(['/', '\\']) || name.starts_with('.') {
+            return None;
+        }
+        let path = PathBuf::from(name);
+        root.join(&path).join("adapter_config.json").is_file().then_some(Source { path, base: BaseChoice::Auto, trusted: false })
+    }
+
+    /// Registers every adapter folder under the root, without reading any; how many there are.
+    ///
+    /// # Errors
+    /// Where the root cannot be listed.
+    pub fn discover(&self) -> std::io::Result<usize> {
+        let limits = &self.shared.limits;
+        let Some(root) = limits.root.as_ref().filter(|_| limits.discover) else { return Ok(0) };
+        let names = std::fs::read_dir(root)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        Ok(names.filter(|name| self.knows(name)).count())
+    }
+
+    /// A lease on what `alias` points to now. One that is on disk is read first; all who ask meanwhile wait for that one read.
+    ///
+    /// # Errors
+    /// Where there is no such alias, or it cannot be made resident.
+    pub async fn acquire(&self, alias: &str) -> Result<Lease, AdapterError> {
+        // What was read may be evicted again before its lease is taken, by others who are as hurried.
+        for _ in 0..16 {
+            let mut waiting = {
+                let mut books = self.shared.lock();
+                if let Some(lease) = books.lease(alias, &self.shared) {
+                    return Ok(lease);
+                }
+                let Some(known) = books.aliases.get(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+                let (source, expected) = (known.source.clone(), known.generation);
+                match books.loading.get(alias) {
+                    Some(waiting) => waiting.clone(),
+                    None => {
+                        let (done, waiting) = watch::channel(None);
+                        books.loading.insert(alias.to_owned(), waiting.clone());
+                        drop(books);
+                        self.first_use(alias.to_owned(), source, expected, done);
+                        waiting
+                    }
+                }
+            };
+            let verdict = match waiting.wait_for(Option::is_some).await {
+                Ok(verdict) => verdict.clone().expect("waited for"),
+                Err(_) => Err(AdapterError::Internal),
+            };
+            verdict?;
+        }
+        let books = self.shared.lock();
+        Err(AdapterError::Busy { bytes: 0, held: books.resident_bytes, budget: self.shared.limits.bytes })
+    }
+
+    /// Reads an alias' adapter on a thread that may block, and tells all who wait.
+    fn first_use(&self, alias: String, source: Source, expected: Option<AdapterGeneration>, done: watch::Sender<Option<Verdict>>) {
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let permit = shared.loads.acquire().await;
+            let reading = {
+                let (shared, source) = (shared.clone(), source.clone());
+                tokio::task::spawn_blocking(move || shared.read_and_admit(&source))
+            };
+            let read = reading.await.unwrap_or(Err(AdapterError::Internal)).map(|(generation, _)| generation);
+            drop(permit);
+            let mut books = shared.lock();
+            books.loading.remove(&alias);
+            let verdict = read.and_then(|generation| books.settle(&alias, &source, expected, generation));
+            books.forget_unused();
+            drop(books);
+            let _ = done.send(Some(verdict));
+        });
+    }
+
+    /// Loads an adapter under an alias, now: reads, checks, makes room, and only then changes what the alias points to.
+    ///
+    /// # Errors
+    /// As they say; the alias then points to what it did before, and nothing of the new adapter stays.
+    pub fn load(&self, load: &Load) -> Result<Loaded, AdapterError> {
+        check_name(&load.alias, &self.shared.limits.reserved)?;
+        if !load.trusted && self.shared.limits.root.is_none() {
+            return Err(AdapterError::Outside { path: shown(&load.path.display().to_string()) });
+        }
+        self.shared.lock().may_load(load)?;
+        let source = Source { path: load.path.clone(), base: load.base.clone(), trusted: load.trusted };
+        let (generation, seconds) = self.shared.read_and_admit(&source)?;
+        let mut books = self.shared.lock();
+        // Somebody else may have been quicker; what was read for nothing is not kept.
+        if let Err(error) = books.may_load(load) {
+            books.forget_unused();
+            return Err(error);
+        }
+        let facts = books.generations.get(&generation).map(|g| g.facts.clone());
+        let Some(facts) = facts else { return Err(AdapterError::Internal) };
+        let alias = books.aliases.entry(load.alias.clone()).or_insert_with(|| Alias::new(source.clone()));
+        let replaced = alias.generation.filter(|old| *old != generation);
+        if let Some(old) = replaced {
+            let old_source = std::mem::replace(&mut alias.source, source.clone());
+            alias.remember(old, old_source);
+        }
+        alias.source = source;
+        alias.generation = Some(generation);
+        alias.pinned = load.pinned;
+        alias.created = now();
+        books.forget_unused();
+        Ok(Loaded { generation, replaced, facts, seconds })
+    }
+
+    /// Takes an alias away. Its generations go at once, or when the last request on them ends.
+    ///
+    /// # Errors
+    /// Where there is no such alias.
+    pub fn unload(&self, alias: &str) -> Result<Unloaded, AdapterError> {
+        let mut books = self.shared.lock();
+        let Some(gone) = books.aliases.remove(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+        let mut out = Unloaded::default();
+        let mut ids: Vec<_> = gone.generation.into_iter().chain(gone.history.iter().map(|(g, _)| *g)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut dropped = Vec::new();
+        for id in ids {
+            let (freed, delta) = books.release(id);
+            out.freed_bytes += freed;
+            dropped.extend(delta);
+            if let Some(left) = books.generations.get(&id).filter(|g| g.leases > 0)
+                && !books.is_named(id)
+            {
+                out.leases += left.leases;
+                out.retiring_bytes += left.facts.bytes;
+            }
+        }
+        drop(books);
+        Ok(out)
+    }
+
+    /// Points an alias back to an earlier generation: the latest before this one, or `to`. What it pointed to is remembered in turn.
+    ///
+    /// # Errors
+    /// Where there is none, or its files are no longer what they were.
+    pub fn rollback(&self, alias: &str, to: Option<AdapterGeneration>) -> Result<Loaded, AdapterError> {
+        let (id, source) = {
+            let books = self.shared.lock();
+            let Some(known) = books.aliases.get(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+            let found = known.history.iter().rev().find(|(g, _)| to.is_none_or(|to| to == *g));
+            found.cloned().ok_or_else(|| AdapterError::NoHistory { alias: shown(alias) })?
+        };
+        let resident = self.shared.lock().generations.get(&id).is_some_and(|g| g.delta.is_some());
+        let mut seconds = 0.0;
+        if !resident {
+            let (read, took) = self.shared.read_and_admit(&source)?;
+            seconds = took;
+            if read != id {
+                self.shared.lock().forget_unused();
+                return Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", id.0) });
+            }
+        }
+        let mut books = self.shared.lock();
+        let Some(facts) = books.generations.get(&id).map(|g| g.facts.clone()) else { return Err(AdapterError::Internal) };
+        let Some(known) = books.aliases.get_mut(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+        known.history.retain(|(g, _)| *g != id);
+        let old_source = std::mem::replace(&mut known.source, source);
+        let replaced = known.generation.replace(id);
+        if let Some(old) = replaced {
+            known.remember(old, old_source);
+        }
+        known.created = now();
+        books.forget_unused();
+        Ok(Loaded { generation: id, replaced, facts, seconds })
+    }
+
+    /// Everything there is, aliases in order.
+    pub fn state(&self) -> State {
+        let books = self.shared.lock();
+        let alias = |(name, a): (&String, &Alias)| {
+            let generation = a.generation.and_then(|id| books.generations.get(&id));
+            AliasState {
+                alias: name.clone(),
+                path: a.source.path.clone(),
+                base: a.source.base.to_string(),
+                generation: a.generation,
+                facts: generation.map(|g| g.facts.clone()),
+                resident: generation.is_some_and(|g| g.delta.is_some()),
+                pinned: a.pinned,
+                created: a.created,
+                requests: a.requests,
+                leases: generation.map_or(0, |g| g.leases),
+                history: a.history.iter().map(|(g, _)| *g).collect(),
+            }
+        };
+        let mut generations: Vec<GenerationState> = books
+            .generations
+            .iter()
+            .filter(|(_, g)| g.delta.is_some())
+            .map(|(&id, g)| {
+                let names = books.aliases.iter().filter(|(_, a)| a.generation == Some(id)).map(|(name, _)| name.clone());
+                let aliases: Vec<String> = names.collect();
+                let retired = aliases.is_empty();
+                GenerationState { generation: id, aliases, rank: g.facts.rank, bytes: g.facts.bytes, retired, leases: g.leases }
+            })
+            .collect();
+        generations.sort_unstable_by_key(|g| g.generation);
+        State {
+            aliases: books.aliases.iter().map(alias).collect(),
+            generations,
+            resident_bytes: books.resident_bytes,
+            budget_bytes: self.shared.limits.bytes,
+            max_rank: self.shared.limits.rank,
+        }
+    }
+
+    /// Whether the books agree with themselves.
+    ///
+    /// # Errors
+    /// What does not.
+    pub fn check(&self) -> Result<(), String> {
+        let books = self.shared.lock();
+        let resident = |g: &&Generation| g.delta.is_some();
+        let sum: u64 = books.generations.values().filter(resident).map(|g| g.facts.bytes).sum();
+        if sum != books.resident_bytes || sum > self.shared.limits.bytes {
+            return Err(format!("{} bytes are booked, {sum} are resident, {} allowed", books.resident_bytes, self.shared.limits.bytes));
+        }
+        for (id, g) in &books.generations {
+            if g.leases > 0 && g.delta.is_none() {
+                return Err(format!("{id:?} is leased and not resident"));
+            }
+            if g.delta.as_ref().is_some_and(|d| d.bytes() != g.facts.bytes) {
+                return Err(format!("{id:?} is booked with other bytes than it has"));
+            }
+            if g.leases == 0 && !books.is_named(*id) && books.loading.is_empty() {
+                return Err(format!("{id:?} is kept for nobody"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Books {
+    fn may_load(&self, load: &Load) -> Result<(), AdapterError> {
+        let known = self.aliases.get(&load.alias);
+        if known.is_some() && !load.in_place {
+            return Err(AdapterError::Loaded { alias: shown(&load.alias) });
+        }
+        let now = known.and_then(|a| a.generation);
+        match load.expected {
+            Some(expected) if now != Some(expected) => Err(AdapterError::Changed {
+                alias: shown(&load.alias),
+                now: now.map_or_else(|| "none".into(), |g| format!("{:016x}", g.0)),
+                expected: format!("{:016x}", expected.0),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives an alias what was read for it, unless it was replaced or unloaded meanwhile.
+    fn settle(&mut self, alias: &str, source: &Source, expected: Option<AdapterGeneration>, read: AdapterGeneration) -> Verdict {
+        let Some(known) = self.aliases.get_mut(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+        if known.source != *source || known.generation != expected {
+            // Whoever waits looks again.
+            return Ok(read);
+        }
+        match expected {
+            Some(was) if was != read => Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", was.0) }),
+            _ => {
+                known.generation = Some(read);
+                Ok(read)
+            }
+        }
+    }
+}
+
+impl Alias {
+    fn new(source: Source) -> Alias {
+        Alias { source, generation: None, history: Vec::new(), pinned: false, created: now(), requests: 0 }
+    }
+
+    fn remember(&mut self, generation: AdapterGeneration, source: Source) {
+        self.history.retain(|(g, _)| *g != generation);
+        self.history.push((generation, source));
+        if self.history.len() > HISTORY {
+            self.history.remove(0);
+        }
+    }
+}
+
+/// A name an adapter may have.
+fn check_name(name: &str, reserved: &[String]) -> Result<(), AdapterError> {
+    if name.is_empty() {
+        return Err(AdapterError::Name { reason: "an adapter needs a name" });
+    }
+    if name.len() > NAME_MAX || name.chars().any(|c| c.is_control() || c.is_whitespace() || c == ',') {
+        // Metrics list names with commas between.
+        return Err(AdapterError::Name { reason: "an adapter's name is at most 256 bytes, without spaces, commas and control characters" });
+    }
+    if reserved.iter().any(|r| r == name) { Err(AdapterError::NameTaken { alias: name.to_owned() }) } else { Ok(()) }
+}
+
+fn shown(name: &str) -> String {
+    crate::model::json::shown(name, 80)
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
