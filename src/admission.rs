@@ -91,6 +91,14 @@ pub struct Model {
     pub defaults: Defaults,
     /// Longest wait for a first token.
     pub queue_timeout: Duration,
+    /// Where adapters are served.
+    pub adapters: Option<Arc<dyn Adapters>>,
+}
+
+/// Which names are adapters'.
+pub trait Adapters: Send + Sync {
+    /// Whether a request may name it. It need not be resident, or even have been read.
+    fn knows(&self, name: &str) -> bool;
 }
 
 /// A cache profile on this model.
@@ -188,6 +196,8 @@ pub struct Prompt {
 pub struct Reply {
     /// The name the client used.
     pub model: String,
+    /// The adapter that name is of. Requests carry no generation of it yet: whoever submits them takes a lease first.
+    pub adapter: Option<String>,
     /// Choices per prompt.
     pub n: usize,
     pub stop: Vec<String>,
@@ -206,14 +216,15 @@ impl Model {
         self.names.first().map_or("", String::as_str)
     }
 
-    /// Which adapter a model name chooses, and the name replies carry.
+    /// The name replies carry for a model name, and whether it is an adapter's.
     ///
     /// # Errors
     /// [`Refusal::UnknownModel`].
-    pub fn resolve(&self, name: Option<&str>) -> Result<(AdapterGeneration, String), Refusal> {
+    pub fn resolve(&self, name: Option<&str>) -> Result<(String, bool), Refusal> {
         match name {
-            None => Ok((AdapterGeneration::default(), self.name().to_owned())),
-            Some(name) if self.names.iter().any(|known| known == name) => Ok((AdapterGeneration::default(), name.to_owned())),
+            None => Ok((self.name().to_owned(), false)),
+            Some(name) if self.names.iter().any(|known| known == name) => Ok((name.to_owned(), false)),
+            Some(name) if self.adapters.as_ref().is_some_and(|a| a.knows(name)) => Ok((name.to_owned(), true)),
             Some(_) => Err(Refusal::UnknownModel),
         }
     }
@@ -323,12 +334,12 @@ impl Model {
     }
 
     fn target(&self, options: &Options) -> Result<Target, Refusal> {
-        let (adapter, model) = self.resolve(options.model.as_deref())?;
+        let (model, is_adapter) = self.resolve(options.model.as_deref())?;
         let profile = self.profile(options.cache_profile.as_deref())?;
         self.check_ids(&options.stop_token_ids, "stop_token_ids")?;
         let biased: Vec<TokenId> = options.logit_bias.iter().map(|&(id, _)| id).collect();
         self.check_ids(&biased, "logit_bias")?;
-        Ok(Target { adapter, model, profile })
+        Ok(Target { model, is_adapter, profile })
     }
 
     fn build(&self, options: &Options, ask: Ask) -> Result<Admitted, Refusal> {
@@ -353,7 +364,7 @@ impl Model {
                     logprobs: ask.logprobs,
                     prompt_logprobs: ask.logprobs.filter(|_| ask.echo),
                     profile: ask.target.profile,
-                    adapter: ask.target.adapter,
+                    adapter: AdapterGeneration::default(),
                     priority: options.priority,
                     cache_salt,
                     queue_timeout: self.queue_timeout,
@@ -361,6 +372,7 @@ impl Model {
             }
         }
         let reply = Reply {
+            adapter: ask.target.is_adapter.then(|| ask.target.model.clone()),
             model: ask.target.model,
             n: options.n as usize,
             stop: options.stop.clone(),
@@ -422,8 +434,8 @@ pub const TEMPERATURE_FLOOR: f64 = 1e-3;
 
 /// What a request aims at.
 struct Target {
-    adapter: AdapterGeneration,
     model: String,
+    is_adapter: bool,
     profile: ProfileIndex,
 }
 

@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         Some(Command::Plan(plan)) => strait::serve::offline::plan(&plan),
         Some(Command::Compress(compress)) => strait::serve::offline::compress(&compress),
         Some(Command::Eval(eval)) => strait::serve::eval::eval(&eval),
+        Some(Command::Adapter(adapter)) => strait::serve::adapters::adapter(&adapter),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -77,6 +77,13 @@ pub enum Event {
     Ready {
         ready: bool,
     },
+    /// An adapter was read and made resident, or was not.
+    AdapterLoaded {
+        ok: bool,
+        seconds: f64,
+    },
+    /// An adapter was taken out of memory to make room for another.
+    AdapterEvicted,
     /// The drain deadline passed with so many connections still open.
     DrainForced {
         connections: usize,
@@ -94,6 +101,26 @@ pub struct Snapshot {
     pub cached_bytes: u64,
     /// Bytes in use by `(profile index, branch)`.
     pub branches: Vec<(u8, Branch, u64)>,
+}
+
+/// What there is of adapters: what gauges show.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AdapterSnapshot {
+    /// Names clients may use; of these, those whose weights are in memory, and those that stay there.
+    pub registered: usize,
+    pub resident: usize,
+    pub pinned: usize,
+    /// Resident generations that no name points to any more.
+    pub retired: usize,
+    pub resident_bytes: u64,
+    pub budget_bytes: u64,
+    /// How many adapters of the usual size the budget has room for.
+    pub room: usize,
+    /// Names of the resident ones, and of those being read.
+    pub running: Vec<String>,
+    pub waiting: Vec<String>,
+    /// Unix seconds.
+    pub now: u64,
 }
 
 /// Parts of the cache, as metrics name them.
@@ -205,6 +232,15 @@ const fn histogram(name: &'static str, buckets: Buckets, help: &'static str) -> 
 /// Every metric the server exports; the README's table is compared with it.
 pub const METRICS: &[Metric] = &[
     counter("http_requests_total", &["path", "method", "status"], "HTTP replies begun, by route (or `unmatched`), method and status."),
+    gauge("strait:adapter_bytes", &["kind"], "Bytes of adapters in memory: `resident`, and the `budget` they may take."),
+    counter("strait:adapter_evictions_total", &[], "Adapters taken out of memory to make room for others."),
+    histogram("strait:adapter_load_seconds", Buckets::Step, "Reading an adapter and making it ready."),
+    counter("strait:adapter_loads_total", &["outcome"], "Adapters read from disk: `ok` or `error`."),
+    gauge(
+        "strait:adapters",
+        &["state"],
+        "Adapters: `registered` names; of these `resident` and `pinned`; `retired` generations still in memory.",
+    ),
     gauge("strait:build_info", &["version"], "Always 1; the label carries the version."),
     gauge("strait:connections", &[], "Open client connections."),
     counter("strait:accept_failures_total", &[], "Failed accepts (file descriptors or memory exhausted)."),
@@ -230,6 +266,11 @@ pub const METRICS: &[Metric] = &[
     histogram("vllm:inter_token_latency_seconds", Buckets::Gap, "Between neighbouring tokens of a sequence."),
     histogram("vllm:iteration_tokens_total", Buckets::Iteration, "Tokens computed by a forward pass."),
     gauge("vllm:kv_cache_usage_perc", &[], "Share of the cache in use, 0 to 1; what only the prefix cache holds counts as free."),
+    gauge(
+        "vllm:lora_requests_info",
+        &["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        "Unix time of the scrape; how many adapters fit, names of the resident ones, names of those being read.",
+    ),
     counter("vllm:num_preemptions_total", &[], "Sequences whose pages were taken back to be computed again later."),
     gauge("vllm:num_requests_running", &[], "Sequences that hold pages."),
     gauge("vllm:num_requests_waiting", &[], "Sequences in the queue."),
@@ -274,6 +315,9 @@ pub struct Telemetry {
     usage: Gauge,
     cache_bytes: IntGaugeVec,
     cache_config: IntGaugeVec,
+    adapters: IntGaugeVec,
+    adapter_bytes: IntGaugeVec,
+    lora_info: IntGaugeVec,
     bytes_per_token: GaugeVec,
     histograms: Histograms,
     facts: OnceLock<Facts>,
@@ -294,6 +338,7 @@ struct Histograms {
     preemptions: Histogram,
     iteration: Histogram,
     step: Histogram,
+    adapter_load: Histogram,
 }
 
 /// Registers what it builds, from the catalogue's row of that name.
@@ -369,6 +414,9 @@ impl Telemetry {
             finished.with_label_values(&[reason]);
         }
         counter_vecs["vllm:admission_rejections_total"].with_label_values(&[QUEUE_REASON]);
+        for outcome in ["ok", "error"] {
+            counter_vecs["strait:adapter_loads_total"].with_label_values(&[outcome]);
+        }
         Telemetry {
             counters,
             counter_vecs,
@@ -377,6 +425,9 @@ impl Telemetry {
             bytes_per_token,
             cache_bytes: build.gauge_vec("strait:kv_cache_bytes"),
             cache_config: build.gauge_vec("vllm:cache_config_info"),
+            adapters: build.gauge_vec("strait:adapters"),
+            adapter_bytes: build.gauge_vec("strait:adapter_bytes"),
+            lora_info: build.gauge_vec("vllm:lora_requests_info"),
             histograms: Histograms {
                 ttft: build.histogram("vllm:time_to_first_token_seconds"),
                 gap: build.histogram("vllm:inter_token_latency_seconds"),
@@ -392,6 +443,7 @@ impl Telemetry {
                 preemptions: build.histogram("vllm:request_num_preemptions"),
                 iteration: build.histogram("vllm:iteration_tokens_total"),
                 step: build.histogram("strait:step_seconds"),
+                adapter_load: build.histogram("strait:adapter_load_seconds"),
             },
             registry: build.registry,
             facts: OnceLock::new(),
@@ -464,6 +516,13 @@ impl Telemetry {
             Event::AcceptFailed => self.count("strait:accept_failures_total", 1),
             Event::Connections { open } => self.gauges["strait:connections"].set(int(open as u64)),
             Event::Ready { ready } => self.gauges["strait:ready"].set(i64::from(ready)),
+            Event::AdapterLoaded { ok, seconds } => {
+                self.counter_vecs["strait:adapter_loads_total"].with_label_values(&[if ok { "ok" } else { "error" }]).inc();
+                if ok {
+                    h.adapter_load.observe(seconds);
+                }
+            }
+            Event::AdapterEvicted => self.count("strait:adapter_evictions_total", 1),
             Event::DrainForced { connections } => self.counters["strait:drain_forced_total"].inc_by(connections as u64),
         }
     }
@@ -491,6 +550,19 @@ impl Telemetry {
                 self.cache_bytes.with_label_values(&[branch.label(), name.as_str()]).set(int(n));
             }
         }
+    }
+
+    /// Sets every gauge of adapters.
+    pub fn set_adapters(&self, a: &AdapterSnapshot) {
+        for (state, n) in [("registered", a.registered), ("resident", a.resident), ("pinned", a.pinned), ("retired", a.retired)] {
+            self.adapters.with_label_values(&[state]).set(int(n as u64));
+        }
+        self.adapter_bytes.with_label_values(&["resident"]).set(int(a.resident_bytes));
+        self.adapter_bytes.with_label_values(&["budget"]).set(int(a.budget_bytes));
+        // Its labels are its value: the series of the last scrape must not stay.
+        self.lora_info.reset();
+        let labels = [a.room.to_string(), a.running.join(","), a.waiting.join(",")];
+        self.lora_info.with_label_values(&labels).set(int(a.now));
     }
 
     /// The text exposition format, version 0.0.4.
@@ -580,6 +652,9 @@ mod tests {
             Event::Connections { open: 3 },
             Event::Ready { ready: true },
             Event::DrainForced { connections: 2 },
+            Event::AdapterLoaded { ok: true, seconds: 0.02 },
+            Event::AdapterLoaded { ok: false, seconds: 0.02 },
+            Event::AdapterEvicted,
         ]
     }
 
@@ -588,6 +663,7 @@ mod tests {
         let telemetry = loaded();
         every_event().into_iter().for_each(|event| telemetry.emit(event));
         telemetry.set_snapshot(&Snapshot::default());
+        telemetry.set_adapters(&AdapterSnapshot::default());
         let text = telemetry.render();
         let exported: BTreeSet<_> =
             text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(|line| line.split_once(' ').expect("name and type")).collect();
@@ -617,6 +693,10 @@ mod tests {
             r#"vllm:prefix_cache_hits_total{engine="0",model_name="demo"} 4"#,
             r#"http_requests_total{method="GET",path="/health",status="200"} 1"#,
             r#"strait:drain_forced_total 2"#,
+            r#"strait:adapter_loads_total{outcome="ok"} 1"#,
+            r#"strait:adapter_loads_total{outcome="error"} 1"#,
+            r#"strait:adapter_load_seconds_count 1"#,
+            r#"strait:adapter_evictions_total 1"#,
             r#"strait:kv_cache_bytes_per_token{profile="cskv-80"} 204.8"#,
             r#"vllm:cache_config_info{block_size="64",cache_dtype="cskv-80",enable_prefix_caching="true",engine="0",model_name="demo",num_gpu_blocks="100"} 1"#,
         ] {
@@ -651,6 +731,29 @@ mod tests {
         let text = telemetry.render();
         let line = r#"strait:kv_cache_bytes{branch="sealed_keys",profile="cskv-80"} 0"#;
         assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+    }
+
+    #[test]
+    fn adapters_are_told_as_routers_read_them_and_leave_no_series_behind() {
+        let telemetry = loaded();
+        let mut adapters = AdapterSnapshot {
+            registered: 3,
+            resident: 2,
+            room: 40,
+            running: vec!["a".into(), "b".into()],
+            waiting: vec!["c".into()],
+            now: 17,
+            ..AdapterSnapshot::default()
+        };
+        telemetry.set_adapters(&adapters);
+        adapters.running.pop();
+        telemetry.set_adapters(&adapters);
+        let text = telemetry.render();
+        let info: Vec<&str> = text.lines().filter(|l| l.starts_with("vllm:lora_requests_info{")).collect();
+        let want =
+            r#"vllm:lora_requests_info{engine="0",max_lora="40",model_name="demo",running_lora_adapters="a",waiting_lora_adapters="c"} 17"#;
+        assert_eq!(info, [want]);
+        assert!(text.lines().any(|l| l == r#"strait:adapters{state="resident"} 2"#), "{text}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use faer::{Mat, MatRef};
 
+use crate::adapters::left::{self, Left};
 use crate::adapters::pack::base_weight;
 use crate::adapters::spectrum::{self, Dense, Triplets};
 use crate::adapters::{AdapterError, BaseChoice, Format, Module, Parsed, Place, Reader, TrainedOn, peft, sorsa};
@@ -68,15 +69,15 @@ impl Spectra {
     ///
     /// # Errors
     /// As [`Spectra::top`].
-    pub fn left(&self, base: &Checkpoint, place: Place) -> Result<spectrum::Left, AdapterError> {
+    pub fn left(&self, base: &Checkpoint, place: Place) -> Result<Left, AdapterError> {
         let (rows, cols) = place.shape(&base.config);
         let file = self.dir.as_ref().map(|d| d.join(format!("{}.left", place.path())));
-        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| spectrum::Left::from_bytes(&bytes).ok());
+        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| Left::from_bytes(&bytes).ok());
         if let Some(stored) = stored.filter(|l| l.rows == rows) {
             return Ok(stored);
         }
         let weight = base_weight(base, place);
-        let found = spectrum::left(Dense { rows, cols, data: &weight }).map_err(|e| at(place, &e))?;
+        let found = left::left(Dense { rows, cols, data: &weight }).map_err(|e| at(place, &e))?;
         if let Some(file) = &file {
             keep(file, &found.to_bytes());
         }

@@ -5,10 +5,12 @@
 //! peft       Hugging Face PEFT folders: names, patterns and scales as the library reads them
 //! sorsa      SORSA checkpoints, full and compact
 //! base       what a changed base (PiSSA, OLoRA, a residual or an initial adapter) adds on the original one
+//! write      the same as a plain LoRA folder
 //! pack       the parts of an adapter as a `Delta` of the model
-//! spectrum   singular values and vectors
 //! registry   alias -> generation -> lease; tiers, budgets, single flight
-//! health     what an adapter's spectrum says of it
+//! dense      products with a matrix of f32, in f64
+//! spectrum   singular values and vectors; `left`, all left ones of a base, kept on disk
+//! health     what an adapter's spectrum says of it: its `update`, its intruders; `verdict`, `repair`, `heatmap`
 //! ```
 //!
 //! Whatever an adapter was on disk, it is parsed into [`Parsed`]: per linear layer a pair of factors on the *original* base, its
@@ -26,12 +28,20 @@ use crate::model::delta::{Delta, HeldAs, Norm, Site};
 use crate::model::header::HeaderError;
 
 pub mod base;
+pub mod dense;
 pub mod folder;
+pub mod health;
+pub mod heatmap;
+pub mod left;
 pub mod pack;
 pub mod peft;
 pub mod registry;
+pub mod repair;
 pub mod sorsa;
 pub mod spectrum;
+pub mod update;
+pub mod verdict;
+pub mod write;
 
 /// A linear layer or the embedding.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
@@ -214,6 +224,8 @@ pub enum AdapterError {
     NotFound { path: String, why: &'static str },
     #[error("{path} is outside the folder adapters may come from (--lora-root); move it there")]
     Outside { path: String },
+    #[error("adapters are loaded at run time from --lora-root alone, and this server has none; start it with one")]
+    NoRoot,
     #[error("cannot read {path}: {reason}")]
     Io { path: String, reason: String },
     #[error("{file} is {bytes} bytes long, more than the {limit} an adapter's file may have here")]
@@ -272,7 +284,7 @@ impl AdapterError {
         use AdapterError as E;
         match self {
             E::NotFound { .. } | E::Unknown { .. } => Fault::NotFound,
-            E::Outside { .. } => Fault::Forbidden,
+            E::Outside { .. } | E::NoRoot => Fault::Forbidden,
             E::Changed { .. } | E::FilesChanged { .. } | E::NoHistory { .. } => Fault::Conflict,
             E::Busy { .. } => Fault::Busy,
             E::Internal => Fault::Server,
@@ -297,7 +309,7 @@ impl AdapterError {
         use AdapterError as E;
         match self {
             E::NotFound { .. } | E::Unknown { .. } => "adapter_not_found",
-            E::Outside { .. } => "adapter_outside_root",
+            E::Outside { .. } | E::NoRoot => "adapter_outside_root",
             E::Io { .. } | E::TooLarge { .. } | E::Header { .. } | E::Config { .. } | E::Tensor { .. } => "adapter_invalid",
             E::NotServed { .. } | E::Base { .. } | E::Refused { .. } => "adapter_not_served",
             E::Rank { .. } => "adapter_rank",

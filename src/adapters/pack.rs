@@ -60,9 +60,7 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
     site.bias = bias.filter(|b| b.iter().any(|v| *v != 0.0));
     if module.rank > 0 {
         let mut up = module.up.clone();
-        if let Some(magnitude) = &module.magnitude {
-            let weight = module.weight.clone().unwrap_or_else(|| base_weight(base, place));
-            let gain = gain(place, magnitude, &row_norms(&weight, module, (out, inputs)))?;
+        if let Some(gain) = gains(place, module, base)? {
             up.chunks_exact_mut(module.rank).zip(&gain).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
             site.gain = Some(gain);
         }
@@ -70,6 +68,16 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
         site.factors = Some(Factors::new((&module.down, &up), module.rank, held));
     }
     Ok((site != SiteDelta::default()).then_some(site))
+}
+
+/// What the magnitude of a linear module multiplies the rows of its tuned weights by; `None` where it has none.
+///
+/// # Errors
+/// Where a row is zero.
+pub fn gains(place: Place, module: &Module, base: &Checkpoint) -> Result<Option<Vec<f32>>, AdapterError> {
+    let Some(magnitude) = &module.magnitude else { return Ok(None) };
+    let weight = module.weight.clone().unwrap_or_else(|| base_weight(base, place));
+    gain(place, magnitude, &row_norms(&weight, module, place.shape(&base.config))).map(Some)
 }
 
 fn embed(module: &Module, base: &Checkpoint, held: HeldAs) -> Result<Option<EmbedDelta>, AdapterError> {
@@ -108,7 +116,7 @@ fn embed(module: &Module, base: &Checkpoint, held: HeldAs) -> Result<Option<Embe
 }
 
 /// `|W + up down|` of every row of `weight: [out][in]`.
-fn row_norms(weight: &[f32], module: &Module, (out, inputs): (usize, usize)) -> Vec<f64> {
+pub fn row_norms(weight: &[f32], module: &Module, (out, inputs): (usize, usize)) -> Vec<f64> {
     let mut row = vec![0.0f32; inputs];
     let norm = |o: usize| {
         row.copy_from_slice(&weight[o * inputs..][..inputs]);

@@ -14,7 +14,7 @@
 //! generation that no alias points to or remembers and nobody leases is not resident.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -25,7 +25,8 @@ use crate::adapters::folder::Bounds;
 use crate::adapters::{AdapterError, BaseChoice, Facts, Reader, Ready};
 use crate::ids::AdapterGeneration;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::delta::{Delta, HeldAs};
+use crate::model::config::ModelConfig;
+use crate::model::delta::{Delta, HeldAs, Site};
 
 /// Earlier generations an alias remembers.
 const HISTORY: usize = 8;
@@ -142,6 +143,10 @@ pub struct State {
     pub resident_bytes: u64,
     pub budget_bytes: u64,
     pub max_rank: usize,
+    /// Names whose adapters are being read for their first use.
+    pub loading: Vec<String>,
+    /// Bytes of an adapter of rank 16 on all linear layers.
+    pub usual_bytes: u64,
 }
 
 /// All adapters of one model. Cheap to clone.
@@ -214,8 +219,8 @@ impl Lease {
     }
 
     /// What that changes of the model.
-    pub fn delta(&self) -> &Delta {
-        &self.delta
+    pub fn delta(&self) -> Arc<Delta> {
+        self.delta.clone()
     }
 }
 
@@ -380,7 +385,7 @@ impl Registry {
         true
     }
 
-    /// An adapter folder of this name directly under the root.
+    /// An adapter folder of this name directly under the root. A look, not a promise: it is read when it is asked for.
     fn discovered(&self, name: &str) -> Option<Source> {
         let limits = &self.shared.limits;
         let root = limits.root.as_ref().filter(|_| limits.discover)?;
@@ -388,7 +393,7 @@ impl Registry {
             return None;
         }
         let path = PathBuf::from(name);
-        root.join(&path).join("adapter_config.json").is_file().then_some(Source { path, base: BaseChoice::Auto, trusted: false })
+        holds_adapter(&root.join(&path)).then_some(Source { path, base: BaseChoice::Auto, trusted: false })
     }
 
     /// Registers every adapter folder under the root, without reading any; how many there are.
@@ -464,7 +469,7 @@ impl Registry {
     pub fn load(&self, load: &Load) -> Result<Loaded, AdapterError> {
         check_name(&load.alias, &self.shared.limits.reserved)?;
         if !load.trusted && self.shared.limits.root.is_none() {
-            return Err(AdapterError::Outside { path: shown(&load.path.display().to_string()) });
+            return Err(AdapterError::NoRoot);
         }
         self.shared.lock().may_load(load)?;
         let source = Source { path: load.path.clone(), base: load.base.clone(), trusted: load.trusted };
@@ -556,22 +561,6 @@ impl Registry {
     /// Everything there is, aliases in order.
     pub fn state(&self) -> State {
         let books = self.shared.lock();
-        let alias = |(name, a): (&String, &Alias)| {
-            let generation = a.generation.and_then(|id| books.generations.get(&id));
-            AliasState {
-                alias: name.clone(),
-                path: a.source.path.clone(),
-                base: a.source.base.to_string(),
-                generation: a.generation,
-                facts: generation.map(|g| g.facts.clone()),
-                resident: generation.is_some_and(|g| g.delta.is_some()),
-                pinned: a.pinned,
-                created: a.created,
-                requests: a.requests,
-                leases: generation.map_or(0, |g| g.leases),
-                history: a.history.iter().map(|(g, _)| *g).collect(),
-            }
-        };
         let mut generations: Vec<GenerationState> = books
             .generations
             .iter()
@@ -585,12 +574,24 @@ impl Registry {
             .collect();
         generations.sort_unstable_by_key(|g| g.generation);
         State {
-            aliases: books.aliases.iter().map(alias).collect(),
+            aliases: books.aliases.iter().map(|(name, a)| books.show(name, a)).collect(),
             generations,
             resident_bytes: books.resident_bytes,
             budget_bytes: self.shared.limits.bytes,
             max_rank: self.shared.limits.rank,
+            loading: {
+                let mut names: Vec<String> = books.loading.keys().cloned().collect();
+                names.sort_unstable();
+                names
+            },
+            usual_bytes: usual_bytes(&self.shared.base.config, self.shared.held),
         }
+    }
+
+    /// One alias.
+    pub fn alias(&self, alias: &str) -> Option<AliasState> {
+        let books = self.shared.lock();
+        books.aliases.get(alias).map(|a| books.show(alias, a))
     }
 
     /// Whether the books agree with themselves.
@@ -620,6 +621,23 @@ impl Registry {
 }
 
 impl Books {
+    fn show(&self, name: &str, a: &Alias) -> AliasState {
+        let generation = a.generation.and_then(|id| self.generations.get(&id));
+        AliasState {
+            alias: name.to_owned(),
+            path: a.source.path.clone(),
+            base: a.source.base.to_string(),
+            generation: a.generation,
+            facts: generation.map(|g| g.facts.clone()),
+            resident: generation.is_some_and(|g| g.delta.is_some()),
+            pinned: a.pinned,
+            created: a.created,
+            requests: a.requests,
+            leases: generation.map_or(0, |g| g.leases),
+            history: a.history.iter().map(|(g, _)| *g).collect(),
+        }
+    }
+
     fn may_load(&self, load: &Load) -> Result<(), AdapterError> {
         let known = self.aliases.get(&load.alias);
         if known.is_some() && !load.in_place {
@@ -665,6 +683,24 @@ impl Alias {
             self.history.remove(0);
         }
     }
+}
+
+fn usual_bytes(c: &ModelConfig, held: HeldAs) -> u64 {
+    let layer: usize = Site::ALL.iter().map(|s| s.shape(c)).map(|(out, inputs)| 16 * (out + inputs)).sum();
+    let element = if held == HeldAs::Bf16 { 2 } else { 4 };
+    (c.layers * layer * element) as u64
+}
+
+/// Whether a folder looks like an adapter's: PEFT's, or a SORSA checkpoint.
+fn holds_adapter(folder: &Path) -> bool {
+    if folder.join("adapter_config.json").is_file() {
+        return true;
+    }
+    let config = folder.join("config.json");
+    let small = std::fs::metadata(&config).is_ok_and(|m| m.is_file() && m.len() < 1 << 20);
+    let text = if small { std::fs::read(&config).unwrap_or_default() } else { Vec::new() };
+    let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    value.get("model_type").and_then(|t| t.as_str()) == Some("sorsa")
 }
 
 /// A name an adapter may have.

@@ -3,20 +3,10 @@
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
-use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
-use faer::{Accum, ColMut, Mat, MatRef, Par, Scale, get_global_parallelism};
-use rayon::prelude::*;
+use faer::{ColMut, Mat, MatRef, Par, Scale, get_global_parallelism};
 
-/// A matrix of finite numbers, row by row; borrowed.
-#[derive(Clone, Copy, Debug)]
-pub struct Dense<'a> {
-    pub rows: usize,
-    pub cols: usize,
-    /// `[rows][cols]`.
-    pub data: &'a [f32],
-}
+pub use super::dense::Dense;
 
 /// Singular triplets in falling order of `s`: `sum over j of s[j] u[.][j] v[.][j]` is the matrix or its best part of this rank.
 /// The entry of largest magnitude of each left vector is positive, so that the same matrix gives the same vectors.
@@ -29,16 +19,6 @@ pub struct Triplets {
     pub s: Vec<f64>,
     /// Right singular vectors `[cols][s.len()]`, orthonormal columns.
     pub v: Vec<f64>,
-}
-
-/// All left singular vectors of a matrix that are not numerically null, rounded to be kept.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Left {
-    pub rows: usize,
-    /// `[rows][s.len()]`.
-    pub u: Vec<f32>,
-    /// In falling order.
-    pub s: Vec<f32>,
 }
 
 /// Why there is no decomposition.
@@ -55,7 +35,7 @@ pub enum Error {
 }
 
 /// Sides up to this are decomposed as they are.
-const SMALL: usize = 256;
+pub(super) const SMALL: usize = 256;
 /// Columns of a Krylov block, at most. Narrow blocks reach a higher degree within the same basis: a Gaussian 2048 by 2048 takes
 /// a basis of 528 at 12 columns and 768 at 24 for its 16 leading triplets.
 const BLOCK: usize = 16;
@@ -63,85 +43,8 @@ const BLOCK: usize = 16;
 const BASIS_SHARE: usize = 4;
 /// Bound on the product's relative error at which a Krylov basis is wide enough. The bound is about 100 times the error.
 const TOLERANCE: f64 = 1e-7;
-/// Left vectors of singular values below this share of the largest are noise: 32-bit numbers do not determine them.
-const NULL: f64 = 1e-6;
 /// Decompositions of sides up to this run on one thread, so that their last bits do not depend on how many there are.
 const SEQUENTIAL: usize = 512;
-const MAGIC: [u8; 8] = *b"LEFTVEC\x01";
-
-impl Dense<'_> {
-    /// Whether the shape fits the data and all numbers are finite.
-    ///
-    /// # Errors
-    /// `Shape`, or `NotFinite` with the first place.
-    pub fn check(&self) -> Result<(), Error> {
-        if self.rows.checked_mul(self.cols) != Some(self.data.len()) {
-            return Err(Error::Shape { got: self.data.len(), rows: self.rows, cols: self.cols });
-        }
-        match self.data.iter().position(|x| !x.is_finite()) {
-            None => Ok(()),
-            Some(i) => Err(Error::NotFinite { row: i / self.cols, column: i % self.cols }),
-        }
-    }
-
-    fn small(&self) -> usize {
-        self.rows.min(self.cols)
-    }
-
-    fn large(&self) -> usize {
-        self.rows.max(self.cols)
-    }
-
-    /// Visits `A^T` in slabs `[some][small]`, where `A` is the matrix or its transpose, `[small][large]`; each with its first row.
-    /// Only a slab at a time is held in f64.
-    fn slabs(&self, mut visit: impl FnMut(usize, MatRef<'_, f64>)) {
-        let (small, large) = (self.small(), self.large());
-        let step = ((1 << 19) / small.max(1)).max(64);
-        let mut buffer = vec![0.0f64; step.min(large) * small];
-        for first in (0..large).step_by(step) {
-            let n = step.min(large - first);
-            let slab = &mut buffer[..n * small];
-            let copy = |to: &mut [f64], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, &f)| *t = f64::from(f));
-            if self.rows <= self.cols {
-                slab.par_chunks_mut(n).zip(self.data.par_chunks(self.cols)).for_each(|(to, row)| copy(to, &row[first..]));
-                visit(first, MatRef::from_column_major_slice(slab, n, small));
-            } else {
-                slab.par_chunks_mut(small).zip(self.data[first * small..].par_chunks(small)).for_each(|(to, row)| copy(to, row));
-                visit(first, MatRef::from_row_major_slice(slab, n, small));
-            }
-        }
-    }
-
-    /// `A A^T x`.
-    fn gram_times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        let mut out = Mat::zeros(x.nrows(), x.ncols());
-        self.slabs(|_, t| {
-            let y = t * x;
-            matmul(&mut out, Accum::Add, t.transpose(), &y, 1.0, get_global_parallelism());
-        });
-        out
-    }
-
-    /// Lower half of `A A^T`.
-    fn gram(&self) -> Mat<f64> {
-        use BlockStructure::{Rectangular, TriangularLower};
-        let mut out = Mat::zeros(self.small(), self.small());
-        let par = get_global_parallelism();
-        self.slabs(|_, t| {
-            triangular::matmul(&mut out, TriangularLower, Accum::Add, t.transpose(), Rectangular, t, Rectangular, 1.0, par);
-        });
-        out
-    }
-
-    /// `A^T x`: `[large][columns of x]`.
-    fn transposed_times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        let mut out = Mat::zeros(self.large(), x.ncols());
-        self.slabs(|first, t| {
-            matmul(out.subrows_mut(first, t.nrows()), Accum::Replace, t, x, 1.0, get_global_parallelism());
-        });
-        out
-    }
-}
 
 impl Triplets {
     /// From `[small][n]` and `[large][n]` singular vectors of `A`, `n` at least `r`.
@@ -191,9 +94,14 @@ impl Triplets {
 /// Where `s[r-1]` and `s[r]` are as good as equal the best part of rank `r` is not unique: one of the best is returned. Vectors
 /// within a cluster of equal values are any basis of it.
 ///
-/// The result depends on the seed and the matrix; the number of threads changes the last bits of f64 at most.
+/// The result depends on the matrix alone: the seed is fixed, and the number of threads changes at most the last bits of f64, and only
+/// where a Gram matrix of a side over 512 is decomposed.
 ///
-/// Cost on 2 cores (Gaussian, which has no gaps and so is the worst case): TIMINGS
+/// Cost on 2 cores: a Gaussian matrix, which has no gaps and so ends with its Gram matrix, takes 2.3 s at 2048 by 2048 for 16
+/// triplets and 2.4 s for 128; 3.5 s and 4.3 s at 2048 by 8192. Values that fall about like `1 / sqrt(j)` take 0.4 s for 16 at 2048
+/// by 2048, 1.3 s at 2048 by 8192 and 1.7 s at 4096 by 4096; 128 of them 2.7 s at 2048 by 8192. The product was off by 4e-13 (Gram
+/// matrix) and 5e-10 (Krylov), where an f32 SVD's is off by 1e-7. Memory beyond the result: a slab of 4 MiB in f64 and the basis, or 3
+/// f64 squares of the shorter side.
 ///
 /// # Errors
 /// `Shape`, `NotFinite`; `NoConvergence`, which finite numbers are not known to give.
@@ -267,7 +175,7 @@ fn orthonormal(x: &mut Mat<f64>, floor: f64, random: &mut Random) {
         let (before, mut rest) = x.as_mut().split_at_col_mut(j);
         let (before, mut column) = (before.as_ref(), rest.as_mut().col_mut(0));
         // Twice is enough.
-        let mut clear = |mut column: ColMut<'_, f64>| {
+        let clear = |mut column: ColMut<'_, f64>| {
             for _ in 0..2 {
                 let along = before.transpose() * column.as_ref();
                 column -= before * along;
@@ -357,100 +265,6 @@ pub fn values(w: Dense<'_>) -> Result<Vec<f64>, Error> {
     Ok(thin(w.transposed_times(Mat::identity(w.small(), w.small()).as_ref()).as_ref())?.1)
 }
 
-/// All left singular vectors, less those of singular values below 1e-6 of the largest. From the smaller Gram matrix, which leaves
-/// a vector off by about `1e-16 s[0]^2 / (s gap)`: nothing that f32 shows for values above a thousandth of the largest.
-/// Takes about LEFTTIMINGS
-/// and memory for 3 f64 squares of the shorter side.
-///
-/// # Errors
-/// `Shape`, `NotFinite`, `NoConvergence`.
-pub fn left(w: Dense<'_>) -> Result<Left, Error> {
-    w.check()?;
-    let small = w.small();
-    if small == 0 {
-        return Ok(Left { rows: w.rows, u: Vec::new(), s: Vec::new() });
-    }
-    if small <= SMALL {
-        let t = top(w, small)?;
-        let m = t.s.iter().filter(|&&s| s > NULL * t.s[0]).count();
-        let u = t.u.chunks_exact(small).flat_map(|row| row[..m].iter().map(|&x| x as f32)).collect();
-        return Ok(Left { rows: w.rows, u, s: t.s[..m].iter().map(|&s| s as f32).collect() });
-    }
-    let (squares, vectors) = eigen(w.gram().as_ref())?;
-    let m = squares.iter().filter(|&&x| x > NULL * NULL * squares[0]).count();
-    let vectors = vectors.subcols(0, m);
-    let mut u = vec![0.0f32; w.rows * m];
-    let write = |to: &mut [f32], from: MatRef<'_, f64>| {
-        to.chunks_exact_mut(m).enumerate().for_each(|(i, row)| row.iter_mut().enumerate().for_each(|(j, x)| *x = from[(i, j)] as f32));
-    };
-    if m == 0 {
-        return Ok(Left { rows: w.rows, u, s: Vec::new() });
-    }
-    let mut s: Vec<f64> = squares[..m].iter().map(|x| x.sqrt()).collect();
-    if w.rows <= w.cols {
-        write(&mut u, vectors);
-    } else {
-        // W v is s u. Its own length is a better s than the root of a square.
-        let mut lengths = vec![0.0; m];
-        w.slabs(|first, t| {
-            let y = t * vectors;
-            lengths.iter_mut().zip(y.col_iter()).for_each(|(l, c)| *l += c.squared_norm_l2());
-            write(&mut u[first * m..(first + t.nrows()) * m], y.as_ref());
-        });
-        s = lengths.iter().map(|l| l.sqrt()).collect();
-        u.chunks_exact_mut(m).for_each(|row| row.iter_mut().zip(&s).for_each(|(x, s)| *x = (f64::from(*x) / s) as f32));
-    }
-    Ok(Left { rows: w.rows, u, s: s.iter().map(|&s| s as f32).collect() })
-}
-
-impl Left {
-    /// Inner products `[n][vectors kept]` of these vectors with the columns of `x [rows][n]`.
-    ///
-    /// # Panics
-    /// Where `x` has another shape.
-    pub fn project(&self, x: &[f64], n: usize) -> Vec<f64> {
-        let m = self.s.len();
-        assert_eq!(x.len(), self.rows * n, "[rows][n]");
-        let mut out = vec![0.0; n * m];
-        out.par_chunks_mut(m.max(1)).enumerate().for_each(|(j, to)| {
-            for (i, row) in self.u.chunks_exact(m).enumerate() {
-                let x = x[i * n + j];
-                to.iter_mut().zip(row).for_each(|(t, &u)| *t += x * f64::from(u));
-            }
-        });
-        out
-    }
-
-    /// For a cache: a magic number with the version, both sizes as u64, then `s` and `u`; little-endian.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut out = MAGIC.to_vec();
-        [self.rows, self.s.len()].iter().for_each(|&n| out.extend((n as u64).to_le_bytes()));
-        self.s.iter().chain(&self.u).for_each(|x| out.extend(x.to_le_bytes()));
-        out
-    }
-
-    /// What [`Left::to_bytes`] wrote.
-    ///
-    /// # Errors
-    /// `Format` for another version, a length that does not fit, or numbers that no decomposition gives.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
-        let rest = bytes.strip_prefix(&MAGIC).ok_or(Error::Format("another format or version"))?;
-        let (sizes, numbers) = rest.split_at_checked(16).ok_or(Error::Format("cut off within the sizes"))?;
-        let size = |i: usize| usize::try_from(u64::from_le_bytes(sizes[8 * i..8 * i + 8].try_into().expect("eight bytes")));
-        let (Ok(rows), Ok(m)) = (size(0), size(1)) else { return Err(Error::Format("sizes beyond this machine")) };
-        let expected = rows.checked_add(1).and_then(|n| n.checked_mul(m)).and_then(|n| n.checked_mul(4));
-        if m > rows || expected != Some(numbers.len()) {
-            return Err(Error::Format("a length that does not fit the sizes"));
-        }
-        let mut numbers: Vec<f32> = numbers.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let u = numbers.split_off(m);
-        if !u.iter().all(|x| x.abs() <= 1.001) || !numbers.iter().all(|s| *s >= 0.0 && s.is_finite()) {
-            return Err(Error::Format("numbers that are no singular vectors"));
-        }
-        Ok(Left { rows, u, s: numbers })
-    }
-}
-
 /// SplitMix64.
 struct Random(u64);
 
@@ -471,7 +285,7 @@ fn parallel(side: usize) -> Par {
 }
 
 /// Eigenvalues in falling order and eigenvectors of a symmetric matrix given by its lower half.
-fn eigen(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
+pub(super) fn eigen(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
     let (n, par) = (a.nrows(), parallel(a.nrows()));
     let (mut s, mut u) = (Diag::zeros(n), Mat::zeros(n, n));
     let mut memory = MemBuffer::new(self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::Yes, par, Default::default()));
@@ -481,8 +295,11 @@ fn eigen(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
     Ok((values, u.as_ref().reverse_cols().to_owned()))
 }
 
-/// Thin singular value decomposition: left vectors, values in falling order, right vectors.
-fn thin(a: MatRef<'_, f64>) -> Result<(Mat<f64>, Vec<f64>, Mat<f64>), Error> {
+/// Left vectors, values in falling order, right vectors.
+type Svd = (Mat<f64>, Vec<f64>, Mat<f64>);
+
+/// Thin singular value decomposition.
+fn thin(a: MatRef<'_, f64>) -> Result<Svd, Error> {
     let ((m, n), r) = (a.shape(), a.nrows().min(a.ncols()));
     let par = parallel(r);
     let (mut s, mut u, mut v) = (Diag::zeros(r), Mat::zeros(m, r), Mat::zeros(n, r));
@@ -491,4 +308,113 @@ fn thin(a: MatRef<'_, f64>) -> Result<(Mat<f64>, Vec<f64>, Mat<f64>), Error> {
     svd(a, s.as_mut(), Some(u.as_mut()), Some(v.as_mut()), par, MemStack::new(&mut memory), Default::default())
         .map_err(|_| Error::NoConvergence)?;
     Ok((u, s.column_vector().iter().copied().collect(), v))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// `U diag(s) V^T` with random orthonormal columns, rounded to f32.
+    pub(in super::super) fn with_spectrum(rows: usize, cols: usize, s: impl Fn(usize) -> f64, seed: u64) -> Vec<f32> {
+        let (n, mut random) = (rows.min(cols), Random(seed));
+        let u = random.block(rows, n).qr().compute_thin_Q();
+        let v = random.block(cols, n).qr().compute_thin_Q();
+        let scaled = Mat::from_fn(rows, n, |i, j| u[(i, j)] * s(j));
+        let w = scaled * v.transpose();
+        (0..rows * cols).map(|i| w[(i / cols, i % cols)] as f32).collect()
+    }
+
+    fn mat(x: &[f64], rows: usize, cols: usize) -> Mat<f64> {
+        Mat::from_fn(rows, cols, |i, j| x[i * cols + j])
+    }
+
+    fn product(t: &Triplets) -> Mat<f64> {
+        let (up, down) = t.balanced();
+        mat(&up, t.rows, t.s.len()) * mat(&down, t.s.len(), t.cols)
+    }
+
+    /// Relative error of the product against the truncation of a full SVD, and that of the singular values.
+    fn errors(w: Dense<'_>, r: usize) -> (f64, f64) {
+        let exact = Mat::from_fn(w.rows, w.cols, |i, j| f64::from(w.data[i * w.cols + j])).thin_svd().unwrap();
+        let s: Vec<f64> = exact.S().column_vector().iter().take(r).copied().collect();
+        let us = Mat::from_fn(w.rows, r, |i, j| exact.U()[(i, j)] * s[j]);
+        let best = us * exact.V().subcols(0, r).transpose();
+        let t = top(w, r).unwrap();
+        let values = t.s.iter().zip(&s).map(|(a, b)| (a - b).abs() / s[0]).fold(0.0, f64::max);
+        ((product(&t) - &best).norm_l2() / best.norm_l2(), values)
+    }
+
+    #[test]
+    fn top_is_the_truncated_svd() {
+        let decaying = |j: usize| 1.0 / (1.0 + j as f64);
+        let steep = |j: usize| 0.8f64.powi(j as i32);
+        let flat = |j: usize| 1.0 - 1e-4 * j as f64;
+        // (rows, cols, r): the small side directly, then Krylov, then where its bounded basis does not do.
+        for (rows, cols, r) in [(60, 90, 7), (90, 60, 60), (320, 400, 10), (400, 320, 10), (300, 300, 60)] {
+            for (name, s) in [("decaying", &decaying as &dyn Fn(usize) -> f64), ("steep", &steep), ("flat", &flat)] {
+                let data = with_spectrum(rows, cols, s, 3);
+                let (product, values) = errors(Dense { rows, cols, data: &data }, r);
+                assert!(product < 1e-7 && values < 1e-12, "{name} {rows}x{cols} r {r}: {product:e} {values:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn krylov_itself_solves_what_decays_and_gives_up_on_what_does_not() {
+        let decaying = with_spectrum(300, 340, |j| 1.0 / (1.0 + j as f64), 5);
+        let flat = with_spectrum(300, 340, |j| 1.0 - 1e-4 * j as f64, 5);
+        let of = |data| krylov(Dense { rows: 300, cols: 340, data }, 4).unwrap();
+        assert!(of(&decaying).is_some());
+        assert!(of(&flat).is_none());
+    }
+
+    #[test]
+    fn values_more_numerous_than_a_block_are_all_found() {
+        // 20 equal ones, block 16: a Krylov space shows 16 of them and no residual.
+        let n = 520;
+        let mut data = vec![0.0f32; n * n];
+        (0..n).for_each(|i| data[i * n + (i * 7) % n] = if i < 20 { 1.0 } else { 0.5 * 0.9f32.powi(i as i32 - 20) });
+        let t = top(Dense { rows: n, cols: n, data: &data }, 24).unwrap();
+        assert!(t.s[..20].iter().all(|s| (s - 1.0).abs() < 1e-12), "{:?}", t.s);
+        assert!((t.s[23] - 0.5 * 0.9f64.powi(3)).abs() < 1e-7, "{:?}", t.s);
+    }
+
+    #[test]
+    fn poor_matrices_keep_orthonormal_vectors() {
+        let zero = vec![0.0f32; 300 * 280];
+        let one: Vec<f32> = (0..300 * 280).map(|i| (1 + i / 280) as f32).collect();
+        for (data, first) in [(&zero, false), (&one, true)] {
+            let t = top(Dense { rows: 300, cols: 280, data }, 5).unwrap();
+            assert_eq!(t.s[0] > 1.0, first);
+            assert!(t.s[1..].iter().all(|s| *s <= 1e-10 * t.s[0]), "{:?}", t.s);
+            for (x, rows) in [(&t.u, 300), (&t.v, 280)] {
+                let x = mat(x, rows, 5);
+                assert!((x.transpose() * &x - Mat::<f64>::identity(5, 5)).norm_max() < 1e-12);
+            }
+        }
+        assert_eq!(
+            top(Dense { rows: 2, cols: 2, data: &[1.0, 2.0, f32::NAN, 0.0] }, 1).unwrap_err(),
+            Error::NotFinite { row: 1, column: 0 }
+        );
+        assert!(matches!(top(Dense { rows: 2, cols: 2, data: &[1.0] }, 1), Err(Error::Shape { .. })));
+    }
+
+    #[test]
+    fn refactor_gives_the_svd_of_the_product() {
+        for (out, k, inner) in [(40, 6, 30), (30, 6, 40), (5, 8, 30), (30, 8, 5)] {
+            let mut random = Random(9);
+            let (up, down) = (random.block(out, k), random.block(k, inner));
+            let rows = |m: &Mat<f64>| (0..m.nrows()).flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)])).collect::<Vec<_>>();
+            let t = refactor(&rows(&up), &rows(&down), out, k, inner).unwrap();
+            let exact = up * down;
+            assert!((product(&t) - &exact).norm_l2() < 1e-13 * exact.norm_l2());
+            let s = exact.singular_values().unwrap();
+            assert!(t.s.iter().zip(&s).all(|(a, b)| (a - b).abs() < 1e-13 * s[0]), "{:?} {s:?}", t.s);
+            let largest = |j: usize| t.u.iter().skip(j).step_by(t.s.len()).fold(0.0f64, |a, &x| if x.abs() > a.abs() { x } else { a });
+            assert!((0..t.s.len()).all(|j| largest(j) > 0.0));
+            let mut short = t.clone();
+            short.truncate(2);
+            assert!(((product(&short) - &exact).norm_l2() - s[2..].iter().map(|s| s * s).sum::<f64>().sqrt()).abs() < 1e-12);
+        }
+    }
 }

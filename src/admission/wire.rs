@@ -726,3 +726,84 @@ impl DetokenizeRequest {
         }
     }
 }
+
+/// `POST /v1/load_lora_adapter`. Other fields are ignored, as vLLM's clients send some.
+#[derive(Clone, Debug, PartialEq, Eq, ToSchema)]
+pub struct LoadLora {
+    /// The name clients then use as `model`.
+    pub lora_name: String,
+    /// Its folder: below the server's adapter root, or relative to it.
+    pub lora_path: String,
+    /// Replace what the name points to.
+    #[schema(default = false, required = false)]
+    pub load_inplace: bool,
+    /// Never take it out of memory.
+    #[schema(default = false, required = false)]
+    pub pinned: bool,
+    /// The weights it was trained on: `auto`, `original`, `pissa`, `residual:FOLDER` or `initial:FOLDER`.
+    pub base: Option<String>,
+    /// Only if the name points to this generation now.
+    #[schema(value_type = Option<String>)]
+    pub expected_generation: Option<u64>,
+}
+
+/// `POST /v1/unload_lora_adapter`. Other fields are ignored.
+#[derive(Clone, Debug, PartialEq, Eq, ToSchema)]
+pub struct UnloadLora {
+    pub lora_name: String,
+}
+
+/// `POST /v1/rollback_lora_adapter`.
+#[derive(Clone, Debug, PartialEq, Eq, ToSchema)]
+pub struct RollbackLora {
+    pub lora_name: String,
+    /// The generation to go back to; the one before this one if absent.
+    #[schema(value_type = Option<String>)]
+    pub generation: Option<u64>,
+}
+
+impl LoadLora {
+    /// Reads a body.
+    pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
+        let in_place = fields.bool("load_inplace")?;
+        Ok(LoadLora {
+            lora_name: filled(&mut fields, "lora_name")?,
+            lora_path: filled(&mut fields, "lora_path")?,
+            load_inplace: in_place.or(fields.bool("replace")?).unwrap_or(false),
+            pinned: fields.bool("pinned")?.unwrap_or(false),
+            base: fields.text("base")?,
+            expected_generation: generation(&mut fields, "expected_generation")?,
+        })
+    }
+}
+
+impl UnloadLora {
+    /// Reads a body.
+    pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
+        Ok(UnloadLora { lora_name: filled(&mut fields, "lora_name")? })
+    }
+}
+
+impl RollbackLora {
+    /// Reads a body.
+    pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
+        Ok(RollbackLora { lora_name: filled(&mut fields, "lora_name")?, generation: generation(&mut fields, "generation")? })
+    }
+}
+
+/// A string that is there and not empty.
+fn filled(fields: &mut Fields, name: &'static str) -> Result<String, Refusal> {
+    match fields.text(name)? {
+        Some(text) if !text.is_empty() => Ok(text),
+        _ => value(name, "is missing or empty"),
+    }
+}
+
+/// A generation as it is told: sixteen hexadecimal digits.
+fn generation(fields: &mut Fields, name: &'static str) -> Result<Option<u64>, Refusal> {
+    let Some(text) = fields.text(name)? else { return Ok(None) };
+    match u64::from_str_radix(&text, 16) {
+        Ok(n) if text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(Some(n)),
+        _ => value(name, "must be a generation as /v1/lora_adapters lists it: sixteen hexadecimal digits"),
+    }
+}

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
+use crate::adapters::BaseChoice;
 use crate::config::ConfigError;
 use crate::config::profiles::ProfileFile;
 
@@ -36,6 +37,138 @@ pub enum Command {
     /// Measure what cache profiles cost in quality: retrieval, perplexity, divergence.
     #[command(subcommand)]
     Eval(Box<Eval>),
+    /// Load, unload, list and roll back the adapters of a running server; verify and inspect adapter folders.
+    #[command(subcommand)]
+    Adapter(Box<Adapter>),
+}
+
+/// `strait adapter`.
+#[derive(Subcommand, Debug)]
+pub enum Adapter {
+    /// Load an adapter into a running server, or replace one.
+    Load(AdapterLoad),
+    /// Take an adapter away from a running server; requests on it finish.
+    Unload(AdapterName),
+    /// List the adapters of a running server, and what they take.
+    List(AdapterServer),
+    /// Point a name back to the generation before.
+    Rollback(AdapterRollback),
+    /// Read an adapter folder as the server would, and say what it is or why it is not served.
+    Verify(AdapterFolder),
+    /// Write an adapter of any format that is served as a plain LoRA on the original base.
+    Convert(AdapterConvert),
+    /// Report the spectral health of an adapter: ranks, norms, intruder dimensions.
+    Inspect(AdapterInspect),
+}
+
+/// Which running server.
+#[derive(Args, Debug)]
+pub struct AdapterServer {
+    /// The server: http://host:port.
+    #[arg(long, default_value = "http://127.0.0.1:8000", env = "STRAIT_URL")]
+    pub url: String,
+    /// Its admin key, needed from other machines [default: the environment variable STRAIT_ADMIN_API_KEY, then STRAIT_API_KEY].
+    #[arg(long)]
+    pub api_key: Option<String>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `strait adapter load`.
+#[derive(Args, Debug)]
+pub struct AdapterLoad {
+    /// The name clients then use as `model`.
+    pub name: String,
+    /// Its folder, on the server's side: below its --lora-root, or relative to it.
+    pub path: String,
+    /// Replace what the name points to.
+    #[arg(long)]
+    pub in_place: bool,
+    /// Never take it out of memory.
+    #[arg(long)]
+    pub pin: bool,
+    /// Only if the name points to this generation now.
+    #[arg(long, value_name = "GENERATION")]
+    pub expect: Option<String>,
+    /// The weights it was trained on: auto, original, pissa, residual:FOLDER or initial:FOLDER.
+    #[arg(long, default_value = "auto")]
+    pub base: BaseChoice,
+    #[command(flatten)]
+    pub server: AdapterServer,
+}
+
+/// `strait adapter unload`.
+#[derive(Args, Debug)]
+pub struct AdapterName {
+    pub name: String,
+    #[command(flatten)]
+    pub server: AdapterServer,
+}
+
+/// `strait adapter rollback`.
+#[derive(Args, Debug)]
+pub struct AdapterRollback {
+    pub name: String,
+    /// The generation to go back to [default: the one before].
+    #[arg(long)]
+    pub generation: Option<String>,
+    #[command(flatten)]
+    pub server: AdapterServer,
+}
+
+/// `strait adapter verify`.
+#[derive(Args, Debug)]
+pub struct AdapterFolder {
+    /// The adapter's folder.
+    pub path: PathBuf,
+    /// The base: a Hugging Face-format folder; the built-in demo model when left out.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// The weights it was trained on: auto, original, pissa, residual:FOLDER or initial:FOLDER.
+    #[arg(long, default_value = "auto")]
+    pub base: BaseChoice,
+    /// Largest rank that is served.
+    #[arg(long, default_value_t = 256)]
+    pub max_lora_rank: usize,
+    /// Folder where decompositions of the base are kept [default: strait in the user's cache folder].
+    #[arg(long, env = "STRAIT_CACHE_DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// Print JSON instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `strait adapter convert`.
+#[derive(Args, Debug)]
+pub struct AdapterConvert {
+    #[command(flatten)]
+    pub folder: AdapterFolder,
+    /// The new folder.
+    #[arg(long)]
+    pub out: PathBuf,
+}
+
+/// `strait adapter inspect`.
+#[derive(Args, Debug)]
+pub struct AdapterInspect {
+    #[command(flatten)]
+    pub folder: AdapterFolder,
+    /// Leading left singular vectors of the tuned weights that are looked at.
+    #[arg(short, long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub k: u16,
+    /// A vector whose largest cosine with the base's is below this is an intruder.
+    #[arg(long, default_value_t = 0.5)]
+    pub epsilon: f64,
+    /// Also draw the report as this SVG file.
+    #[arg(long)]
+    pub svg: Option<PathBuf>,
+    /// Also write the adapter, its intruders scaled down, to this new folder.
+    #[arg(long, value_name = "FOLDER")]
+    pub repair: Option<PathBuf>,
+    /// What intruders are scaled by.
+    #[arg(long, default_value_t = 0.75, requires = "repair")]
+    pub lambda: f64,
 }
 
 /// `strait serve`.
@@ -359,6 +492,24 @@ pub struct ServeFlags {
     /// Seconds that running requests get to finish after SIGTERM [default: 30].
     #[arg(long, env = "STRAIT_SHUTDOWN_TIMEOUT")]
     pub shutdown_timeout: Option<f64>,
+    /// Adapters to load at start: name=folder, or JSON {"name", "path", "base"}; may be repeated.
+    #[arg(long, env = "STRAIT_LORA_MODULES", num_args = 1..)]
+    pub lora_modules: Vec<String>,
+    /// Folder that adapters may be loaded from while the server runs [default: none, so they may not].
+    #[arg(long, env = "STRAIT_LORA_ROOT")]
+    pub lora_root: Option<PathBuf>,
+    /// Serve every adapter folder in --lora-root under its name, read when it is first asked for.
+    #[arg(long, env = "STRAIT_LORA_DISCOVER", num_args = 0..=1, default_missing_value = "true")]
+    pub lora_discover: Option<bool>,
+    /// Bytes that adapters may take in memory together [default: an eighth of free memory].
+    #[arg(long, env = "STRAIT_LORA_MEMORY_BYTES")]
+    pub lora_memory_bytes: Option<Bytes>,
+    /// Largest rank of an adapter [default: 256].
+    #[arg(long, env = "STRAIT_MAX_LORA_RANK")]
+    pub max_lora_rank: Option<usize>,
+    /// Folder where decompositions of the base are kept, which PiSSA and SORSA need [default: strait in the user's cache folder].
+    #[arg(long, env = "STRAIT_CACHE_DIR")]
+    pub cache_dir: Option<PathBuf>,
     /// Form of the log on stderr [default: text].
     #[arg(long, value_enum, env = "STRAIT_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -396,6 +547,12 @@ impl ServeFlags {
             enable_prefix_caching: caching,
             no_enable_prefix_caching: caching.map(|on| !on),
             shutdown_timeout: self.shutdown_timeout.or(other.shutdown_timeout),
+            lora_modules: list(self.lora_modules, other.lora_modules),
+            lora_root: self.lora_root.or(other.lora_root),
+            lora_discover: self.lora_discover.or(other.lora_discover),
+            lora_memory_bytes: self.lora_memory_bytes.or(other.lora_memory_bytes),
+            max_lora_rank: self.max_lora_rank.or(other.max_lora_rank),
+            cache_dir: self.cache_dir.or(other.cache_dir),
             log_format: self.log_format.or(other.log_format),
             seed: self.seed.or(other.seed),
         }

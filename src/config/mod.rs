@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::adapters::BaseChoice;
 use crate::config::args::{Bytes, DeviceArg, DtypeArg, LogFormat, ServeFlags};
 use crate::config::profiles::{DEFAULT_PROFILE, builtin};
 use crate::kv::layout::Profile;
@@ -39,8 +40,29 @@ pub struct Settings {
     pub max_queued_requests: usize,
     pub prefix_caching: bool,
     pub shutdown_timeout: Duration,
+    pub adapters: AdapterSettings,
     pub log_format: LogFormat,
     pub seed: Option<u64>,
+}
+
+/// What is asked for of adapters.
+#[derive(Clone, Debug, Default)]
+pub struct AdapterSettings {
+    pub modules: Vec<AdapterModule>,
+    pub root: Option<PathBuf>,
+    pub discover: bool,
+    pub memory_bytes: Option<u64>,
+    pub max_rank: usize,
+    /// Where decompositions of the base are kept; `None` where there is no such place.
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// One adapter of `--lora-modules`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterModule {
+    pub name: String,
+    pub path: PathBuf,
+    pub base: BaseChoice,
 }
 
 /// Why the settings cannot run. One sentence with cause and mend.
@@ -60,6 +82,12 @@ pub enum ConfigError {
     UnknownProfile { name: String, known: String },
     #[error("cache profile {name:?}: {fault}")]
     BadProfile { name: String, fault: String },
+    #[error("--lora-modules has {text:?}, which is {fault}; write name=folder, or JSON with name and path")]
+    LoraModule { text: String, fault: String },
+    #[error("--lora-discover looks for adapters in --lora-root, which is not given")]
+    DiscoverNowhere,
+    #[error("--lora-root {} is not a folder; make it, or name another", .path.display())]
+    LoraRoot { path: PathBuf },
     #[error("--{flag} is {value}; it must be {want}")]
     Range { flag: &'static str, value: String, want: &'static str },
     #[error(
@@ -129,6 +157,22 @@ impl Settings {
             "a number of seconds from 0 to 86400",
             (0.0..=86400.0).contains(&shutdown_timeout),
         )?;
+        let adapters = AdapterSettings {
+            modules: lora_modules(&flags.lora_modules)?,
+            discover: flags.lora_discover.unwrap_or(false),
+            memory_bytes: flags.lora_memory_bytes.map(|Bytes(n)| n),
+            // As most trainers go: PiSSA's habit is 128, and converting doubles it.
+            max_rank: flags.max_lora_rank.unwrap_or(256),
+            cache_dir: flags.cache_dir.or_else(cache_dir),
+            root: flags.lora_root,
+        };
+        range("max-lora-rank", adapters.max_rank.to_string(), "from 1 to 65536", (1..=65536).contains(&adapters.max_rank))?;
+        if adapters.discover && adapters.root.is_none() {
+            return Err(ConfigError::DiscoverNowhere);
+        }
+        if let Some(path) = adapters.root.as_ref().filter(|r| !r.is_dir()) {
+            return Err(ConfigError::LoraRoot { path: path.clone() });
+        }
         Ok(Settings {
             // A server without keys is for this machine alone until its operator says otherwise.
             host: flags.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
@@ -155,6 +199,7 @@ impl Settings {
             max_queued_requests,
             prefix_caching: !flags.no_enable_prefix_caching.unwrap_or(false),
             shutdown_timeout: Duration::from_secs_f64(shutdown_timeout),
+            adapters,
             log_format: flags.log_format.unwrap_or(LogFormat::Text),
             seed: flags.seed,
         })
@@ -164,6 +209,38 @@ impl Settings {
 /// Names of profiles, for a message.
 pub fn names(profiles: &[Profile]) -> String {
     profiles.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// `strait` in the user's cache folder, by the XDG convention.
+pub fn cache_dir() -> Option<PathBuf> {
+    let dir = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|h| h.join(".cache"))).map(|d| d.join("strait"))
+}
+
+/// `--lora-modules`: vLLM's two spellings, and several in one value, as an environment variable has them.
+fn lora_modules(texts: &[String]) -> Result<Vec<AdapterModule>, ConfigError> {
+    let mut out = Vec::new();
+    for text in texts {
+        let fault = |fault: &str| ConfigError::LoraModule { text: text.clone(), fault: fault.to_owned() };
+        if text.trim_start().starts_with(['{', '[']) {
+            let value: serde_json::Value = serde_json::from_str(text).map_err(|_| fault("not valid JSON"))?;
+            let list = if let serde_json::Value::Array(list) = value { list } else { vec![value] };
+            for one in list {
+                let get = |key: &str| one.get(key).and_then(|v| v.as_str()).filter(|s| !s.is_empty());
+                let (Some(name), Some(path)) = (get("name"), get("path")) else { return Err(fault("without a name or a path")) };
+                let base = get("base").unwrap_or("auto").parse().map_err(|e: String| fault(&format!("of a base that {e}")))?;
+                out.push(AdapterModule { name: name.into(), path: path.into(), base });
+            }
+        } else {
+            for one in text.split_whitespace() {
+                let Some((name, path)) = one.split_once('=').filter(|(n, p)| !n.is_empty() && !p.is_empty()) else {
+                    return Err(fault("neither name=folder nor JSON"));
+                };
+                out.push(AdapterModule { name: name.into(), path: path.into(), base: BaseChoice::Auto });
+            }
+        }
+    }
+    Ok(out)
 }
 
 /// One key per line; `#` begins a comment.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::adapters::registry::Lease;
 use crate::ids::SeqId;
 use crate::request::{Event, GenerateRequest};
 use crate::telemetry::Snapshot;
@@ -20,8 +21,13 @@ pub struct EngineHandle {
 
 /// What stands behind a handle: the engine thread, or a script in a test of the HTTP edge.
 pub trait Engine: Send + Sync {
-    /// Queues a request, or says why not.
-    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError>;
+    /// Queues a request, or says why not. The lease is on the adapter the request names, if it names one, and is held until the
+    /// sequence has ended.
+    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError>;
+    /// Queues a request to the model alone.
+    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError> {
+        self.submit_with(request, None)
+    }
     /// Ends a sequence as if it had met a stop token: its stream gets `Done` with `FinishReason::Stop` and the usage so
     /// far, perhaps after tokens that were already under way. A sequence that has ended or is unknown is left alone.
     fn finish(&self, seq: SeqId);

@@ -10,12 +10,15 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use crate::adapters::registry::Lease;
 use crate::engine::sampler::{Draw, Occurrences, Sampler, has_penalties};
 use crate::engine::{Engine, EngineHandle, SubmitError, TokenStream};
-use crate::ids::{SeqId, TokenId};
+use crate::ids::{AdapterGeneration, SeqId, TokenId};
 use crate::kv::Arena;
+use crate::model::adapted::Adapters;
 use crate::model::cuda::CudaDecoder;
 use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use crate::model::delta::Delta;
 use crate::ops::Ops;
 use crate::ops::cuda::CudaError;
 use crate::request::{Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
@@ -66,14 +69,17 @@ impl Runner {
         }
     }
 
-    fn forward(&mut self, plan: &StepPlan, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+    fn forward(&mut self, plan: &StepPlan, adapters: &Adapters<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
         match self {
             Runner::Host(host) => {
                 let Host { decoder, arena, profiles, ops } = &mut **host;
-                decoder.forward(&mut Pass { plan, arena, profiles, adapters: &[], ops: &**ops, sink, observer: None });
+                decoder.forward(&mut Pass { plan, arena, profiles, adapters, ops: &**ops, sink, observer: None });
                 Ok(())
             }
-            Runner::Cuda(decoder) => decoder.forward(plan, sink),
+            Runner::Cuda(decoder) => {
+                assert!(adapters.is_empty(), "no lease is given out where a device serves");
+                decoder.forward(plan, sink)
+            }
         }
     }
 }
@@ -118,6 +124,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
         runner: parts.runner,
         emit: parts.emit,
         clients: HashMap::new(),
+        leaving: Vec::new(),
         sampler: Sampler::default(),
         door: door.clone(),
         outcomes: Vec::new(),
@@ -135,6 +142,7 @@ enum Message {
     Submit {
         seq: SeqId,
         request: GenerateRequest,
+        adapter: Option<Lease>,
         events: mpsc::Sender<Event>,
     },
     /// Nobody listens any more.
@@ -190,7 +198,9 @@ impl Door {
 }
 
 impl Engine for Arc<Door> {
-    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError> {
+    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
+        let leased = adapter.as_ref().map_or(AdapterGeneration::default(), Lease::generation);
+        assert_eq!(request.adapter, leased, "a request names the adapter it has a lease on");
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::Draining);
         }
@@ -208,7 +218,7 @@ impl Engine for Arc<Door> {
         }
         let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
-        if !self.send(Message::Submit { seq, request, events }) {
+        if !self.send(Message::Submit { seq, request, adapter, events }) {
             self.leave_queue(prompt);
             return Err(SubmitError::Stopped);
         }
@@ -248,6 +258,8 @@ impl Engine for Arc<Door> {
 struct Client {
     events: mpsc::Sender<Event>,
     request: GenerateRequest,
+    /// On the adapter it names.
+    adapter: Option<Lease>,
     generated: u32,
     occurrences: Option<Occurrences>,
     /// By position minus one; complete when the first token comes.
@@ -267,6 +279,8 @@ struct Room {
     runner: Runner,
     emit: Box<dyn Fn(telemetry::Event) + Send>,
     clients: HashMap<SeqId, Client>,
+    /// Of clients that left since the last step: a plan may still name their adapters.
+    leaving: Vec<Lease>,
     sampler: Sampler,
     door: Arc<Door>,
     outcomes: Vec<Outcome>,
@@ -298,6 +312,7 @@ impl Room {
             self.deliver(&[]);
             self.stalled = plan.rows.is_empty();
             if self.stalled {
+                self.leaving.clear();
                 continue;
             }
             self.step(&plan, &mut results);
@@ -365,7 +380,7 @@ impl Room {
 
     fn hear(&mut self, message: Message) {
         match message {
-            Message::Submit { seq, mut request, events } => {
+            Message::Submit { seq, mut request, adapter, events } => {
                 let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
                 // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
                 let scoring = max_new == 0;
@@ -381,6 +396,7 @@ impl Room {
                     first_token: None,
                     last_token: None,
                     request: request.clone(),
+                    adapter,
                 };
                 self.clients.insert(seq, client);
                 if let Err(refused) = self.scheduler.enqueue(seq, request, self.door.born.elapsed()) {
@@ -411,6 +427,19 @@ impl Room {
         }
     }
 
+    /// What the adapters that a plan names change. Whoever leased them is a client, or just left.
+    fn deltas(&self, plan: &StepPlan) -> Vec<(AdapterGeneration, Arc<Delta>)> {
+        let mut out: Vec<(AdapterGeneration, Arc<Delta>)> = Vec::new();
+        for row in plan.rows.iter().filter(|row| row.adapter != AdapterGeneration::default()) {
+            if out.iter().all(|(known, _)| *known != row.adapter) {
+                let of_client = self.clients.get(&row.seq).and_then(|c| c.adapter.as_ref());
+                let held = of_client.or_else(|| self.leaving.iter().find(|l| l.generation() == row.adapter));
+                out.extend(held.map(|l| (l.generation(), l.delta())));
+            }
+        }
+        out
+    }
+
     /// Computes a plan and settles it.
     fn step(&mut self, plan: &StepPlan, results: &mut Vec<RowResult>) {
         let begun = Instant::now();
@@ -419,10 +448,14 @@ impl Room {
         let mut logprobs = std::mem::take(&mut self.logprobs);
         logprobs.clear();
         logprobs.resize(plan.rows.len(), None);
+        let deltas = self.deltas(plan);
         let computed = catch_unwind(AssertUnwindSafe(|| {
+            let adapters: Vec<_> = deltas.iter().map(|(generation, delta)| (*generation, &**delta)).collect();
             let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
-            self.runner.forward(plan, &mut sink)
+            self.runner.forward(plan, &adapters, &mut sink)
         }));
+        drop(deltas);
+        self.leaving.clear();
         let now = self.door.born.elapsed();
         match computed {
             Ok(Ok(())) => self.scheduler.commit(plan, results, now, &mut self.outcomes),
@@ -529,7 +562,8 @@ impl Room {
 
     /// Closes the books on a client.
     fn forget(&mut self, seq: SeqId, reason: &'static str, preemptions: u32) {
-        let Some(client) = self.clients.remove(&seq) else { return };
+        let Some(mut client) = self.clients.remove(&seq) else { return };
+        self.leaving.extend(client.adapter.take());
         if client.queued {
             self.door.leave_queue(client.request.prompt.len());
         }

@@ -9,6 +9,7 @@ use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, 
 use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
 use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use crate::model::delta::Delta;
 use crate::ops::Ops;
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan, sealed_len};
 
@@ -76,6 +77,9 @@ pub fn force(
     let mut space = Space::default();
     let lanes = std::iter::once(full).chain(chosen.iter().copied());
     let mut lanes: Vec<Lane> = lanes.map(|i| Lane::new(i, &machine.profiles[i].layout, n, prompt, &mut space)).collect();
+    if machine.adapter.is_some() {
+        lanes.iter_mut().for_each(|lane| lane.adapter = WORN);
+    }
     let bytes = space.bytes();
     if bytes.div_ceil(PageAddr::UNIT) > u64::from(u32::MAX) {
         return Err(ForcedError::Memory { bytes, reason: "that is beyond what pages can address".to_owned() });
@@ -113,11 +117,18 @@ pub struct Machine<'m, 'w> {
     pub decoder: &'m mut Decoder<'w>,
     pub ops: &'m dyn Ops,
     pub profiles: &'m [ReadyProfile],
+    /// The adapter all sequences wear.
+    pub adapter: Option<&'m Delta>,
 }
+
+/// The generation of [`Machine::adapter`].
+const WORN: AdapterGeneration = AdapterGeneration(1);
 
 impl Machine<'_, '_> {
     fn run(&mut self, arena: &mut Arena, plan: &StepPlan, sink: &mut dyn LogitsSink) {
-        self.decoder.forward(&mut Pass { plan, arena, profiles: self.profiles, adapters: &[], ops: self.ops, sink, observer: None });
+        let adapters: Vec<_> = self.adapter.map(|delta| (WORN, delta)).into_iter().collect();
+        let adapters = &adapters[..];
+        self.decoder.forward(&mut Pass { plan, arena, profiles: self.profiles, adapters, ops: self.ops, sink, observer: None });
     }
 }
 
@@ -144,6 +155,7 @@ impl Space {
 /// A sequence's cache under one profile.
 struct Lane {
     profile: usize,
+    adapter: AdapterGeneration,
     compressed: bool,
     window: u32,
     sink_tokens: u32,
@@ -169,6 +181,7 @@ impl Lane {
         let sinks = u32::from(compressed && layout.sinks > 0);
         Lane {
             profile,
+            adapter: AdapterGeneration::default(),
             compressed,
             window: layout.window,
             sink_tokens: layout.sinks,
@@ -293,7 +306,7 @@ impl Lane {
         Row {
             seq: SeqId(0),
             profile: ProfileIndex(self.profile as u8),
-            adapter: AdapterGeneration(0),
+            adapter: self.adapter,
             positions,
             layers,
             tokens: 0..tokens,

@@ -358,7 +358,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         .collect::<Result<_, RunError>>()?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
     let Runner::Host(host) = &mut ready.parts.runner else { unreachable!("loaded for the CPU") };
-    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles };
+    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles, adapter: None };
     let mut rows = Vec::new();
     for (length, sequences) in sheets {
         let prompt = prompt_of(ask, length);

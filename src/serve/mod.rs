@@ -1,7 +1,9 @@
 //! The composition root: builds every room from the settings, starts the engine thread, serves, drains.
 
+pub mod adapters;
 pub mod codec;
 pub mod eval;
+pub mod inspect;
 pub mod offline;
 pub mod ready;
 pub mod train;
@@ -15,6 +17,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail, ensure};
 use tokio::net::TcpListener;
 
+use crate::adapters::registry::Registry;
 use crate::admission;
 use crate::config::ConfigError;
 use crate::config::Settings;
@@ -26,6 +29,7 @@ use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
 use crate::model::cuda::{self, CudaDecoder};
 use crate::model::decoder::{Decoder, ReadyProfile};
+use crate::model::delta::HeldAs;
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Device;
@@ -159,6 +163,7 @@ struct Ready {
     weight_bytes: u64,
     profile_specs: Vec<crate::kv::layout::Profile>,
     prefix_caching: bool,
+    adapters: Option<Registry>,
 }
 
 /// What the banner tells.
@@ -258,6 +263,9 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
             "the cache of {have} usable bytes cannot hold one request of {least} tokens, which takes {need}; raise --kv-cache-memory-bytes or choose a smaller --cache-profile"
         );
     }
+    let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
+    let adapters = adapters::registry(checkpoint, HeldAs::of(&decoder.weights().embed), &settings.adapters, (&names, telemetry));
+    let adapters = if device.is_none() { Some(adapters?) } else { adapters::none_wanted(&settings.adapters).map(|()| None)? };
     let runner = match device {
         None => {
             let arena = Arena::new(arena_bytes)
@@ -276,7 +284,6 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     };
     let telemetry = telemetry.clone();
     let emit = Box::new(move |event| telemetry.emit(event));
-    let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
     Ok(Ready {
         parts: Parts { runner, scheduler: config, emit },
         names,
@@ -288,6 +295,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         weight_bytes,
         profile_specs,
         prefix_caching: settings.prefix_caching,
+        adapters,
         opened,
     })
 }
@@ -358,8 +366,8 @@ fn secret() -> [u8; 32] {
 
 /// Starts the engine and puts the model behind the edge.
 fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThread)> {
-    let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, prefix_caching } =
-        ready;
+    let Ready { opened, parts, names, context, default_profile, bases, backend, load_seconds, weight_bytes, profile_specs, .. } = ready;
+    let Ready { prefix_caching, adapters, .. } = ready;
     let config = parts.scheduler.clone();
     let layouts: Vec<PageLayout> = parts.runner.profiles().iter().map(|p: &ReadyProfile| p.layout.clone()).collect();
     let (engine, thread) = start(parts)?;
@@ -415,7 +423,9 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
             },
             // A client that waits longer has given up in all but name.
             queue_timeout: std::time::Duration::from_secs(600),
+            adapters: adapters.clone().map(|a| Arc::new(a) as Arc<dyn admission::Adapters>),
         },
+        adapters,
         engine,
         need: Arc::new(move |profile, positions| fit.lock().expect("arithmetic does not panic").need(profile, positions)),
     });

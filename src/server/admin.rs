@@ -1,6 +1,7 @@
 //! Everything that is not generation: probes, pages, models, capacity, metrics, drain.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -14,6 +15,7 @@ use utoipa::OpenApi;
 use super::error::ErrorBody;
 use super::openai::{Capacity, ChatChunk, CompressionCard, Draining, ModelCard, ModelList, ProfileCapacity, ProfileCard, Status, Version};
 use super::{ApiError, Loaded, Phase, Server};
+use crate::adapters::registry::AliasState;
 use crate::admission::wire::Message;
 use crate::admission::{Refusal, ServedProfile};
 use crate::ids::ProfileIndex;
@@ -39,6 +41,10 @@ use crate::kv::layout::Size;
         ready,
         version,
         metrics,
+        super::adapters::list,
+        super::adapters::load,
+        super::adapters::unload,
+        super::adapters::rollback,
         drain
     ),
     components(schemas(ChatChunk, Message))
@@ -81,6 +87,10 @@ pub async fn version() -> Json<Version> {
 pub async fn metrics(State(server): State<Arc<Server>>) -> Response {
     if let Ok(loaded) = server.loaded() {
         server.telemetry.set_snapshot(&loaded.engine.snapshot());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        if let Some(adapters) = super::adapters::snapshot(loaded, now) {
+            server.telemetry.set_adapters(&adapters);
+        }
     }
     let mut response = server.telemetry.render().into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
@@ -96,7 +106,9 @@ pub async fn metrics(State(server): State<Arc<Server>>) -> Response {
 )]
 pub async fn models(State(server): State<Arc<Server>>) -> Result<Json<ModelList>, ApiError> {
     let loaded = server.loaded()?;
-    let data = loaded.model.names.iter().map(|name| card(loaded, name)).collect();
+    let mut data: Vec<ModelCard> = loaded.model.names.iter().map(|name| card(loaded, name)).collect();
+    let adapters = loaded.adapters.iter().flat_map(|a| a.state().aliases);
+    data.extend(adapters.map(|a| adapter_card(loaded, &a)));
     Ok(Json(ModelList { object: "list", data }))
 }
 
@@ -111,8 +123,21 @@ pub async fn models(State(server): State<Arc<Server>>) -> Result<Json<ModelList>
 pub async fn model(State(server): State<Arc<Server>>, id: Result<Path<String>, PathRejection>) -> Result<Json<ModelCard>, ApiError> {
     let loaded = server.loaded()?;
     let Path(id) = id.map_err(|_| Refusal::UnknownModel)?;
-    let (_, name) = loaded.model.resolve(Some(&id))?;
-    Ok(Json(card(loaded, &name)))
+    let (name, is_adapter) = loaded.model.resolve(Some(&id))?;
+    if !is_adapter {
+        return Ok(Json(card(loaded, &name)));
+    }
+    let state = loaded.adapters.iter().find_map(|a| a.alias(&name));
+    Ok(Json(adapter_card(loaded, &state.ok_or(Refusal::UnknownModel)?)))
+}
+
+fn adapter_card(loaded: &Loaded, adapter: &AliasState) -> ModelCard {
+    ModelCard {
+        root: adapter.path.display().to_string(),
+        parent: Some(loaded.model.name().to_owned()),
+        created: adapter.created,
+        ..card(loaded, &adapter.alias)
+    }
 }
 
 fn card(loaded: &Loaded, name: &str) -> ModelCard {

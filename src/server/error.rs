@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::adapters::{AdapterError, Fault};
 use crate::admission::Refusal;
 use crate::engine::SubmitError;
 use crate::request::Failure;
@@ -95,6 +96,12 @@ impl ApiError {
     /// A path of the API that this version does not serve.
     pub fn not_implemented() -> Self {
         let message = "this part of the API is not served by this version";
+        ApiError { hopeless: true, ..Self::new(StatusCode::NOT_IMPLEMENTED, INVALID, "not_implemented", message) }
+    }
+
+    /// Adapters, on a server that serves none.
+    pub fn no_adapters() -> Self {
+        let message = "adapters are not served on a device yet; start the server with --device cpu";
         ApiError { hopeless: true, ..Self::new(StatusCode::NOT_IMPLEMENTED, INVALID, "not_implemented", message) }
     }
 
@@ -233,6 +240,21 @@ impl From<SubmitError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped", error.to_string()).after(Duration::from_secs(5))
             }
         }
+    }
+}
+
+impl From<AdapterError> for ApiError {
+    fn from(error: AdapterError) -> Self {
+        let (status, kind) = match error.fault() {
+            Fault::NotFound => (StatusCode::NOT_FOUND, INVALID),
+            Fault::Forbidden => (StatusCode::FORBIDDEN, "permission_error"),
+            Fault::Invalid => (StatusCode::BAD_REQUEST, INVALID),
+            Fault::Conflict => (StatusCode::CONFLICT, INVALID),
+            Fault::Busy => (StatusCode::SERVICE_UNAVAILABLE, SERVER),
+            Fault::Server => (StatusCode::INTERNAL_SERVER_ERROR, SERVER),
+        };
+        let new = Self::new(status, kind, error.code(), error.to_string());
+        if error.fault() == Fault::Busy { new.after(Duration::from_secs(2)) } else { new }
     }
 }
 

@@ -29,10 +29,11 @@ use super::openai::{
     CompletionLogprobs, Delta, Detokenized, KvCache, PromptTokensDetails, Timings, TokenText, Tokenized, TopLogprobs, Usage,
 };
 use super::{ApiError, Loaded, RequestId, Server};
+use crate::adapters::registry::Lease;
 use crate::admission::wire::{ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest};
 use crate::admission::{self, Admitted, Codec, Prompt, TextStream};
 use crate::engine::{EngineHandle, TokenStream};
-use crate::ids::TokenId;
+use crate::ids::{AdapterGeneration, TokenId};
 use crate::request::{self, Event, Failure, FinishReason, TokenLogprob};
 use crate::telemetry;
 use crate::text::Start;
@@ -125,17 +126,23 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
         Kind::Text => model.admit_completion(&body, entropy),
     };
     let Admitted { prompts, requests, reply } = server.text(&loaded, admit).await?;
+    let lease = match (&reply.adapter, &loaded.adapters) {
+        (Some(alias), Some(adapters)) => Some(adapters.acquire(alias).await?),
+        _ => None,
+    };
     // Reading and tokenising may have taken long enough for the drain to begin.
     server.accepting()?;
 
     let mut submitted = Vec::with_capacity(requests.len());
-    for request in requests {
+    for mut request in requests {
+        request.adapter = lease.as_ref().map_or_else(AdapterGeneration::default, Lease::generation);
         let stop_tokens = request.stop_tokens.clone();
         let profile = request.profile;
         // A refusal drops, and so cancels, the choices before it.
-        let stream = loaded.engine.submit(request)?;
+        let stream = loaded.engine.submit_with(request, lease.clone())?;
         submitted.push((stream, stop_tokens, profile));
     }
+    drop(lease);
     let profile = submitted.first().map_or(loaded.model.default_profile, |(_, _, profile)| *profile);
     let answer = Answer {
         kind,

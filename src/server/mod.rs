@@ -23,12 +23,14 @@ use subtle::ConstantTimeEq;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use crate::adapters::registry::Registry;
 use crate::engine::EngineHandle;
 use crate::ids::ProfileIndex;
 use crate::telemetry::{Event, Telemetry};
 
 pub use crate::admission::{Codec, Model, Refusal};
 
+pub mod adapters;
 pub mod admin;
 pub mod error;
 pub mod generate;
@@ -160,6 +162,8 @@ pub struct Loaded {
     /// Bytes of cache a request of so many positions needs at its largest: the scheduler's own arithmetic, not
     /// decreasing in the number of positions.
     pub need: Arc<dyn Fn(ProfileIndex, u32) -> u64 + Send + Sync>,
+    /// `None` where adapters are not served.
+    pub adapters: Option<Registry>,
 }
 
 /// Where the server is in its life. It only moves forward.
@@ -384,9 +388,10 @@ impl Server {
             .route("/v1/completions", post(generate::completion))
             .route("/v1/responses", later())
             .route("/v1/embeddings", later())
-            .route("/v1/load_lora_adapter", later())
-            .route("/v1/unload_lora_adapter", later())
-            .route("/v1/lora_adapters", get(admin::not_implemented))
+            .route("/v1/load_lora_adapter", post(adapters::load))
+            .route("/v1/unload_lora_adapter", post(adapters::unload))
+            .route("/v1/rollback_lora_adapter", post(adapters::rollback))
+            .route("/v1/lora_adapters", get(adapters::list))
             .route("/admin/drain", post(admin::drain))
             .method_not_allowed_fallback(async || ApiError::method_not_allowed())
             .fallback(async || ApiError::not_found())
@@ -416,12 +421,16 @@ pub const ROUTES: &[&str] = &[
     "/v1/embeddings",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/v1/rollback_lora_adapter",
     "/v1/lora_adapters",
     "/admin/drain",
 ];
 
 /// Paths that need no key: probes, and pages whose own calls need one.
 const PUBLIC: &[&str] = &["/health", "/ready", "/", "/dashboard", "/docs"];
+
+/// Paths outside `/admin/` that change what is served to everybody.
+const ADMIN: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/rollback_lora_adapter"];
 
 /// A body that was read, counted against the limit of all bodies until it is dropped.
 pub(crate) struct Body {
@@ -508,7 +517,7 @@ fn admit(server: &Server, path: &'static str, request: &Request) -> Result<(), A
     if !PUBLIC.contains(&path) {
         let role = authenticate(server, request.headers())?;
         // By what was asked for as well as by what matched: nothing below /admin/ is ever open by accident.
-        if path.starts_with("/admin/") || request.uri().path().starts_with("/admin/") {
+        if path.starts_with("/admin/") || ADMIN.contains(&path) || request.uri().path().starts_with("/admin/") {
             authorise_admin(role, request)?;
         }
     }

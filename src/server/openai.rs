@@ -311,3 +311,94 @@ pub struct ProfileCapacity {
     pub requests_now: u64,
     pub requests_idle: u64,
 }
+
+/// What is known of an adapter once it was read.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterFacts {
+    /// LoRA, rsLoRA, DoRA, PiSSA, OLoRA or SORSA.
+    pub format: &'static str,
+    /// Largest rank of an update as it is served.
+    pub rank: usize,
+    /// Modules it changes.
+    pub modules: usize,
+    /// Bytes while it is in memory.
+    pub bytes: u64,
+    /// As the adapter has it.
+    pub base_model_name_or_path: Option<String>,
+    pub warnings: Vec<String>,
+}
+
+/// One adapter of `GET /v1/lora_adapters`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterCard {
+    /// The name clients use as `model`.
+    pub id: String,
+    pub object: &'static str,
+    pub source: String,
+    /// Which weights it was said to be trained on.
+    pub base: String,
+    /// The hash of its content; null until it was first read.
+    pub generation: Option<String>,
+    #[serde(flatten)]
+    pub facts: Option<AdapterFacts>,
+    pub resident: bool,
+    pub pinned: bool,
+    /// Unix seconds of the latest load.
+    pub created: u64,
+    /// Requests under this name so far.
+    pub requests: u64,
+    /// Running requests on its generation.
+    pub active_leases: usize,
+    /// Generations it may be rolled back to, the latest last.
+    pub history: Vec<String>,
+}
+
+/// One generation that is in memory.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterGenerationCard {
+    pub generation: String,
+    pub aliases: Vec<String>,
+    pub rank: usize,
+    pub bytes: u64,
+    /// No name points to it any more.
+    pub retired: bool,
+    pub active_leases: usize,
+}
+
+/// `GET /v1/lora_adapters`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterList {
+    pub object: &'static str,
+    pub data: Vec<AdapterCard>,
+    pub generations: Vec<AdapterGenerationCard>,
+    pub resident_bytes: u64,
+    pub max_bytes: u64,
+    pub max_rank: usize,
+}
+
+/// Reply of `/v1/load_lora_adapter` and `/v1/rollback_lora_adapter` as JSON.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterLoaded {
+    pub object: &'static str,
+    pub id: String,
+    pub generation: String,
+    /// What the name pointed to before, if that was another.
+    pub replaced: Option<String>,
+    #[serde(flatten)]
+    pub facts: AdapterFacts,
+    /// Zero where it was in memory.
+    pub seconds: f64,
+}
+
+/// Reply of `/v1/unload_lora_adapter` as JSON.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdapterUnloaded {
+    pub object: &'static str,
+    pub id: String,
+    /// Bytes that are free now.
+    pub freed_bytes: u64,
+    /// Requests that finish on it.
+    pub requests_finishing: usize,
+    /// Bytes that are free once they have.
+    pub bytes_when_finished: u64,
+}

@@ -1,20 +1,34 @@
 //! Adapters against Hugging Face PEFT and an independent SORSA: every format on disk, its logits, and what is refused.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use strait::adapters::base::Spectra;
 use strait::adapters::folder::Bounds;
-use strait::adapters::{AdapterError, BaseChoice, Module, Reader, Ready};
+use strait::adapters::registry::{Happened, Lease, Limits, Load, Registry};
+use strait::adapters::{AdapterError, BaseChoice, Module, Parsed, Reader, Ready, write};
+use strait::compress::LayerCompression;
+use strait::engine::TokenStream;
+use strait::eval::forced::{Machine, Said, force};
+use strait::ids::AdapterGeneration;
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
 use strait::model::checkpoint::Checkpoint;
-use strait::model::delta::HeldAs;
+use strait::model::decoder::{Decoder, ReadyProfile};
+use strait::model::delta::{Delta, HeldAs};
 use strait::model::weights::LoadDtype;
 use strait::ops::Ops;
 use strait::ops::cpu::Cpu;
 use strait::ops::reference::Reference;
+use strait::request::{Event, GenerateRequest};
 use strait::step::Logits;
 
+use crate::engine::{self, ROOMY, World, hear, world};
+use crate::eval::{mean, tokens};
+use crate::families::{POSITIONS, PROMPT, artifact, full, shares};
 use crate::golden;
+use crate::http::adapters::{Root, limits, registry};
 use crate::model::{Alone, log_softmax};
 
 /// What `tests/golden/make_adapters.py` says of one adapter; its header says what each field means.
@@ -176,8 +190,8 @@ fn an_initial_adapter_is_taken_out_again() {
     let bounds = Bounds { root: None, file_bytes: 64 << 20 };
     let reader = Reader { base: &base, spectra: &spectra, bounds, rank: 64 };
     let read = |name: &str, choice| reader.read(&folder(name), &choice).unwrap().parsed.modules;
-    let (trained, initial) = (read("pissa", BaseChoice::Original), read("pissa-niter", BaseChoice::Original));
-    let moved = read("pissa", BaseChoice::Initial(folder("pissa-niter")));
+    let (trained, initial) = (read("pissa-niter", BaseChoice::Original), read("pissa-niter-1000", BaseChoice::Original));
+    let moved = read("pissa-niter", BaseChoice::Initial(folder("pissa-niter-1000")));
     assert_eq!(moved.len(), trained.len());
     for (place, module) in &moved {
         let (a, b) = (product(&trained[place]), product(&initial[place]));
@@ -185,5 +199,358 @@ fn an_initial_adapter_is_taken_out_again() {
         for (got, (a, b)) in product(module).iter().zip(a.iter().zip(&b)) {
             assert!((got - (a - b)).abs() < 1e-6, "{place:?}: {got} for {a} - {b}");
         }
+    }
+}
+
+#[test]
+fn an_adapter_of_any_format_is_written_as_a_plain_lora_that_says_the_same() {
+    let root = Root::new("convert", &[]);
+    let cpu = Cpu::new(2);
+    for Listed { name, base, .. } in listed() {
+        let want = expected(&name);
+        if want.refused.is_some() {
+            continue;
+        }
+        let base = Checkpoint::open(&golden::folder(&base)).unwrap();
+        let spectra = Spectra::new(None, &base);
+        let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, file_bytes: 64 << 20 }, rank: 64 };
+        let parsed = reader.read(&folder(&name), &choice(&name, &want)).unwrap().parsed;
+        let out = root.0.join(&name);
+        write::write(&parsed, &base.config, &out).unwrap();
+        let again = reader.ready(&out, &BaseChoice::Original, HeldAs::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(again.facts.warnings, Vec::<String>::new(), "{name}");
+        let case = &want.unrounded.as_ref().unwrap_or(&want.cases)[0];
+        let mut alone = Alone::new(&base, LoadDtype::F32);
+        alone.delta = Some(again.delta);
+        let got = alone.run(&cpu, &case.prompt, 0, Logits::Last);
+        for (a, b) in got[0].1.iter().zip(&case.logits) {
+            assert!((a - b).abs() < 1e-3, "{name}: {a} for {b}");
+        }
+        assert!(write::write(&parsed, &base.config, &out).is_err(), "a folder that is there is not written over");
+    }
+}
+
+/// Saves a model whose linear layers have an adapter's updates added to them, in f32.
+fn merged(base: &Checkpoint, parsed: &Parsed, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    let source = golden::folder(&base.config.family);
+    std::fs::copy(source.join("config.json"), to.join("config.json")).unwrap();
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = base
+        .names()
+        .map(|name| {
+            let view = base.tensor(name).unwrap();
+            let wide = |b: &[u8]| half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            let mut values: Vec<f64> = view.data.chunks_exact(2).map(|b| f64::from(wide(b))).collect();
+            assert_eq!(view.dtype.bytes(), 2);
+            if let Some(module) = parsed.modules.iter().find(|(p, _)| p.tensor(&base.config) == name).map(|(_, m)| m) {
+                assert!(module.bias.is_none() && module.magnitude.is_none());
+                values.iter_mut().zip(product(module)).for_each(|(v, d)| *v += d);
+            }
+            (name.to_owned(), view.shape.to_vec(), values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect())
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, data)| {
+        (name.clone(), safetensors::tensor::TensorView::new(safetensors::tensor::Dtype::F32, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &to.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn under_every_cache_profile_an_adapter_says_what_the_merged_model_says() {
+    let root = Root::new("merged", &[]);
+    // Keys and values above all: their latents are taken of what the adapter makes of them.
+    for (name, family) in [("lora-kv", "qwen3"), ("lora-all", "qwen2")] {
+        let base = Checkpoint::open(&golden::folder(family)).unwrap();
+        let spectra = Spectra::new(None, &base);
+        let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, file_bytes: 64 << 20 }, rank: 64 };
+        let parsed = reader.read(&folder(name), &BaseChoice::Auto).unwrap().parsed;
+        let delta = reader.ready(&folder(name), &BaseChoice::Auto, HeldAs::F32).unwrap().delta;
+        merged(&base, &parsed, &root.0.join(name));
+        let tuned = Checkpoint::open(&root.0.join(name)).unwrap();
+        let turned = |p: Profile| {
+            let cskv = p.cskv.unwrap();
+            Profile { cskv: Some(Cskv { key_quantiser: Quantiser::Hadamard, value_quantiser: Quantiser::Hadamard, ..cskv }), ..p }
+        };
+        let profiles = [
+            shares("joint", 0.5, 8, BasisKind::Joint),
+            shares("grouped", 0.5, 4, BasisKind::Grouped(1)),
+            shares("frequency", 0.25, 16, BasisKind::Frequency),
+            turned(shares("turned", 0.5, 4, BasisKind::Frequency)),
+            shares("identity", 1.0, 4, BasisKind::Identity),
+            shares("dropped", 1.0, 4, BasisKind::Dropped),
+        ];
+        // The bases are the base's own: what an operator's artifact is.
+        let artifact = artifact(&base, &profiles[..4]);
+        let said = |checkpoint: &Checkpoint, adapter: Option<&Delta>| {
+            let config = &checkpoint.config;
+            let ready: Vec<ReadyProfile> = std::iter::once(&full())
+                .chain(&profiles)
+                .map(|p| {
+                    let computed = p.cskv.as_ref().is_some_and(|c| c.basis.is_computed());
+                    let widths = computed.then(|| artifact.widths(p).unwrap());
+                    let compression = match &p.cskv {
+                        None => vec![],
+                        Some(_) if computed => artifact.layers(p).unwrap(),
+                        Some(c) => {
+                            let one = match c.basis {
+                                BasisKind::Identity => LayerCompression::identity(config),
+                                _ => LayerCompression::dropped(config),
+                            };
+                            vec![one.for_quantisers(c); config.layers]
+                        }
+                    };
+                    ReadyProfile { layout: PageLayout::new(config, ExactType::F32, p, widths.as_deref()), compression }
+                })
+                .collect();
+            let mut decoder = Decoder::new(config, checkpoint.weights(LoadDtype::F32), POSITIONS, 64);
+            let chosen: Vec<usize> = (1..ready.len()).collect();
+            let mut said = vec![Said::default(); chosen.len()];
+            let ops = Cpu::new(2);
+            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter };
+            force(&mut machine, (0, &chosen), &tokens(POSITIONS, 9, config.vocab), PROMPT, &mut said).unwrap();
+            said
+        };
+        let (worn, merged, bare) = (said(&base, Some(&delta)), said(&tuned, None), said(&base, None));
+        for (profile, ((worn, merged), bare)) in profiles.iter().zip(worn.iter().zip(&merged).zip(&bare)) {
+            // Block by block: over a whole text of no meaning the surprises of any two models are about the same.
+            let apart = |other: &Said| {
+                let pairs = worn.surprise.iter().zip(&other.surprise);
+                pairs.map(|(a, b)| (a.sum - b.sum).abs() / f64::from(a.n)).fold(0.0, f64::max)
+            };
+            let (from_merged, from_bare) = (apart(merged), apart(bare));
+            let (kl_worn, kl_merged) = (mean(&worn.divergence), mean(&merged.divergence));
+            println!("{name} {}: {from_merged:.1e} off, {from_bare:.2} without it; divergence {kl_worn:.2e}", profile.name);
+            // A code may flip where rounding differs; a stale latent would be off by as much as the adapter changes.
+            assert!(from_merged < 0.02 * from_bare && (kl_worn - kl_merged).abs() < 2e-3, "{name} {}: {kl_merged}", profile.name);
+        }
+    }
+}
+
+const SERVED: [&str; 6] = ["all-linear", "pissa", "olora", "sorsa-compact", "dora-embed", "modules-to-save-proj"];
+
+/// What the engine says under an adapter, or without.
+fn ask(world: &World, lease: Option<&Lease>, mut request: GenerateRequest) -> TokenStream {
+    request.adapter = lease.map_or_else(AdapterGeneration::default, Lease::generation);
+    world.engine.submit_with(request, lease.cloned()).unwrap()
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_what_adapters_run_beside_it() {
+    let root = Root::new("mixed", &SERVED);
+    let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+    let leases: Vec<Option<Lease>> = SERVED
+        .iter()
+        .map(|name| {
+            registry.load(&Load { alias: (*name).into(), path: (*name).into(), ..Load::default() }).unwrap();
+            Some(runtime().block_on(registry.acquire(name)).unwrap())
+        })
+        .chain([None])
+        .collect();
+    let prompts: Vec<Vec<u32>> = [3, 64, 70, 130, 300].iter().map(|&n| engine::tokens(n, n as u64, 256)).collect();
+    let cases: Vec<(usize, usize, u8)> =
+        (0..leases.len()).flat_map(|l| [0, 2, 3].map(|p| (l, (l + usize::from(p)) % prompts.len(), p))).collect();
+    let request = |(_, prompt, profile): (usize, usize, u8)| GenerateRequest {
+        cache_salt: 1 + prompt as u64,
+        ..engine::request(&prompts[prompt], 24, profile)
+    };
+    let alone = world("llama-linear", ROOMY, engine::cpu);
+    let apart: Vec<_> = cases.iter().map(|&case| hear(ask(&alone, leases[case.0].as_ref(), request(case)))).collect();
+    // Everybody says something else, or the adapters do nothing.
+    let of = |lease: usize| apart[3 * lease].logprobs.clone();
+    for (a, b) in (0..leases.len()).flat_map(|a| (0..a).map(move |b| (a, b))) {
+        assert!(of(a) != of(b) || prompts.len() < 2, "adapters {a} and {b} say the same");
+    }
+    let tight = world("llama-linear", ROOMY, engine::cpu);
+    let streams: Vec<_> = cases.iter().map(|&case| ask(&tight, leases[case.0].as_ref(), request(case))).collect();
+    for ((case, stream), want) in cases.iter().zip(streams).zip(&apart) {
+        let got = hear(stream);
+        assert_eq!((got.tokens, got.logprobs), (want.tokens.clone(), want.logprobs.clone()), "{case:?}");
+    }
+    drop(leases);
+    drop((alone, tight));
+    assert_eq!(registry.state().aliases.iter().map(|a| a.leases).sum::<usize>(), 0, "every lease came home");
+    registry.check().unwrap();
+}
+
+#[test]
+fn prefixes_are_shared_within_a_generation_and_never_across() {
+    let root = Root::new("prefix", &["all-linear", "olora"]);
+    let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+    let load = |path: &str| registry.load(&Load { alias: "a".into(), path: path.into(), in_place: true, ..Load::default() }).unwrap();
+    let lease = || runtime().block_on(registry.acquire("a")).unwrap();
+    let world = world("llama-linear", ROOMY, engine::cpu);
+    let prompt = engine::tokens(200, 5, 256);
+    let cached = |lease: Option<&Lease>| hear(ask(&world, lease, engine::request(&prompt, 8, 0))).end.unwrap().1.cached_tokens;
+    load("all-linear");
+    let first = lease();
+    assert_eq!((cached(None), cached(Some(&first)), cached(None), cached(Some(&first))), (0, 0, 192, 192));
+    // The same name, other content: what vLLM answers from a stale cache.
+    load("olora");
+    let second = lease();
+    assert_ne!(first.generation(), second.generation());
+    assert_eq!((cached(Some(&second)), cached(Some(&second))), (0, 192));
+    // The same content under any name is the same generation.
+    registry.load(&Load { alias: "b".into(), path: "all-linear".into(), ..Load::default() }).unwrap();
+    let third = runtime().block_on(registry.acquire("b")).unwrap();
+    assert_eq!((third.generation(), cached(Some(&third))), (first.generation(), 192));
+}
+
+#[test]
+fn a_request_finishes_on_the_generation_it_began_with() {
+    let root = Root::new("swap", &["all-linear", "olora"]);
+    let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+    let load = |path: &str| registry.load(&Load { alias: "a".into(), path: path.into(), in_place: true, ..Load::default() }).unwrap();
+    let lease = || runtime().block_on(registry.acquire("a")).unwrap();
+    let world = world("llama-linear", ROOMY, engine::cpu);
+    let request = || GenerateRequest { cache_salt: 3, ..engine::request(&engine::tokens(90, 2, 256), 300, 3) };
+    load("all-linear");
+    let want = hear(ask(&world, Some(&lease()), request()));
+    let mut running = ask(&world, Some(&lease()), request());
+    assert!(matches!(running.events.blocking_recv(), Some(Event::Token { .. })));
+    load("olora");
+    let second = lease();
+    let gone = registry.unload("a").unwrap();
+    assert_eq!((gone.freed_bytes, gone.leases, registry.check()), (0, 2, Ok(())));
+    let swapped = hear(ask(&world, Some(&second), request()));
+    drop(second);
+    let got = hear(running);
+    assert_eq!(got.tokens[..], want.tokens[1..], "replaced and unloaded under it, it goes on");
+    assert_ne!(swapped.tokens, want.tokens);
+    let begun = Instant::now();
+    while registry.state().resident_bytes > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "bytes stay: {:?}", registry.state());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn many_first_uses_read_an_adapter_once_and_the_least_used_makes_room() {
+    let root = Root::new("tiers", &["all-linear", "olora", "pissa", "sorsa-compact"]);
+    let names = ["all-linear", "olora", "pissa", "sorsa-compact"];
+    let size = |name: &str| {
+        let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+        ready(&base, &folder(name), &BaseChoice::Auto, HeldAs::F32).unwrap().facts.bytes
+    };
+    let sizes: Vec<u64> = names.iter().map(|n| size(n)).collect();
+    // Room for the three largest, less a byte of the fourth.
+    let budget = sizes.iter().sum::<u64>() - 1;
+    let happened = Arc::new(Mutex::new(Vec::new()));
+    let heard = happened.clone();
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&golden::folder("llama-linear")).unwrap()));
+    let registry = Registry::new(
+        (checkpoint, HeldAs::F32),
+        Spectra::new(None, checkpoint),
+        Limits { discover: true, ..limits(Some(&root.0), budget) },
+        Box::new(move |what| heard.lock().unwrap().push(what)),
+    );
+    assert_eq!(registry.discover().unwrap(), 4);
+    let loads = || happened.lock().unwrap().iter().filter(|h| matches!(h, Happened::Loaded { .. })).count();
+    let evictions = || happened.lock().unwrap().iter().filter(|h| matches!(h, Happened::Evicted)).count();
+    let runtime = runtime();
+    let all = |name: &'static str| {
+        let asked: Vec<_> = (0..16)
+            .map(|_| {
+                let registry = registry.clone();
+                runtime.spawn(async move { registry.acquire(name).await.unwrap() })
+            })
+            .collect();
+        asked.into_iter().map(|a| runtime.block_on(a).unwrap()).collect::<Vec<Lease>>()
+    };
+    for name in &names[..3] {
+        assert_eq!(all(name).len(), 16);
+    }
+    assert_eq!((loads(), evictions()), (3, 0));
+    // The first again, so that the second is the least used; the fourth then takes its place.
+    drop(all(names[0]));
+    let fourth = all(names[3]);
+    assert_eq!((loads(), evictions()), (4, 1));
+    let resident = |name: &str| registry.alias(name).unwrap().resident;
+    assert_eq!(names.map(resident), [true, false, true, true]);
+    // What is leased stays, whatever is asked for; with everything leased there is no room.
+    let (first, third) = (all(names[0]), all(names[2]));
+    let error = runtime.block_on(registry.acquire(names[1])).unwrap_err();
+    assert!(matches!(error, AdapterError::Busy { .. }), "{error}");
+    registry.check().unwrap();
+    drop(third);
+    drop(all(names[1]));
+    assert_eq!(names.map(resident), [true, true, false, true]);
+    // Files that changed while it was on disk are not served as what they were.
+    std::fs::copy(folder("olora").join("adapter_config.json"), root.0.join("pissa/adapter_config.json")).unwrap();
+    std::fs::copy(folder("olora").join("adapter_model.safetensors"), root.0.join("pissa/adapter_model.safetensors")).unwrap();
+    drop((first, fourth));
+    let error = runtime.block_on(registry.acquire("pissa")).unwrap_err();
+    assert!(matches!(error, AdapterError::FilesChanged { .. }), "{error}");
+    registry.load(&Load { alias: "pissa".into(), path: "pissa".into(), in_place: true, ..Load::default() }).unwrap();
+    drop(all("pissa"));
+    // One larger than the whole budget never fits.
+    let small = self::registry("llama-linear", limits(Some(&root.0), sizes[1] - 1));
+    let error = small.load(&Load { alias: "x".into(), path: "olora".into(), ..Load::default() }).unwrap_err();
+    assert!(matches!(error, AdapterError::NeverFits { .. } | AdapterError::TooLarge { .. }), "{error}");
+    assert_eq!(small.state().resident_bytes, 0);
+    small.check().unwrap();
+    registry.check().unwrap();
+}
+
+#[test]
+fn of_two_who_load_one_name_one_is_told_that_it_is_taken() {
+    let root = Root::new("race", &["all-linear", "olora"]);
+    for round in 0..8 {
+        let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+        let load = |path: &'static str| {
+            let registry = registry.clone();
+            std::thread::spawn(move || registry.load(&Load { alias: "x".into(), path: path.into(), ..Load::default() }))
+        };
+        let both = [load("all-linear"), load("olora")].map(|t| t.join().unwrap());
+        assert_eq!(both.iter().filter(|r| r.is_ok()).count(), 1, "round {round}: {both:?}");
+        assert!(both.iter().any(|r| matches!(r, Err(AdapterError::Loaded { .. }))), "{both:?}");
+        let state = registry.state();
+        assert_eq!((state.aliases.len(), state.generations.len()), (1, 1), "the other's bytes are gone");
+        registry.check().unwrap();
+    }
+}
+
+#[test]
+fn the_books_are_right_whatever_is_done() {
+    let names = ["all-linear", "olora", "pissa", "sorsa-compact", "trainable-tokens", "lora-kv"];
+    let root = Root::new("books", &names);
+    let runtime = runtime();
+    for seed in 0..6u64 {
+        let registry = registry("llama-linear", limits(Some(&root.0), 48 << 10));
+        let mut rng = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = move |n: usize| {
+            rng ^= rng << 13;
+            rng ^= rng >> 7;
+            rng ^= rng << 17;
+            (rng % n as u64) as usize
+        };
+        let mut leases: Vec<Lease> = Vec::new();
+        for step in 0..60 {
+            let alias = format!("a{}", next(3));
+            match next(6) {
+                0 | 1 => {
+                    let (in_place, pinned) = (next(2) == 0, next(8) == 0);
+                    let _ = registry.load(&Load { alias, path: names[next(names.len())].into(), in_place, pinned, ..Load::default() });
+                }
+                2 => {
+                    let _ = registry.unload(&alias);
+                }
+                3 => {
+                    let _ = registry.rollback(&alias, None);
+                }
+                4 => leases.extend(runtime.block_on(registry.acquire(&alias)).ok()),
+                _ if !leases.is_empty() => drop(leases.swap_remove(next(leases.len()))),
+                _ => {}
+            }
+            registry.check().unwrap_or_else(|e| panic!("seed {seed}, step {step}: {e}"));
+        }
+        leases.clear();
+        (0..3).for_each(|i| drop(registry.unload(&format!("a{i}"))));
+        registry.check().unwrap();
+        let state = registry.state();
+        assert!(state.resident_bytes == 0 && state.generations.is_empty(), "seed {seed}: {state:?}");
     }
 }

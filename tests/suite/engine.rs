@@ -35,9 +35,9 @@ fn profiles() -> Vec<Profile> {
     vec![full, cskv("lossless", 1.0, 16, 4), cskv("fifth", 0.2, 16, 4), cskv("fifth-4", 0.2, 4, 0), turning]
 }
 
-struct World {
-    engine: EngineHandle,
-    thread: Option<EngineThread>,
+pub(crate) struct World {
+    pub(crate) engine: EngineHandle,
+    pub(crate) thread: Option<EngineThread>,
 }
 
 impl Drop for World {
@@ -51,16 +51,16 @@ impl Drop for World {
 }
 
 #[derive(Clone, Copy)]
-struct Size {
+pub(crate) struct Size {
     budget: u32,
     seqs: usize,
     arena_pages: u64,
     queue: usize,
 }
 
-const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64 };
+pub(crate) const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64 };
 
-fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
+pub(crate) fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
     let (engine, thread) = start(parts(model, size, ops)).unwrap();
     World { engine, thread: Some(thread) }
 }
@@ -106,11 +106,11 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     }
 }
 
-fn cpu() -> Box<dyn Ops> {
+pub(crate) fn cpu() -> Box<dyn Ops> {
     Box::new(Cpu::new(2))
 }
 
-fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
+pub(crate) fn tokens(n: usize, seed: u64, vocab: usize) -> Vec<TokenId> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
@@ -140,14 +140,14 @@ pub(crate) fn request(prompt: &[TokenId], max_new: u32, profile: u8) -> Generate
 }
 
 #[derive(Debug, PartialEq)]
-struct Said {
-    tokens: Vec<TokenId>,
-    logprobs: Vec<TokenLogprob>,
-    prompt: Vec<TokenLogprob>,
-    end: Result<(FinishReason, Usage), Failure>,
+pub(crate) struct Said {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) logprobs: Vec<TokenLogprob>,
+    pub(crate) prompt: Vec<TokenLogprob>,
+    pub(crate) end: Result<(FinishReason, Usage), Failure>,
 }
 
-fn hear(mut stream: TokenStream) -> Said {
+pub(crate) fn hear(mut stream: TokenStream) -> Said {
     let (mut tokens, mut logprobs, mut prompt) = (vec![], vec![], vec![]);
     loop {
         match stream.events.blocking_recv().expect("the engine says how it ends") {
@@ -162,7 +162,7 @@ fn hear(mut stream: TokenStream) -> Said {
     }
 }
 
-fn settled(world: &World) -> Arc<strait::telemetry::Snapshot> {
+pub(crate) fn settled(world: &World) -> Arc<strait::telemetry::Snapshot> {
     let begun = Instant::now();
     loop {
         let s = world.engine.snapshot();

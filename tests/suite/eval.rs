@@ -539,7 +539,7 @@ fn the_exact_cache_agrees_with_itself_and_a_lossless_one_almost() {
     let ops = Cpu::new(2);
     let sequence = tokens(700, 9, 256);
     let mut said = vec![Said::default(); 4];
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
     force(&mut machine, (0, &[0, 1, 2, 3]), &sequence, 200, &mut said).unwrap();
     for s in &said {
         assert_eq!(s.surprise.iter().map(|b| b.n).sum::<u32>(), 499, "tokens 201 to 699 are scored");
@@ -598,7 +598,7 @@ fn forced_text_reads_what_decoding_reads() {
             assert_eq!(logprobs.len(), 260);
             let mut said = [Said::default()];
             let ops = Cpu::new(2);
-            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
             force(&mut machine, (0, &[usize::from(profile)]), &sequence, prompt.len(), &mut said).unwrap();
             // The first token follows from the prefill and is not scored.
             for (block, engine) in said[0].surprise.iter().zip(logprobs[1..].chunks(64)) {
@@ -615,7 +615,7 @@ fn forced_text_reads_what_decoding_reads() {
 fn what_cannot_be_forced_is_refused() {
     let Model { mut decoder, ready, .. } = model("llama2");
     let ops = Cpu::new(1);
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
     let mut said = vec![Said::default()];
     for (n, prompt) in [(10, 9), (10, 10), (10, 0), (1, 0)] {
         let got = force(&mut machine, (0, &[1]), &tokens(n, 1, 256), prompt, &mut said);

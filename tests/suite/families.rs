@@ -19,14 +19,14 @@ use strait::ops::cpu::Cpu;
 use crate::eval::{mean, tokens};
 use crate::golden::{MODELS, folder};
 
-const POSITIONS: usize = 512;
-const PROMPT: usize = 200;
+pub(crate) const POSITIONS: usize = 512;
+pub(crate) const PROMPT: usize = 200;
 
-fn full() -> Profile {
+pub(crate) fn full() -> Profile {
     Profile { name: "full".into(), cskv: None }
 }
 
-fn shares(name: &str, share: f64, bits: u32, basis: BasisKind) -> Profile {
+pub(crate) fn shares(name: &str, share: f64, bits: u32, basis: BasisKind) -> Profile {
     Profile { name: name.into(), cskv: Some(Cskv::shares((share, share), bits, (64, 4), basis)) }
 }
 
@@ -35,7 +35,7 @@ fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {
 }
 
 /// The bases of `profiles`, from tokens that mean nothing.
-fn artifact(checkpoint: &Checkpoint, profiles: &[Profile]) -> Artifact {
+pub(crate) fn artifact(checkpoint: &Checkpoint, profiles: &[Profile]) -> Artifact {
     let (config, ops) = (&checkpoint.config, Cpu::new(2));
     let mut decoder = decoder(checkpoint);
     let texts: Vec<Vec<u32>> = (0..6).map(|i| tokens(300, 100 + i, config.vocab)).collect();
@@ -62,7 +62,7 @@ fn divergences(checkpoint: &Checkpoint, artifact: &Artifact, profiles: &[Profile
     let (mut decoder, ops) = (decoder(checkpoint), Cpu::new(2));
     let chosen: Vec<usize> = (1..ready.len()).collect();
     let mut said = vec![Said::default(); chosen.len()];
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready };
+    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
     force(&mut machine, (0, &chosen), &tokens(POSITIONS, 9, config.vocab), PROMPT, &mut said).unwrap();
     said.iter().map(|s| mean(&s.divergence)).collect()
 }
@@ -166,7 +166,8 @@ fn keys_and_values_of_an_adapter_are_compressed_by_the_bases_of_the_base_model()
         let surprise = |checkpoint: &Checkpoint| {
             let ready = [ReadyProfile { layout: PageLayout::new(&base.config, ExactType::F32, &full(), None), compression: vec![] }];
             let (mut decoder, ops, mut said) = (decoder(checkpoint), Cpu::new(2), [Said::default()]);
-            force(&mut Machine { decoder: &mut decoder, ops: &ops, profiles: &ready }, (0, &[0]), &text, PROMPT, &mut said).unwrap();
+            force(&mut Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None }, (0, &[0]), &text, PROMPT, &mut said)
+                .unwrap();
             mean(&said[0].surprise)
         };
         assert!((surprise(&base) - surprise(&adapted)).abs() > 1e3 * got[0], "{name}");

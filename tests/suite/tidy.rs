@@ -28,7 +28,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("admission", &["ids", "kv", "request", "text"]),
     ("server", &["adapters", "admission", "engine", "ids", "kv", "request", "telemetry", "text"]),
     ("demo", &["model", "text"]),
-    ("config", &["kv", "model"]),
+    ("config", &["adapters", "kv", "model"]),
     ("eval", &["calibrate", "ids", "kv", "model", "ops", "step"]),
     (
         "serve",

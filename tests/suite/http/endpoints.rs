@@ -135,8 +135,9 @@ async fn paths_and_methods() {
         ("DELETE", "/v1/models/demo", "405 method_not_allowed -", Some("GET,HEAD")),
         ("POST", "/v1/responses", "501 not_implemented -", None),
         ("POST", "/v1/embeddings", "501 not_implemented -", None),
-        ("POST", "/v1/load_lora_adapter", "501 not_implemented -", None),
-        ("POST", "/v1/unload_lora_adapter", "501 not_implemented -", None),
+        ("POST", "/v1/load_lora_adapter", "403 not_allowed -", None),
+        ("POST", "/v1/unload_lora_adapter", "403 not_allowed -", None),
+        ("POST", "/v1/rollback_lora_adapter", "403 not_allowed -", None),
         ("GET", "/v1/lora_adapters", "501 not_implemented -", None),
         ("GET", "/health", "200", None),
         ("GET", "/ready", "200", None),
@@ -162,7 +163,7 @@ async fn the_description_names_every_route_and_every_field_it_reads() {
     let api = app.get("/openapi.json").await.json();
     let described: BTreeSet<String> = api["paths"].as_object().expect("paths").keys().cloned().collect();
     let pages = ["/", "/dashboard", "/docs", "/openapi.json"];
-    let later = ["/v1/responses", "/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"];
+    let later = ["/v1/responses", "/v1/embeddings"];
     let routes: BTreeSet<String> =
         ROUTES.iter().filter(|r| !pages.contains(r) && !later.contains(r)).map(|r| r.replace("{*id}", "{id}")).collect();
     assert_eq!(described, routes);

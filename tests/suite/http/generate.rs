@@ -188,7 +188,7 @@ async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
     // The player replaces log-probabilities of `Token`s, so the stream is made by hand.
     struct Raw(Mutex<Vec<Event>>);
     impl Engine for Raw {
-        fn submit(&self, _: GenerateRequest) -> Result<TokenStream, SubmitError> {
+        fn submit_with(&self, _: GenerateRequest, _: Option<Lease>) -> Result<TokenStream, SubmitError> {
             let (tx, rx) = mpsc::channel(8);
             self.0.lock().expect("unshared").drain(..).for_each(|event| tx.try_send(event).expect("room"));
             Ok(TokenStream::new(SeqId(1), rx, || {}))
@@ -207,7 +207,7 @@ async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
         let done = Event::Done { reason: FinishReason::Stop, usage: Usage::default() };
         let engine = EngineHandle::new(Arc::new(Raw(Mutex::new(vec![token(0xc3), token(0xa9), done]))));
         let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0) });
+        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: None });
         let app = App { router: server.router(), server, fake: Fake::new(vec![]) };
         let logprobs = if path == TEXT { json!(2) } else { json!(true) };
         let prompt = if path == TEXT { json!("x") } else { hello()["messages"].clone() };

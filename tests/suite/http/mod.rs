@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use expect_test::{Expect, expect};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use strait::adapters::registry::Lease;
 use strait::admission::{Chat, Codec, Defaults, EncodeError, Model, Piece, ServedProfile, TemplateError, TextStream};
 use strait::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use strait::ids::{ProfileIndex, SeqId, TokenId};
@@ -24,6 +25,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
 
+pub(crate) mod adapters;
 mod endpoints;
 mod generate;
 mod parameters;
@@ -241,7 +243,7 @@ async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Se
 }
 
 impl Engine for Fake {
-    fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError> {
+    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::Draining);
         }
@@ -252,6 +254,7 @@ impl Engine for Fake {
         let (tx, rx) = mpsc::channel(64);
         let (finish, mut stopped) = (self.finish.subscribe(), self.stopped.subscribe());
         let task = tokio::spawn(async move {
+            let _held = adapter;
             let stopped = async { stopped.wait_for(|s| *s).await.is_ok() };
             let forced = tokio::select! {
                 () = play(steps, request, seq, tx.clone(), finish) => false,
@@ -303,6 +306,7 @@ fn model() -> Model {
         default_profile: ProfileIndex(1),
         defaults: Defaults { temperature: 0.7, top_k: 20, eos: vec![EOS], ..Defaults::default() },
         queue_timeout: Duration::from_secs(30),
+        adapters: None,
     }
 }
 
@@ -314,7 +318,7 @@ fn install(server: &Server, fake: &Arc<Fake>) {
     let profiles = model().profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need });
+    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: None });
 }
 
 struct App {
