@@ -460,7 +460,7 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
     let numbers: Vec<bf16> = block.iter().copied().cycle().take(most * c.hidden).collect();
     let weight =
         |out: usize, inputs: usize| Weight { out_features: out, in_features: inputs, data: Data::Bf16((&numbers[..out * inputs]).into()) };
-    let projection = |out: usize, inputs: usize| weights::Projection { weight: weight(out, inputs), bias: None };
+    let projection = |out: usize, inputs: usize| weights::Projection { weight: weight(out, inputs), inner: None, bias: None };
     let ones = vec![1.0f32; c.hidden];
     let layer = || LayerWeights {
         input_norm: ones.clone(),

@@ -42,8 +42,21 @@ SHARD_BYTES = 4 << 30
 DTYPES = {"bf16": ("BF16", "bfloat16", 2), "f16": ("F16", "float16", 2), "f32": ("F32", "float32", 4)}
 
 
-def tensors(g):
-    """(name, shape, kind) of every tensor, in the order they are stored."""
+def tensors(g, share=None):
+    """(name, shape, kind) of every tensor, in the order they are stored. With a share, linear layers are products as WeLore stores
+    them, whose two factors together have that share of the whole matrix's elements."""
+    for name, shape, kind in whole(g):
+        if share is None or not name.endswith("_proj.weight"):
+            yield name, shape, kind
+            continue
+        path, (out, inputs) = name.removesuffix(".weight"), shape
+        rank = max(1, round(share * out * inputs / (out + inputs)))
+        yield path + ".U.weight", (out, rank), "weight"
+        yield path + ".V.weight", (rank, inputs), "weight"
+
+
+def whole(g):
+    """The same with every matrix whole."""
     q, kv, hidden = g["heads"] * g["head_dim"], g["kv_heads"] * g["head_dim"], g["hidden"]
     yield "model.embed_tokens.weight", (g["vocab"], hidden), "weight"
     for i in range(g["layers"]):
@@ -80,10 +93,10 @@ def write_tensor(file, shape, kind, dtype, rng):
         file.write(encode(values, dtype))
 
 
-def write_weights(folder, g, dtype, seed):
+def write_weights(folder, g, dtype, seed, share=None):
     code, _, width = DTYPES[dtype]
     shards, total = [[]], 0
-    for name, shape, kind in tensors(g):
+    for name, shape, kind in tensors(g, share):
         size = int(np.prod(shape)) * width
         if shards[-1] and sum(s for *_, s in shards[-1]) + size > SHARD_BYTES:
             shards.append([])
@@ -170,6 +183,7 @@ def main():
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--factorise", type=float, metavar="SHARE", help="linear layers as WeLore's products of this share of their elements")
     args = parser.parse_args()
     g = GEOMETRIES[args.geometry]
     if args.out.exists() and any(args.out.iterdir()):
@@ -177,7 +191,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     bos, eos = write_tokenizer(args.out, g["vocab"])
     write_config(args.out, g, args.dtype, bos, eos)
-    total = write_weights(args.out, g, args.dtype, args.seed)
+    total = write_weights(args.out, g, args.dtype, args.seed, args.factorise)
     kv = 2 * g["layers"] * g["kv_heads"] * g["head_dim"] * 2
     print(f"{args.out}: {total / 2**30:.2f} GiB of {args.dtype} weights; a 16-bit KV cache takes {kv / 1024:.0f} KiB a token")
 

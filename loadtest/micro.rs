@@ -75,7 +75,7 @@ fn halves(n: usize) -> Vec<bf16> {
 fn linear(cpu: &Cpu, w: &[bf16], x: &[f32], rows: usize, y: &mut [f32]) {
     let (inputs, out) = (x.len() / rows, y.len() / rows);
     let w = Matrix { out_features: out, in_features: inputs, data: MatrixData::Bf16(w) };
-    cpu.linear(x, rows, &mut [Linear { w, bias: None, accumulate: false, y }]);
+    cpu.linear(x, rows, &mut [Linear { w, inner: None, bias: None, accumulate: false, y }]);
 }
 
 /// What a call costs when there is next to nothing to do, and when it enters a parallel region.

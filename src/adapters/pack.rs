@@ -8,14 +8,18 @@ use crate::model::weights::{Projection, floats};
 
 /// The base's weights at a place, row-major as stored: `[out][in]`, an embedding `[vocab][hidden]`.
 pub fn base_weight(base: &Checkpoint, place: Place) -> Vec<f32> {
-    let view = base.tensor(&place.tensor(&base.config)).expect("an opened checkpoint has every tensor its configuration asks for");
-    floats(view).collect()
+    const THERE: &str = "an opened checkpoint has every tensor its configuration asks for";
+    match place {
+        Place::Layer(..) => base.linear(&place.path()).expect(THERE).0,
+        Place::Embed | Place::Head => floats(base.tensor(&place.tensor(&base.config)).expect(THERE)).collect(),
+    }
 }
 
 /// The base's bias at a place; zeros where it has none.
 fn base_bias(base: &Checkpoint, place: Place) -> Vec<f32> {
     let (out, _) = place.shape(&base.config);
-    base.tensor(&format!("{}.bias", place.path())).map_or_else(|| vec![0.0; out], |view| floats(view).collect())
+    let own = if matches!(place, Place::Layer(..)) { base.linear(&place.path()).and_then(|(_, bias)| bias) } else { None };
+    own.unwrap_or_else(|| vec![0.0; out])
 }
 
 /// What `parsed`, whose factors belong on `base`, changes of it. Gains cost `rank * in * out` multiplications per module.
@@ -50,7 +54,7 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
     if let Some(weight) = replaced {
         let has_bias = place.has_bias(&base.config);
         let bias = has_bias.then(|| module.base_bias.clone().unwrap_or_else(|| base_bias(base, place)));
-        site.replace = Some(Projection { weight: held.matrix((out, inputs), weight), bias });
+        site.replace = Some(Projection { weight: held.matrix((out, inputs), weight), inner: None, bias });
     }
     let mut bias = module.bias.clone();
     if let (Some((new, old)), None) = (&own_bias, replaced) {

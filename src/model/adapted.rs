@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::ids::AdapterGeneration;
 use crate::model::delta::{Delta, Norm, Site, SiteDelta};
+use crate::model::weights::Weight;
 use crate::ops::{Linear, Ops, Update};
 
 /// The adapters a pass may name, with what they change.
@@ -93,7 +94,7 @@ pub(super) fn linear(ops: &dyn Ops, (x, rows): (&[f32], usize), jobs: &mut [Line
     ops.linear(x, rows, jobs);
     let mut kept = kept.into_iter();
     for (job, place) in jobs.iter_mut().zip(places) {
-        let (inputs, width) = (job.w.in_features, job.w.out_features);
+        let (inputs, width) = (job.inputs(), job.w.out_features);
         for Worn { delta, rows } in worn {
             let Some(site) = place.of(delta) else { continue };
             let y = &mut job.y[span(rows, width)];
@@ -107,7 +108,8 @@ pub(super) fn linear(ops: &dyn Ops, (x, rows): (&[f32], usize), jobs: &mut [Line
                     y.copy_from_slice(before);
                 }
                 bias = own.bias.as_deref();
-                let own = Linear { w: own.weight.matrix(), bias, accumulate: job.accumulate, y: &mut *y };
+                let inner = own.inner.as_ref().map(Weight::matrix);
+                let own = Linear { w: own.weight.matrix(), inner, bias, accumulate: job.accumulate, y: &mut *y };
                 ops.linear(&x[span(rows, inputs)], rows.len(), &mut [own]);
             }
             if let Some(gain) = &site.gain {

@@ -149,9 +149,9 @@ impl Checkpoint {
         } else if dir.join("model.safetensors.index.json").exists() {
             return Checkpoint::open_index(dir, parsed, generation, warnings);
         } else {
-            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|n| dir.join(n).exists());
+            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model_checkpoint.pt"].iter().any(|n| dir.join(n).exists());
             let mend = if pickled {
-                "weights in pickle form are not loaded: convert them to safetensors"
+                "weights in pickle form are not loaded: convert them to safetensors (README.md has a command)"
             } else {
                 "download the weights in safetensors form"
             };
@@ -218,7 +218,7 @@ impl Checkpoint {
 
     /// Every tensor the configuration asks for is there in its shape and in a supported type, and nothing else is.
     fn check_tensors(&mut self) -> Result<(), CheckpointError> {
-        let want = weights::expected(&self.config);
+        let want = weights::expected(&self.config, &|name| self.tensors.get(name).map(|t| &t.entry.shape[..]));
         for (name, shape) in &want {
             let Some(found) = self.tensors.get(name) else {
                 let mend = if name == "lm_head.weight" {
@@ -295,6 +295,11 @@ impl Checkpoint {
         weights::build(self, dtype)
     }
 
+    /// The whole matrix `[out][in]` of the linear layer `path` and its bias, in `f32`, in whatever form it is stored.
+    pub fn linear(&self, path: &str) -> Option<(Vec<f32>, Option<Vec<f32>>)> {
+        weights::linear_of(self, path)
+    }
+
     /// Whether full attention is right for sequences of up to `max_model_len` positions.
     pub fn check_context(&self, max_model_len: usize) -> Result<(), CheckpointError> {
         match self.sliding_window {
@@ -339,7 +344,7 @@ impl Checkpoint {
     /// Reads every weight once and refuses what is not finite, and matrices that are all zeros. Bound by memory
     /// or disk bandwidth.
     pub fn verify(&self) -> Result<(), CheckpointError> {
-        for (name, shape) in weights::expected(&self.config) {
+        for (name, shape) in weights::expected(&self.config, &|name| self.tensors.get(name).map(|t| &t.entry.shape[..])) {
             let view = self.tensor(&name).expect("checked when the folder was opened");
             let mut zeros = true;
             for (element, value) in weights::floats(view).enumerate() {

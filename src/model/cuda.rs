@@ -38,6 +38,8 @@ pub enum CudaRefusal {
     Dtype,
     #[error("a CUDA device takes widths that are multiples of 8, and this model has {what} of {width}: use --device cpu")]
     Width { what: &'static str, width: usize },
+    #[error("weights kept as products of two matrices (WeLore, Maestro) are not served on a device yet: use --device cpu")]
+    Factorised,
     #[error(transparent)]
     Device(#[from] CudaError),
 }
@@ -652,7 +654,13 @@ fn key(row: &Row) -> (u8, bool) {
 /// # Errors
 /// Where it does not, why.
 pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(), CudaRefusal> {
-    let of_layer = |l: &LayerWeights<'_>| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().any(|p| is_f32(&p.weight));
+    fn all<'l, 'w>(l: &'l LayerWeights<'w>) -> [&'l Projection<'w>; 7] {
+        [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
+    }
+    if weights.layers.iter().flat_map(all).any(|p| p.inner.is_some()) {
+        return Err(CudaRefusal::Factorised);
+    }
+    let of_layer = |l: &LayerWeights<'_>| all(l).iter().any(|p| is_f32(&p.weight));
     if is_f32(&weights.embed) || is_f32(weights.head()) || weights.layers.iter().any(of_layer) {
         return Err(CudaRefusal::Dtype);
     }

@@ -11,7 +11,7 @@ use crate::kv::layout::PageLayout;
 use crate::model::adapted::{self, Adapters, NormPlace, Normed, Place, Worn};
 use crate::model::config::ModelConfig;
 use crate::model::delta::{Delta, Norm, Site};
-use crate::model::weights::{LayerWeights, ModelWeights, Projection};
+use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::{Append, AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, append};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
 
@@ -440,7 +440,7 @@ impl<'a> Decoder<'a> {
             let of = Normed { x: &s.wanted_x, weight: &self.weights.norm, eps: c.norm_eps, stride: c.hidden };
             adapted::rms_norm(ops, &of, NormPlace::Final, &worn, &mut s.wanted_normed);
             s.logits.resize(some.len() * c.vocab, 0.0);
-            let head = Linear { w: self.weights.head().matrix(), bias: None, accumulate: false, y: &mut s.logits };
+            let head = Linear { w: self.weights.head().matrix(), inner: None, bias: None, accumulate: false, y: &mut s.logits };
             adapted::linear(ops, (&s.wanted_normed, some.len()), &mut [head], &[Place::Head], &worn);
             for (&(row, i), logits) in some.iter().zip(s.logits.chunks_exact_mut(c.vocab)) {
                 let part = parts.iter().rev().find(|p| p.first <= i).expect("every position is in a part");
@@ -489,11 +489,11 @@ fn exact_offset(profile: &ReadyProfile, store: ExactStore, layer: usize) -> usiz
 }
 
 fn linear<'x>(p: &'x Projection<'_>, y: &'x mut [f32]) -> Linear<'x> {
-    Linear { w: p.weight.matrix(), bias: p.bias.as_deref(), accumulate: false, y }
+    Linear { w: p.weight.matrix(), inner: p.inner.as_ref().map(Weight::matrix), bias: p.bias.as_deref(), accumulate: false, y }
 }
 
 fn residual<'x>(p: &'x Projection<'_>, y: &'x mut [f32]) -> Linear<'x> {
-    Linear { w: p.weight.matrix(), bias: p.bias.as_deref(), accumulate: true, y }
+    Linear { accumulate: true, ..linear(p, y) }
 }
 
 fn slice(x: &[f32], row: usize, n: usize, width: usize) -> &[f32] {

@@ -61,6 +61,14 @@ impl Weight<'_> {
         }
     }
 
+    /// All elements, widened.
+    pub fn floats(&self) -> Vec<f32> {
+        match &self.data {
+            Data::F32(d) => d.to_vec(),
+            Data::Bf16(d) => d.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.data {
@@ -79,7 +87,34 @@ impl Weight<'_> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Projection<'a> {
     pub weight: Weight<'a>,
+    /// Of a matrix that is stored and used as a product `weight inner`.
+    pub inner: Option<Weight<'a>>,
     pub bias: Option<Vec<f32>>,
+}
+
+impl<'a> Projection<'a> {
+    /// The whole matrix, multiplied out where it is a product: `2 * out * in * rank` FLOPs.
+    pub fn dense(&self) -> Cow<'_, Weight<'a>> {
+        let Some(inner) = &self.inner else { return Cow::Borrowed(&self.weight) };
+        let product = multiplied(&self.weight.floats(), &inner.floats(), self.weight.in_features);
+        let data = match self.weight.data {
+            Data::F32(_) => Data::F32(Cow::Owned(product)),
+            Data::Bf16(_) => Data::Bf16(Cow::Owned(product.into_iter().map(bf16::from_f32).collect())),
+        };
+        Cow::Owned(Weight { out_features: self.weight.out_features, in_features: inner.in_features, data })
+    }
+}
+
+/// `left right` of `left: [out][k]` and `right: [k][in]`.
+fn multiplied(left: &[f32], right: &[f32], k: usize) -> Vec<f32> {
+    let (out, inputs) = (left.len() / k, right.len() / k);
+    let mut product = vec![0.0; out * inputs];
+    product.par_chunks_mut(inputs).zip(left.par_chunks(k)).for_each(|(row, left)| {
+        for (l, right) in left.iter().zip(right.chunks_exact(inputs)) {
+            row.iter_mut().zip(right).for_each(|(p, r)| *p += l * r);
+        }
+    });
+    product
 }
 
 /// One decoder layer.
@@ -120,8 +155,35 @@ impl<'a> ModelWeights<'a> {
     }
 }
 
-/// Every tensor a model of this configuration has, with its shape.
-pub(super) fn expected(c: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+/// How a linear layer is stored: names below the layer's own, of the part the output comes from and of the one the input passes
+/// first.
+struct Form {
+    outer: &'static str,
+    inner: &'static str,
+    bias: &'static str,
+}
+
+/// WeLore (Jaiswal et al. 2024): `W = U V`, where a layer's rank fell far enough; dense where not.
+static WELORE: Form = Form { outer: "U.weight", inner: "V.weight", bias: "bias" };
+/// Maestro (Horvath et al. 2024): two linear layers in a row. Ranks that training left without weight are still stored.
+static MAESTRO: Form = Form { outer: "out_network.weight", inner: "in_network.weight", bias: "out_network.bias" };
+
+/// The importance below which Maestro drops a rank: the product of the norms of its two sides.
+const IMPORTANCE: f64 = 1e-5;
+
+/// The shape of a stored tensor.
+type Shapes<'s> = dyn Fn(&str) -> Option<&'s [usize]> + 's;
+
+impl Form {
+    /// The form the linear layer `path` is stored in; `None` for a plain matrix.
+    fn of(path: &str, shapes: &Shapes<'_>) -> Option<&'static Form> {
+        let is = |form: &&Form| [form.outer, form.inner].iter().any(|part| shapes(&format!("{path}.{part}")).is_some());
+        [&WELORE, &MAESTRO].into_iter().find(|form| is(form) && shapes(&format!("{path}.weight")).is_none())
+    }
+}
+
+/// Every tensor a model of this configuration has, with its shape; linear layers in the form they are stored in.
+pub(super) fn expected(c: &ModelConfig, shapes: &Shapes<'_>) -> BTreeMap<String, Vec<usize>> {
     let mut out = BTreeMap::new();
     let mut want = |name: String, shape: &[usize]| {
         out.insert(name, shape.to_vec());
@@ -141,10 +203,22 @@ pub(super) fn expected(c: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
             want(name("self_attn.k_norm.weight"), &[c.head_dim]);
         }
         let mut projection = |part: &str, to: usize, from: usize, bias: bool| {
-            want(name(&format!("{part}.weight")), &[to, from]);
-            if bias {
-                want(name(&format!("{part}.bias")), &[to]);
+            let path = name(part);
+            let Some(form) = Form::of(&path, shapes) else {
+                want(format!("{path}.weight"), &[to, from]);
+                if bias {
+                    want(format!("{path}.bias"), &[to]);
+                }
+                return;
+            };
+            let (outer, inner, own) = (format!("{path}.{}", form.outer), format!("{path}.{}", form.inner), format!("{path}.{}", form.bias));
+            // Either side tells the rank; that the other agrees is checked with all shapes.
+            let rank = shapes(&inner).map(|s| s[0]).or_else(|| shapes(&outer)?.get(1).copied()).unwrap_or(1).max(1);
+            if bias || shapes(&own).is_some() {
+                want(own, &[to]);
             }
+            want(outer, &[to, rank]);
+            want(inner, &[rank, from]);
         };
         projection("self_attn.q_proj", q, c.hidden, c.qkv_bias);
         projection("self_attn.k_proj", kv, c.hidden, c.qkv_bias);
@@ -165,9 +239,18 @@ pub(super) fn build(checkpoint: &Checkpoint, dtype: LoadDtype) -> ModelWeights<'
     let layers = (0..checkpoint.config.layers)
         .map(|i| {
             let name = |part: &str| format!("model.layers.{i}.{part}");
-            let projection = |part: &str, bias: bool| Projection {
-                weight: weight(&name(&format!("{part}.weight"))),
-                bias: bias.then(|| vector(name(&format!("{part}.bias")))),
+            let projection = |part: &str, bias: bool| {
+                let path = name(part);
+                let shapes = |name: &str| checkpoint.tensor(name).map(|t| t.shape);
+                let Some(form) = Form::of(&path, &shapes) else {
+                    let bias = bias.then(|| vector(format!("{path}.bias")));
+                    return Projection { weight: weight(&format!("{path}.weight")), inner: None, bias };
+                };
+                let bias = checkpoint.tensor(&format!("{path}.{}", form.bias)).map(|view| floats(view).collect());
+                let (weight, inner) = (weight(&format!("{path}.{}", form.outer)), weight(&format!("{path}.{}", form.inner)));
+                let product = Projection { weight, inner: Some(inner), bias };
+                // WeLore chose its ranks, and keeps a matrix whole where that is smaller.
+                if std::ptr::eq(form, &MAESTRO) { thresholded(product) } else { product }
             };
             let c = &checkpoint.config;
             LayerWeights {
@@ -191,6 +274,54 @@ pub(super) fn build(checkpoint: &Checkpoint, dtype: LoadDtype) -> ModelWeights<'
         norm: vector(FINAL_NORM.to_owned()),
         untied_head: (!checkpoint.config.tied).then(|| weight(HEAD)),
     }
+}
+
+/// A product without the ranks that weigh nothing; multiplied out where that is smaller still.
+fn thresholded(p: Projection<'_>) -> Projection<'_> {
+    let Some(inner) = &p.inner else { return p };
+    let (outs, ranks, inputs) = (p.weight.out_features, p.weight.in_features, inner.in_features);
+    let (left, right) = (p.weight.floats(), inner.floats());
+    let norm = |squares: f64| squares.sqrt();
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let importance = |j: usize| {
+        let out: f64 = (0..outs).map(|o| square(left[o * ranks + j])).sum();
+        let input: f64 = right[j * inputs..][..inputs].iter().map(|v| square(*v)).sum();
+        norm(out) * norm(input)
+    };
+    let mut kept: Vec<usize> = (0..ranks).filter(|&j| importance(j) >= IMPORTANCE).collect();
+    if kept.is_empty() {
+        kept.push(0);
+    }
+    let k = kept.len();
+    if k == ranks && (outs + inputs) * k < outs * inputs {
+        return p;
+    }
+    let left: Vec<f32> = left.chunks_exact(ranks).flat_map(|row| kept.iter().map(|&j| row[j])).collect();
+    let right: Vec<f32> = kept.iter().flat_map(|&j| right[j * inputs..][..inputs].iter().copied()).collect();
+    let held = |out_features: usize, in_features: usize, data: Vec<f32>| Weight {
+        out_features,
+        in_features,
+        data: match p.weight.data {
+            Data::F32(_) => Data::F32(Cow::Owned(data)),
+            Data::Bf16(_) => Data::Bf16(Cow::Owned(data.into_iter().map(bf16::from_f32).collect())),
+        },
+    };
+    if (outs + inputs) * k >= outs * inputs {
+        return Projection { weight: held(outs, inputs, multiplied(&left, &right, k)), inner: None, bias: p.bias };
+    }
+    Projection { weight: held(outs, k, left), inner: Some(held(k, inputs, right)), bias: p.bias }
+}
+
+/// A linear layer's whole matrix and its bias, widened, in whatever form it is stored; `None` where there is none of this path.
+pub(super) fn linear_of(checkpoint: &Checkpoint, path: &str) -> Option<(Vec<f32>, Option<Vec<f32>>)> {
+    let get = |part: &str| checkpoint.tensor(&format!("{path}.{part}"));
+    let Some(form) = Form::of(path, &|name| checkpoint.tensor(name).map(|t| t.shape)) else {
+        return Some((floats(get("weight")?).collect(), get("bias").map(|b| floats(b).collect())));
+    };
+    let (outer, inner) = (get(form.outer)?, get(form.inner)?);
+    let k = inner.shape[0];
+    let product = multiplied(&floats(outer).collect::<Vec<_>>(), &floats(inner).collect::<Vec<_>>(), k);
+    Some((product, get(form.bias).map(|b| floats(b).collect())))
 }
 
 /// A two-dimensional tensor in the type asked for.

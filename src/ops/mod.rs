@@ -35,6 +35,8 @@ pub enum MatrixData<'a> {
 /// `y = x . w^T (+ bias)`, or added onto `y` when `accumulate` (the residual stream).
 pub struct Linear<'a> {
     pub w: Matrix<'a>,
+    /// Of weights kept as a product: what the input passes first, `[w.in_features][in_features]`.
+    pub inner: Option<Matrix<'a>>,
     pub bias: Option<&'a [f32]>,
     pub accumulate: bool,
     /// `[rows][w.out_features]`.
@@ -205,6 +207,13 @@ pub fn append(arena: &mut Arena, a: &Append<'_>) {
 /// Bytes of keys of one head in an exact page; its values follow.
 pub fn exact_head_bytes(layout: &PageLayout) -> usize {
     layout.head_dim * 64 * layout.exact.bytes()
+}
+
+impl Linear<'_> {
+    /// Elements of a row of its input.
+    pub fn inputs(&self) -> usize {
+        self.inner.map_or(self.w.in_features, |inner| inner.in_features)
+    }
 }
 
 impl MatrixData<'_> {

@@ -28,6 +28,13 @@ impl Ops for Reference {
     fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
         for job in jobs {
             let (n, k) = (job.w.out_features, job.w.in_features);
+            let mut passed = Vec::new();
+            if let Some(inner) = job.inner {
+                assert_eq!(inner.out_features, k, "what the input passes first is not [{k}][in_features]");
+                passed = vec![0.0; rows * k];
+                self.linear(x, rows, &mut [Linear { w: inner, inner: None, bias: None, accumulate: false, y: &mut passed }]);
+            }
+            let x = if job.inner.is_some() { &passed } else { x };
             for r in 0..rows {
                 for o in 0..n {
                     let mut sum = 0.0f64;

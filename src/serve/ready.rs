@@ -279,13 +279,15 @@ pub(super) fn compute_on(
     let layers = &decoder.weights().layers;
     let products = |input: &dyn Fn(usize) -> Vec<f64>| -> Vec<Products> {
         let one = |(i, l): (usize, &LayerWeights<'_>)| {
-            let keys = (l.k.weight.matrix(), l.k.bias.as_deref(), l.k_norm.as_deref());
-            calibrate::products([keys, (l.v.weight.matrix(), l.v.bias.as_deref(), None)], &input(i))
+            let (k, v) = (l.k.dense(), l.v.dense());
+            let keys = (k.matrix(), l.k.bias.as_deref(), l.k_norm.as_deref());
+            calibrate::products([keys, (v.matrix(), l.v.bias.as_deref(), None)], &input(i))
         };
         layers.iter().enumerate().map(one).collect()
     };
     let asked = |init: Init| cskv().any(|c| c.init.unwrap_or(how.init) == init);
-    let outputs: Vec<Matrix<'_>> = layers.iter().map(|l| l.o.weight.matrix()).collect();
+    let dense: Vec<_> = layers.iter().map(|l| l.o.dense()).collect();
+    let outputs: Vec<Matrix<'_>> = dense.iter().map(|w| w.matrix()).collect();
     let sources = Sources {
         default: how.init,
         svd: if asked(Init::Svd) { products(&|_| vec![1.0; model.hidden]) } else { vec![] },

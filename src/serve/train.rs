@@ -79,7 +79,8 @@ pub fn compress(
     let subject = |p: &&Profile| Ok(Subject { profile: (*p).clone(), start: untrained.layers(p)?, widths: untrained.widths(p)? });
     let subjects = chosen.iter().map(subject).collect::<anyhow::Result<Vec<_>>>()?;
     let rope = RopeTable::new(model, lengths.iter().copied().max().unwrap_or(0));
-    let outputs: Vec<Matrix<'_>> = decoder.weights().layers.iter().map(|l| l.o.weight.matrix()).collect();
+    let dense: Vec<_> = decoder.weights().layers.iter().map(|l| l.o.dense()).collect();
+    let outputs: Vec<Matrix<'_>> = dense.iter().map(|w| w.matrix()).collect();
     let facts = Model { config: model, rope: &rope, outputs: &outputs };
     let begun = Instant::now();
     let trained = train_all(&directory, facts, &lengths, &subjects, &training, settings.threads)?;

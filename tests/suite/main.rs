@@ -12,6 +12,7 @@ mod cuda;
 mod emulated;
 mod engine;
 mod eval;
+mod factorised;
 mod families;
 mod golden;
 mod http;

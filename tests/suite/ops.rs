@@ -105,7 +105,7 @@ fn linear_agrees_with_the_definition_and_is_the_same_in_any_batch() {
                 };
                 let mut y: Vec<f32> = (0..rows * out).map(|i| before[(first + i / out) * OUT + i % out]).collect();
                 let w = Matrix { out_features: out, in_features: inputs, data };
-                let job = Linear { w, bias: biased.then_some(&bias[..out]), accumulate, y: &mut y };
+                let job = Linear { w, inner: None, bias: biased.then_some(&bias[..out]), accumulate, y: &mut y };
                 ops.linear(x, rows, &mut [job]);
                 y
             };
@@ -250,7 +250,7 @@ fn linear_shares_many_rows_and_jobs_over_threads_without_a_trace() {
                 .enumerate()
                 .map(|(i, ((out, w, halves), y))| {
                     let data = if i % 2 == 0 { MatrixData::F32(w) } else { MatrixData::Bf16(halves) };
-                    Linear { w: Matrix { out_features: *out, in_features: inputs, data }, bias: None, accumulate: false, y }
+                    Linear { w: Matrix { out_features: *out, in_features: inputs, data }, inner: None, bias: None, accumulate: false, y }
                 })
                 .collect();
             cpu.linear(x, rows, &mut jobs);
@@ -970,7 +970,7 @@ fn broken_calls_are_refused() {
     };
     let linear = |y: &mut [f32], out| {
         let w = Matrix { out_features: out, in_features: 3, data: MatrixData::F32(&w) };
-        cpu.linear(&[1.0; 3], 1, &mut [Linear { w, bias: None, accumulate: false, y }]);
+        cpu.linear(&[1.0; 3], 1, &mut [Linear { w, inner: None, bias: None, accumulate: false, y }]);
     };
     assert!(message(&mut || linear(&mut [0.0; 2], 3)).contains("weights are not [out][in]"));
     assert!(message(&mut || linear(&mut [0.0; 3], 2)).contains("y is not [rows][out]"));

@@ -81,8 +81,40 @@ unsafe impl Send for Job {}
 // SAFETY: as above.
 unsafe impl Sync for Job {}
 
-/// `Ops::linear` on `cpu`.
+/// `Ops::linear` on `cpu`. What weights kept as products are of is met with the others' weights, then each on its own.
 pub(super) fn linear(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+    let width = |job: &Linear<'_>| job.inner.map_or(0, |inner| inner.out_features);
+    let all: usize = jobs.iter().map(width).sum();
+    if all == 0 {
+        return dense(cpu, x, rows, jobs);
+    }
+    let mut passed = cpu.passed.lock().unwrap_or_else(|e| e.into_inner());
+    passed.clear();
+    passed.resize(rows * all, 0.0);
+    let mut rest = &mut passed[..];
+    let mut first: Vec<Linear<'_>> = Vec::with_capacity(jobs.len());
+    for job in jobs.iter_mut() {
+        first.push(match job.inner {
+            None => Linear { w: job.w, inner: None, bias: job.bias, accumulate: job.accumulate, y: &mut *job.y },
+            Some(inner) => {
+                assert_eq!(inner.out_features, job.w.in_features, "what the input passes first is not [w.in_features][in_features]");
+                let (y, left) = std::mem::take(&mut rest).split_at_mut(rows * inner.out_features);
+                rest = left;
+                Linear { w: inner, inner: None, bias: None, accumulate: false, y }
+            }
+        });
+    }
+    dense(cpu, x, rows, &mut first);
+    let mut rest = &passed[..];
+    for job in jobs.iter_mut().filter(|job| job.inner.is_some()) {
+        let (x, left) = rest.split_at(rows * job.w.in_features);
+        rest = left;
+        dense(cpu, x, rows, &mut [Linear { w: job.w, inner: None, bias: job.bias, accumulate: job.accumulate, y: &mut *job.y }]);
+    }
+}
+
+/// [`linear`] of weights that are no products.
+fn dense(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
     let Some(inputs) = jobs.first().map(|job| job.w.in_features) else { return };
     assert!(inputs > 0 && x.len() == rows * inputs, "x is not [rows][in_features]");
     if rows == 0 {

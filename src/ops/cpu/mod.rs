@@ -44,6 +44,8 @@ pub struct Cpu {
     isa: Isa,
     pool: pool::Pool,
     linear: Mutex<linear::LinearScratch>,
+    /// Inputs as weights kept as products have passed them on.
+    passed: Mutex<Vec<f32>>,
     adapted: Mutex<adapted::AdaptedScratch>,
     attend: Mutex<attend::AttendScratch>,
     seal: Mutex<Vec<u64>>,
@@ -72,7 +74,8 @@ impl Cpu {
 
     fn build(isa: Isa, threads: usize) -> Cpu {
         let pool = pool::Pool::new(threads);
-        Cpu { isa, pool, linear: Mutex::default(), adapted: Mutex::default(), attend: Mutex::default(), seal: Mutex::default() }
+        let (linear, passed, adapted) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Cpu { isa, pool, linear, passed, adapted, attend: Mutex::default(), seal: Mutex::default() }
     }
 
     /// The instruction set in use.
