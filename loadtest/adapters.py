@@ -175,9 +175,9 @@ def main():
     m.add_argument("--api-key")
     m.add_argument("--extra", default="{}", help="JSON that every request carries, such as a cache_profile")
     m.add_argument("--streams", type=int, default=8)
-    m.add_argument("--max-tokens", type=int, default=48)
+    m.add_argument("--max-tokens", type=int, default=64)
     m.add_argument("--rounds", type=int, default=5)
-    m.add_argument("--wait", type=float, default=1.5, help="seconds that streams run before something happens beside them")
+    m.add_argument("--wait", type=float, default=6.0, help="seconds that streams run before something happens beside them")
     m.add_argument("--json")
     args = parser.parse_args()
     if args.command == "make":

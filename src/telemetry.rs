@@ -112,7 +112,8 @@ pub struct AdapterSnapshot {
     pub pinned: usize,
     /// Resident generations that no name points to any more.
     pub retired: usize,
-    pub resident_bytes: u64,
+    /// Name and bytes of each one in memory.
+    pub bytes: Vec<(String, u64)>,
     pub budget_bytes: u64,
     /// How many adapters of the usual size the budget has room for.
     pub room: usize,
@@ -232,7 +233,8 @@ const fn histogram(name: &'static str, buckets: Buckets, help: &'static str) -> 
 /// Every metric the server exports; the README's table is compared with it.
 pub const METRICS: &[Metric] = &[
     counter("http_requests_total", &["path", "method", "status"], "HTTP replies begun, by route (or `unmatched`), method and status."),
-    gauge("strait:adapter_bytes", &["kind"], "Bytes of adapters in memory: `resident`, and the `budget` they may take."),
+    gauge("strait:adapter_budget_bytes", &[], "Bytes that all adapters in memory together may take."),
+    gauge("strait:adapter_bytes", &["adapter", "tier"], "Bytes of each adapter in memory; one that lost its name goes by its generation."),
     counter("strait:adapter_evictions_total", &[], "Adapters taken out of memory to make room for others."),
     histogram("strait:adapter_load_seconds", Buckets::Step, "Reading an adapter and making it ready."),
     counter("strait:adapter_loads_total", &["outcome"], "Adapters read from disk: `ok` or `error`."),
@@ -557,9 +559,12 @@ impl Telemetry {
         for (state, n) in [("registered", a.registered), ("resident", a.resident), ("pinned", a.pinned), ("retired", a.retired)] {
             self.adapters.with_label_values(&[state]).set(int(n as u64));
         }
-        self.adapter_bytes.with_label_values(&["resident"]).set(int(a.resident_bytes));
-        self.adapter_bytes.with_label_values(&["budget"]).set(int(a.budget_bytes));
-        // Its labels are its value: the series of the last scrape must not stay.
+        self.gauges["strait:adapter_budget_bytes"].set(int(a.budget_bytes));
+        // What left memory, and what was the value of a label, must not stay from the last scrape.
+        self.adapter_bytes.reset();
+        for (name, bytes) in &a.bytes {
+            self.adapter_bytes.with_label_values(&[name.as_str(), "host"]).set(int(*bytes));
+        }
         self.lora_info.reset();
         let labels = [a.room.to_string(), a.running.join(","), a.waiting.join(",")];
         self.lora_info.with_label_values(&labels).set(int(a.now));
@@ -663,7 +668,7 @@ mod tests {
         let telemetry = loaded();
         every_event().into_iter().for_each(|event| telemetry.emit(event));
         telemetry.set_snapshot(&Snapshot::default());
-        telemetry.set_adapters(&AdapterSnapshot::default());
+        telemetry.set_adapters(&AdapterSnapshot { bytes: vec![("a".into(), 5)], ..AdapterSnapshot::default() });
         let text = telemetry.render();
         let exported: BTreeSet<_> =
             text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(|line| line.split_once(' ').expect("name and type")).collect();
@@ -740,6 +745,7 @@ mod tests {
             registered: 3,
             resident: 2,
             room: 40,
+            bytes: vec![("a".into(), 5), ("b".into(), 6)],
             running: vec!["a".into(), "b".into()],
             waiting: vec!["c".into()],
             now: 17,
@@ -747,12 +753,15 @@ mod tests {
         };
         telemetry.set_adapters(&adapters);
         adapters.running.pop();
+        adapters.bytes.pop();
         telemetry.set_adapters(&adapters);
         let text = telemetry.render();
         let info: Vec<&str> = text.lines().filter(|l| l.starts_with("vllm:lora_requests_info{")).collect();
         let want =
             r#"vllm:lora_requests_info{engine="0",max_lora="40",model_name="demo",running_lora_adapters="a",waiting_lora_adapters="c"} 17"#;
         assert_eq!(info, [want]);
+        let bytes: Vec<&str> = text.lines().filter(|l| l.starts_with("strait:adapter_bytes{")).collect();
+        assert_eq!(bytes, [r#"strait:adapter_bytes{adapter="a",tier="host"} 5"#]);
         assert!(text.lines().any(|l| l == r#"strait:adapters{state="resident"} 2"#), "{text}");
     }
 

@@ -407,6 +407,11 @@ impl Registry {
         Ok(names.filter(|name| self.knows(name)).count())
     }
 
+    /// A lease on what `alias` points to, if that is in memory.
+    pub fn resident(&self, alias: &str) -> Option<Lease> {
+        self.shared.lock().lease(alias, &self.shared)
+    }
+
     /// A lease on what `alias` points to now. One that is on disk is read first; all who ask meanwhile wait for that one read.
     ///
     /// # Errors

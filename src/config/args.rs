@@ -421,6 +421,12 @@ pub struct Forced {
     /// Sequences of each length, at most.
     #[arg(long, default_value_t = 16)]
     pub n: usize,
+    /// Under this adapter: what a cache costs whose bases were made without it.
+    #[arg(long, conflicts_with = "url")]
+    pub adapter: Option<PathBuf>,
+    /// The weights that adapter was trained on: auto, original, pissa, residual:FOLDER or initial:FOLDER.
+    #[arg(long, default_value = "auto", requires = "adapter")]
+    pub adapter_base: BaseChoice,
     /// Share of a sequence that is prompt, prefilled exactly and not scored; the rest is read token by token.
     #[arg(long, default_value_t = 0.5)]
     pub prompt_share: f64,

@@ -17,6 +17,7 @@ use crate::adapters::registry::{Happened, Limits, Load, Registry};
 use crate::adapters::{Facts, Reader, Ready, write};
 use crate::config::args::{self, AdapterFolder, AdapterServer};
 use crate::config::{AdapterSettings, cache_dir};
+use crate::demo;
 use crate::eval::ask::Transport;
 use crate::eval::http::Http;
 use crate::model::checkpoint::Checkpoint;
@@ -55,7 +56,10 @@ pub fn registry(
     for module in &settings.modules {
         let (alias, path, base) = (module.name.clone(), module.path.clone(), module.base.clone());
         let load = Load { alias, path, base, trusted: true, ..Load::default() };
-        let done = registry.load(&load).with_context(|| format!("--lora-modules {}={}", module.name, module.path.display()))?;
+        let done = registry.load(&load).with_context(|| match module.name.starts_with("--") {
+            true => format!("{} {}", module.name, module.path.display()),
+            false => format!("--lora-modules {}={}", module.name, module.path.display()),
+        })?;
         done.facts.warnings.iter().for_each(|w| tracing::warn!(adapter = %module.name, "{w}"));
         tracing::info!(adapter = %module.name, format = done.facts.format, rank = done.facts.rank, bytes = done.facts.bytes, "adapter loaded");
     }
@@ -227,9 +231,14 @@ fn table(told: &Value) -> String {
 
 /// The base of an offline look at a folder, and what reads adapters for it.
 pub(super) fn base_of(folder: &AdapterFolder) -> anyhow::Result<(&'static Checkpoint, Spectra)> {
-    let opened = Source::of(folder.model.as_ref()).open()?;
+    // The weights alone: a tokenizer says nothing of an adapter.
+    let checkpoint = match Source::of(folder.model.as_ref()) {
+        Source::Demo => demo::checkpoint()?,
+        Source::Folder(dir) => Checkpoint::open(&dir)?,
+    };
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(checkpoint));
     let dir = folder.cache_dir.clone().or_else(cache_dir);
-    Ok((opened.checkpoint, Spectra::new(dir.as_deref(), opened.checkpoint)))
+    Ok((checkpoint, Spectra::new(dir.as_deref(), checkpoint)))
 }
 
 pub(super) fn reader<'a>(folder: &AdapterFolder, base: &'a Checkpoint, spectra: &'a Spectra) -> Reader<'a> {

@@ -16,8 +16,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tower::ServiceExt;
 
+use crate::adapters::registry::Lease;
 use crate::config::args::{self, Asked, Asking, DeviceArg, ServeFlags, StyleArg};
-use crate::config::{self, ConfigError, Settings};
+use crate::config::{self, AdapterModule, ConfigError, Settings};
 use crate::engine::thread::{EngineThread, Runner};
 use crate::eval::ask::{Body, Client, Sending, Transport};
 use crate::eval::forced::{Machine, Said, force};
@@ -336,9 +337,15 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         eprintln!("text is scored on the CPU; the config file's device is for serving");
         settings.device = DeviceArg::Cpu;
     }
+    const WORN: &str = "--adapter";
+    if let Some(path) = &ask.adapter {
+        settings.adapters.modules.push(AdapterModule { name: WORN.into(), path: path.clone(), base: ask.adapter_base.clone() });
+    }
     let telemetry = Arc::new(Telemetry::new("eval"));
     let mut ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
     check_known(&ask.asked, &ready.profile_specs)?;
+    let lease = ready.adapters.as_ref().and_then(|a| a.resident(WORN));
+    let delta = lease.as_ref().map(Lease::delta);
     let names: Vec<String> = ready.profile_specs.iter().map(|p| p.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let chosen: Vec<&str> =
@@ -358,7 +365,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         .collect::<Result<_, RunError>>()?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
     let Runner::Host(host) = &mut ready.parts.runner else { unreachable!("loaded for the CPU") };
-    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles, adapter: None };
+    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles, adapter: delta.as_deref() };
     let mut rows = Vec::new();
     for (length, sequences) in sheets {
         let prompt = prompt_of(ask, length);
@@ -372,7 +379,8 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
         }
     }
     bar.finish_and_clear();
-    let origin = Origin { model: ready.names[0].clone(), asked: "in process".to_owned(), bases: told(&ready.bases) };
+    let under = ask.adapter.as_ref().map_or_else(String::new, |path| format!(", adapter {}", path.display()));
+    let origin = Origin { model: ready.names[0].clone(), asked: format!("in process{under}"), bases: told(&ready.bases) };
     report(&Forced { origin, interval: STUDENT, kl, rows })
 }
 

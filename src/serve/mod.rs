@@ -17,7 +17,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail, ensure};
 use tokio::net::TcpListener;
 
-use crate::adapters::registry::Registry;
+use crate::adapters::registry::{self, Registry};
 use crate::admission;
 use crate::config::ConfigError;
 use crate::config::Settings;
@@ -178,6 +178,7 @@ struct Summary {
     arena_bytes: u64,
     /// Name, bytes per token, tokens of one context that fit; and whether it is the default.
     profiles: Vec<(String, f64, u64, bool)>,
+    adapters: Option<registry::State>,
 }
 
 fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyhow::Result<Ready> {
@@ -385,6 +386,7 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
         profiles: (0..layouts.len())
             .map(|i| (profile_specs[i].name.clone(), layouts[i].bytes_per_token(), u64::from(longest(i)), i == default_profile))
             .collect(),
+        adapters: adapters.as_ref().map(Registry::state).filter(|a| !a.aliases.is_empty()),
     };
     server.telemetry.describe(Facts {
         profiles: summary.profiles.iter().map(|p| (p.0.clone(), p.1)).collect(),
@@ -458,6 +460,11 @@ fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
             "    {name:<10} {bytes:>10.1} bytes per token, {:>5.1}x smaller, one context of up to {tokens} tokens{mark}",
             full / bytes
         ));
+    }
+    if let Some(a) = &s.adapters {
+        let few: Vec<&str> = a.aliases.iter().take(4).map(|a| a.alias.as_str()).collect();
+        let more = if a.aliases.len() > few.len() { format!(" and {} more", a.aliases.len() - few.len()) } else { String::new() };
+        line(format!("  adapters {}{more} ({:.1} of {:.1} MiB in memory)", few.join(", "), mib(a.resident_bytes), mib(a.budget_bytes)));
     }
     line(format!("  chat     {url}/        dashboard {url}/dashboard        metrics {url}/metrics"));
     line("Try:".into());

@@ -159,7 +159,7 @@ pub fn snapshot(loaded: &Loaded, now: u64) -> Option<AdapterSnapshot> {
         resident: resident().count(),
         pinned: state.aliases.iter().filter(|a| a.pinned).count(),
         retired: state.generations.iter().filter(|g| g.retired).count(),
-        resident_bytes: state.resident_bytes,
+        bytes: state.generations.iter().map(|g| (g.aliases.first().cloned().unwrap_or_else(|| hex(g.generation)), g.bytes)).collect(),
         budget_bytes: state.budget_bytes,
         room: usize::try_from(state.budget_bytes / largest).unwrap_or(usize::MAX).max(1),
         running: resident().map(|a| a.alias.clone()).collect(),

@@ -1,8 +1,9 @@
 """The openai package as a client: what its users do, on the demo model."""
 
-import sys
-from pathlib import Path
 import json
+import sys
+import urllib.request
+from pathlib import Path
 
 import openai
 
@@ -75,7 +76,38 @@ check("echo text", echo.choices[0].text.startswith("The capital of France is"), 
 stopped = client.completions.create(model=model, prompt="Count: 1 2 3 4", max_tokens=40, stop=["7"], temperature=0)
 check("stop strings do not leak", "7" not in stopped.choices[0].text, stopped)
 
+# Adapters, as their users and the Kubernetes sidecar know them from vLLM.
+adapters = [m for m in client.models.list().data if getattr(m, "parent", None)]
+check("an adapter is listed with its parent", [(m.id, m.parent) for m in adapters] == [("pirate", model)], adapters)
+wanted = json.loads((Path(__file__).parent.parent / "golden/demo-adapters/expected.json").read_text())
+
+
+def says(adapter, served):
+    for case in (c for c in wanted if c["adapter"] == adapter):
+        answer = client.chat.completions.create(model=served, messages=case["messages"], temperature=0)
+        got = answer.choices[0].message.content
+        check(f"{served}: {case['greedy'][:40]!r}", got == case["greedy"] and answer.model == served, got)
+
+
+def post(path, body):
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return reply.read().decode()
+
+
+says(None, model)
+says("pirate", "pirate")
+for name in ("shout", "terse"):
+    told = post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name, "base_model_name": model})
+    check(f"load {name}", told == f"Success: LoRA adapter '{name}' added successfully.", told)
+    says(name, name)
+told = post("/v1/load_lora_adapter", {"lora_name": "terse", "lora_path": "shout", "load_inplace": True})
+says("shout", "terse")
+told = post("/v1/unload_lora_adapter", {"lora_name": "terse"})
+check("unload", told == "Success: LoRA adapter 'terse' removed successfully.", told)
+
 for name, call, kind in [
+    ("unknown adapter", lambda: client.chat.completions.create(model="terse", messages=[{"role": "user", "content": "x"}]), openai.NotFoundError),
     ("unknown model", lambda: client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}]), openai.NotFoundError),
     (
         "temperature out of range",

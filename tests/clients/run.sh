@@ -25,7 +25,7 @@ fi
 (cd tests/browser && npm ci --silent --no-audit --no-fund)
 
 log=$work/server.log
-"$root/target/release/strait" --port 0 >"$work/server.out" 2>"$log" &
+"$root/target/release/strait" --port 0 --lora-modules pirate=tests/golden/demo-adapters/pirate --lora-root tests/golden/demo-adapters >"$work/server.out" 2>"$log" &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 for _ in $(seq 100); do
@@ -37,6 +37,14 @@ curl -sf "$url/ready" >/dev/null || { cat "$log"; echo "the server did not becom
 
 echo "==> openai (Python) against $url"
 "$work/venv/bin/python" tests/clients/openai_python.py "$url"
+echo "==> strait adapter against $url"
+"$root/target/release/strait" adapter load shouting shout --url "$url"
+"$root/target/release/strait" adapter list --url "$url" | tee "$work/adapters.txt"
+grep -q '^shouting .*PiSSA' "$work/adapters.txt"
+"$root/target/release/strait" adapter unload shouting --url "$url"
+if "$root/target/release/strait" adapter load out ../golden --url "$url"; then echo "a folder outside the root was loaded"; exit 1; fi
+"$root/target/release/strait" adapter inspect tests/golden/demo-adapters/pirate --cache-dir "$work/cache" --svg "$work/pirate.svg" | tail -n 3
+
 echo "==> openai (Node) against $url"
 node tests/clients/openai_node.mjs "$url"
 echo "==> pages in Chromium, against the mock and against $url"

@@ -5,23 +5,29 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde_json::Value;
 use strait::adapters::base::Spectra;
 use strait::adapters::folder::Bounds;
+use strait::adapters::left::left as spectrum_left;
+use strait::adapters::pack::base_weight;
 use strait::adapters::registry::{Happened, Lease, Limits, Load, Registry};
-use strait::adapters::{AdapterError, BaseChoice, Module, Parsed, Reader, Ready, write};
+use strait::adapters::spectrum::Dense;
+use strait::adapters::{AdapterError, BaseChoice, Module, Parsed, Place, Reader, Ready, write};
 use strait::compress::LayerCompression;
+use strait::config::args::{AdapterFolder, AdapterInspect};
 use strait::engine::TokenStream;
 use strait::eval::forced::{Machine, Said, force};
 use strait::ids::AdapterGeneration;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::decoder::{Decoder, ReadyProfile};
-use strait::model::delta::{Delta, HeldAs};
+use strait::model::delta::{Delta, HeldAs, Site};
 use strait::model::weights::LoadDtype;
 use strait::ops::Ops;
 use strait::ops::cpu::Cpu;
 use strait::ops::reference::Reference;
 use strait::request::{Event, GenerateRequest};
+use strait::serve::inspect::inspect as inspect_adapter;
 use strait::step::Logits;
 
 use crate::engine::{self, ROOMY, World, hear, world};
@@ -553,4 +559,173 @@ fn the_books_are_right_whatever_is_done() {
         let state = registry.state();
         assert!(state.resident_bytes == 0 && state.generations.is_empty(), "seed {seed}: {state:?}");
     }
+}
+
+/// Writes a LoRA whose modules are these, with a scale of one.
+fn plant(to: &Path, modules: &[(String, usize, Vec<f32>, Vec<f32>)]) {
+    use safetensors::tensor::{Dtype, TensorView};
+    std::fs::create_dir_all(to).unwrap();
+    let ranks: serde_json::Map<String, serde_json::Value> = modules.iter().map(|(name, r, ..)| (name.clone(), (*r).into())).collect();
+    let config = serde_json::json!({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks,
+        "target_modules": ranks.keys().collect::<Vec<_>>()});
+    std::fs::write(to.join("adapter_config.json"), config.to_string()).unwrap();
+    let views = modules.iter().flat_map(|(name, r, down, up)| {
+        let view = |rows: usize, data: &'_ [f32]| {
+            TensorView::new(Dtype::F32, vec![rows, data.len() / rows], bytemuck::cast_slice::<f32, u8>(data).to_vec().leak()).unwrap()
+        };
+        [
+            (format!("base_model.model.{name}.lora_A.weight"), view(*r, down)),
+            (format!("base_model.model.{name}.lora_B.weight"), view(up.len() / r, up)),
+        ]
+    });
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &to.join("adapter_model.safetensors")).unwrap();
+}
+
+fn inspect_ask(root: &Root, adapter: &Path) -> AdapterInspect {
+    AdapterInspect {
+        folder: AdapterFolder {
+            path: adapter.to_owned(),
+            model: Some(golden::folder("llama-linear")),
+            base: BaseChoice::Original,
+            max_lora_rank: 64,
+            cache_dir: Some(root.0.join("cache")),
+            json: true,
+        },
+        k: 10,
+        epsilon: 0.5,
+        svg: Some(root.0.join("report.svg")),
+        repair: None,
+        lambda: 0.1,
+    }
+}
+
+fn inspect(root: &Root, adapter: &Path, repair: Option<PathBuf>) -> serde_json::Value {
+    let ask = AdapterInspect { repair, ..inspect_ask(root, adapter) };
+    serde_json::from_str(&inspect_adapter(&ask).unwrap()).unwrap()
+}
+
+#[test]
+fn inspection_reports_exactly_the_intruders_that_were_planted() {
+    let root = Root::new("inspect", &[]);
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let mut rng = crate::ops::Rng::seeded(5);
+    let planted: Vec<(Place, usize)> =
+        [(Site::Q, 0), (Site::K, 1), (Site::V, 2), (Site::O, 3), (Site::Gate, 4), (Site::Up, 0), (Site::Down, 2)]
+            .map(|(site, n)| (Place::Layer(1, site), n))
+            .to_vec();
+    let modules = planted.iter().map(|&(place, n)| {
+        let (out, inputs) = place.shape(&base.config);
+        let weight = base_weight(&base, place);
+        let left = spectrum_left(Dense { rows: out, cols: inputs, data: &weight }).unwrap();
+        let (m, top) = (left.s.len(), left.s[0]);
+        let r = n.max(2);
+        let (mut down, mut up) = (vec![0.0f32; r * inputs], vec![0.0f32; out * r]);
+        for j in 0..n {
+            // A direction spread evenly over all of the base's, and stronger than any of them: signs of a Hadamard matrix keep
+            // several apart from each other.
+            for o in 0..out {
+                let spread: f32 = (0..m).map(|i| if (i & (j + 1)).count_ones() % 2 == 0 { 1.0 } else { -1.0 } * left.u[o * m + i]).sum();
+                up[o * r + j] = spread / (m as f32).sqrt() * top * (2.0 + j as f32);
+            }
+            down[j * inputs + 7 * j + 3] = 1.0;
+        }
+        if n == 0 {
+            down = rng.normals(r * inputs);
+            up = rng.normals(out * r).iter().map(|v| v * 1e-3).collect();
+        }
+        (place.path(), r, down, up)
+    });
+    let adapter = root.0.join("planted");
+    plant(&adapter, &modules.collect::<Vec<_>>());
+    let count = |told: &serde_json::Value| -> Vec<(String, u64)> {
+        let modules = told["modules"].as_array().unwrap().iter();
+        modules.map(|m| (m["name"].as_str().unwrap().into(), m["intruders"]["found"].as_array().unwrap().len() as u64)).collect()
+    };
+    let told = inspect(&root, &adapter, Some(root.0.join("repaired")));
+    let want: Vec<(String, u64)> = planted.iter().map(|(place, n)| (place.path(), *n as u64)).collect();
+    assert_eq!(count(&told), want);
+    assert_eq!(told["verdict"]["level"], "warning", "{}", told["verdict"]);
+    let svg = std::fs::read_to_string(root.0.join("report.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("gate_proj"), "{}", &svg[..200]);
+    // What was cached of the base gives the same.
+    assert_eq!(count(&inspect(&root, &adapter, None)), want);
+    assert!(std::fs::read_dir(root.0.join("cache")).unwrap().count() == 1, "one folder for one base");
+    // Repaired, it is an adapter that is served, without any.
+    let repaired = root.0.join("repaired");
+    assert!(count(&inspect(&root, &repaired, None)).iter().all(|(_, n)| *n == 0));
+    ready(&base, &repaired, &BaseChoice::Original, HeldAs::F32).unwrap();
+}
+
+#[test]
+fn a_nearly_full_rank_adapter_that_stays_small_has_no_intruders() {
+    let root = Root::new("benign", &[]);
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let mut rng = crate::ops::Rng::seeded(6);
+    let modules = Site::ALL.map(|site| {
+        let place = Place::Layer(0, site);
+        let ((out, inputs), r) = (place.shape(&base.config), 60);
+        let norm = base_weight(&base, place).iter().map(|v| v * v).sum::<f32>().sqrt();
+        let down = rng.normals(r * inputs);
+        let up = rng.normals(out * r).iter().map(|v| v * 0.03 * norm / ((out * inputs * r) as f32).sqrt()).collect();
+        (place.path(), r, down, up)
+    });
+    plant(&root.0.join("benign"), &modules);
+    let told = inspect(&root, &root.0.join("benign"), None);
+    for m in told["modules"].as_array().unwrap() {
+        assert_eq!(m["intruders"]["found"].as_array().unwrap().len(), 0, "{}", m["name"]);
+        let norm = m["update"]["relative_norm"].as_f64().unwrap();
+        assert!((0.02..0.04).contains(&norm) && m["update"]["rank_99"].as_u64().unwrap() > 30, "{}", m["update"]);
+    }
+}
+
+#[test]
+fn a_sorsa_adapter_reports_how_far_its_triples_drifted() {
+    let root = Root::new("drift", &[]);
+    let mut ask = inspect_ask(&root, &folder("sorsa-compact"));
+    ask.folder.base = BaseChoice::Auto;
+    let told: serde_json::Value = serde_json::from_str(&inspect_adapter(&ask).unwrap()).unwrap();
+    for m in told["modules"].as_array().unwrap() {
+        let drift = |side: &str| m["drift"][side].as_f64().unwrap();
+        assert!(drift("a") > 0.01 && drift("b") > 0.01, "{m}");
+    }
+}
+
+#[derive(Deserialize)]
+struct Told {
+    adapter: Option<String>,
+    messages: Value,
+    greedy: String,
+}
+
+/// The trained adapters of the demo model, in bf16 as it is served: the very words PEFT says.
+#[test]
+fn the_demo_adapters_say_what_peft_says() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo-adapters");
+    let told: Vec<Told> = serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap();
+    let base = strait::demo::checkpoint().unwrap();
+    let tokenizer = strait::demo::tokenizer().unwrap();
+    let ops = Cpu::new(2);
+    let eos = base.generation.eos.clone();
+    let mut by = std::collections::BTreeMap::new();
+    for Told { adapter, messages, greedy } in &told {
+        let delta = adapter.as_ref().map(|name| ready(&base, &dir.join(name), &BaseChoice::Auto, HeldAs::Bf16).unwrap().delta);
+        let prompt = tokenizer.render(messages, None, true, false, &serde_json::Map::new()).unwrap();
+        let mut alone = Alone::new(&base, LoadDtype::Auto);
+        alone.delta = delta;
+        let mut got = alone.run(&ops, &prompt, 0, Logits::Last);
+        let mut ids = Vec::new();
+        while ids.len() < 60 && prompt.len() + ids.len() < 500 {
+            let logits = &got[0].1;
+            let id = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
+            if eos.contains(&id) {
+                break;
+            }
+            ids.push(id);
+            got = alone.run(&ops, &[id], (prompt.len() + ids.len() - 1) as u32, Logits::Last);
+        }
+        let text = tokenizer.decode(&ids, true);
+        assert_eq!(text.trim(), greedy.trim(), "{adapter:?} on {messages}");
+        *by.entry(adapter.clone()).or_insert(0) += 1;
+    }
+    assert!(by.len() == 4 && by.values().all(|n| *n >= 5), "{by:?}");
 }
