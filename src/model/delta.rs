@@ -171,10 +171,13 @@ impl Factors {
     pub fn new((down, up): (&[f32], &[f32]), rank: usize, held: HeldAs) -> Factors {
         let (in_features, out_features) = (down.len() / rank, up.len() / rank);
         assert!(down.len() == rank * in_features && up.len() == out_features * rank, "factors are not of rank {rank}");
-        let tiled = (0..out_features.div_ceil(UP_TILE)).flat_map(|tile| {
-            (0..rank).flat_map(move |j| (0..UP_TILE).map(move |c| up.get((tile * UP_TILE + c) * rank + j).copied().unwrap_or(0.0)))
-        });
-        let up = held.hold(tiled);
+        let mut tiled = vec![0.0; out_features.div_ceil(UP_TILE) * rank * UP_TILE];
+        for (rows, tile) in up.chunks(UP_TILE * rank).zip(tiled.chunks_exact_mut(UP_TILE * rank)) {
+            for (c, row) in rows.chunks_exact(rank).enumerate() {
+                row.iter().enumerate().for_each(|(j, v)| tile[j * UP_TILE + c] = *v);
+            }
+        }
+        let up = held.hold(tiled.into_iter());
         Factors { rank, in_features, out_features, down: held.hold(down.iter().copied()), up }
     }
 
