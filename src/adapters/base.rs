@@ -7,7 +7,6 @@
 //! Both halves are as large as the leading part of `W`, and their difference is small. It is formed in f64 and factored anew, so
 //! that rounding the factors costs a share of the difference and not of `W`.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -22,11 +21,16 @@ use crate::model::checkpoint::Checkpoint;
 /// Singular values below this share of the largest that the two halves of a difference have are rounding.
 const NULL: f64 = 2e-7;
 
-/// Leading singular triplets of the base, by module: computed once, kept in memory and, where there is a folder, on disk.
+/// Leading singular triplets of the base, by module: computed once and kept on disk; in memory, up to [`KEPT`] bytes of them, where
+/// there is no folder for that.
 pub struct Spectra {
     dir: Option<PathBuf>,
-    known: Mutex<HashMap<Place, Arc<Triplets>>>,
+    /// The latest used last.
+    known: Mutex<Vec<(Place, Arc<Triplets>)>>,
 }
+
+/// Bytes of triplets in memory at most.
+const KEPT: usize = 256 << 20;
 
 impl Spectra {
     /// Kept under `dir`, in a folder of the base's digest; in memory alone without one.
@@ -44,24 +48,33 @@ impl Spectra {
         let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (rows, cols) = place.shape(&base.config);
         let enough = |t: &Triplets| t.rows == rows && t.cols == cols && t.s.len() >= r.min(rows).min(cols);
-        if let Some(found) = known.get(&place).filter(|t| enough(t)) {
-            return Ok(found.clone());
+        if let Some(at) = known.iter().position(|(p, t)| *p == place && enough(t)) {
+            let found = known.remove(at);
+            let triplets = found.1.clone();
+            known.push(found);
+            return Ok(triplets);
         }
         let file = self.dir.as_ref().map(|d| d.join(format!("{}.top", place.path())));
         let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| read_triplets(&bytes));
+        let mut on_disk = true;
         let found = match stored.filter(enough) {
             Some(stored) => stored,
             None => {
                 let weight = base_weight(base, place);
                 let found = spectrum::top(Dense { rows, cols, data: &weight }, r).map_err(|e| at(place, &e))?;
-                if let Some(file) = &file {
-                    keep(file, &triplet_bytes(&found));
-                }
+                on_disk = file.as_ref().is_some_and(|file| keep(file, &triplet_bytes(&found)));
                 found
             }
         };
         let found = Arc::new(found);
-        known.insert(place, found.clone());
+        if !on_disk {
+            let size = |t: &Triplets| 8 * (t.u.len() + t.s.len() + t.v.len());
+            known.retain(|(p, _)| *p != place);
+            known.push((place, found.clone()));
+            while known.len() > 1 && known.iter().map(|(_, t)| size(t)).sum::<usize>() > KEPT {
+                known.remove(0);
+            }
+        }
         Ok(found)
     }
 
@@ -107,18 +120,22 @@ fn read_triplets(bytes: &[u8]) -> Option<Triplets> {
     [&u, &s, &v].iter().all(|x| x.iter().all(|v| v.is_finite())).then_some(Triplets { rows, cols, u, s, v })
 }
 
-/// Keeps bytes for the next time, whole or not at all. Not being able to costs time alone.
-fn keep(file: &Path, bytes: &[u8]) {
+/// Keeps bytes for the next time, whole or not at all; whether that was possible. Where not, it costs time alone.
+fn keep(file: &Path, bytes: &[u8]) -> bool {
     let write = || -> std::io::Result<()> {
         let dir = file.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(dir)?;
-        let draft = file.with_extension(format!("{}.draft", std::process::id()));
+        // Others may write the same at once, on other machines too.
+        let unique = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
+        let draft = file.with_extension(format!("{unique:016x}.draft"));
         std::fs::write(&draft, bytes)?;
         std::fs::rename(&draft, file)
     };
-    if let Err(error) = write() {
+    let written = write();
+    if let Err(error) = &written {
         tracing::debug!(file = %file.display(), %error, "a decomposition could not be kept");
     }
+    written.is_ok()
 }
 
 fn at(place: Place, error: &spectrum::Error) -> AdapterError {
@@ -135,6 +152,11 @@ pub fn onto_served(parsed: &mut Parsed, choice: &BaseChoice, reader: &Reader<'_>
         BaseChoice::Auto | BaseChoice::Pissa => {
             let pissa = *choice == BaseChoice::Pissa;
             match parsed.trained_on {
+                TrainedOn::WithoutQr | TrainedOn::WithoutScaledLeading if pissa => {
+                    return Err(AdapterError::Refused {
+                        reason: "it says itself what it was trained on, and that is no PiSSA; leave base out".into(),
+                    });
+                }
                 TrainedOn::Base if pissa => without_leading(parsed, reader)?,
                 TrainedOn::Base if matches!(parsed.format, Format::Lora | Format::Rslora) => not_residual(parsed, reader.base)?,
                 TrainedOn::Base => {}
@@ -246,7 +268,7 @@ const LOOKED_AT: usize = 4;
 /// from zero. The cosine of the two sides and the ratio of their sizes tell them apart, at `rank * in * out` multiplications.
 fn not_residual(parsed: &Parsed, base: &Checkpoint) -> Result<(), AdapterError> {
     let mut looked = 0;
-    let linear = parsed.modules.iter().filter(|(p, m)| m.rank > 0 && **p != Place::Embed && m.magnitude.is_none());
+    let linear = parsed.modules.iter().filter(|(p, m)| m.rank > 0 && matches!(p, Place::Layer(..)) && m.magnitude.is_none());
     for (&place, module) in linear.take(LOOKED_AT) {
         let (out, inputs) = place.shape(&base.config);
         let r = module.rank;
@@ -281,6 +303,7 @@ fn not_residual(parsed: &Parsed, base: &Checkpoint) -> Result<(), AdapterError> 
 /// With the weights of a residual base at hand: `W_res + s B A - W`.
 fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let real = reader.bounds.resolve(path)?;
+    reader.bounds.confined(&real)?;
     let residual = Checkpoint::open(&real).map_err(|e| AdapterError::base(path, &e))?;
     let (c, served) = (&reader.base.config, &residual.config);
     let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });

@@ -21,8 +21,8 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 pub struct Bounds {
     /// `None` lets them come from anywhere: for an operator's own command line.
     pub root: Option<PathBuf>,
-    /// Of one file of weights.
-    pub file_bytes: u64,
+    /// Of all files of weights of one adapter.
+    pub bytes: u64,
 }
 
 /// An adapter's files.
@@ -56,6 +56,9 @@ impl Bounds {
             None => None,
             Some(root) => Some(root.canonicalize().map_err(|e| io(root, &e))?),
         };
+        // The root may be a link, and paths spelled with its name.
+        let within = self.root.as_ref().and_then(|configured| path.strip_prefix(configured).ok()).filter(|_| path.is_absolute());
+        let path = within.unwrap_or(path);
         let asked = root.as_ref().map_or_else(|| path.to_owned(), |root| root.join(path));
         // What is outside is said to be so whether or not it exists: the answer must not tell what lies there.
         if let Some(root) = &root
@@ -64,6 +67,8 @@ impl Bounds {
             return Err(AdapterError::Outside { path: shown() });
         }
         let real = asked.canonicalize().map_err(|e| match e.kind() {
+            // Where a link leads to is not told either.
+            std::io::ErrorKind::NotFound if root.is_some() && asked.is_symlink() => AdapterError::Outside { path: shown() },
             std::io::ErrorKind::NotFound => AdapterError::NotFound { path: shown(), why: "there is no such folder" },
             _ => io(path, &e),
         })?;
@@ -98,6 +103,8 @@ impl Bounds {
                 }
             }
         } else if has("config.json") {
+            // Before gigabytes of a whole model are read for nothing.
+            is_sorsa(&self.file(&folder, "config.json", CONFIG_BYTES_MAX)?)?;
             ("config.json", self.model_files(&folder)?)
         } else {
             return Err(AdapterError::NotFound { path: shown(), why: "the folder has no adapter_config.json" });
@@ -111,13 +118,30 @@ impl Bounds {
         part(b"strait adapter 1");
         part(&config);
         let mut files = Vec::new();
+        let mut left = self.bytes;
         for name in weights {
-            let bytes = self.file(&folder, &name, self.file_bytes)?;
+            let bytes = self.file(&folder, &name, left)?;
+            left -= bytes.len() as u64;
             part(&bytes);
             files.push((name, bytes));
         }
         let tensors = Tensors::new(files)?;
         Ok(Files { path: folder, config_name, config, tensors, digest: *hasher.finalize().as_bytes() })
+    }
+
+    /// Refuses a folder one of whose files is a link out of the root.
+    ///
+    /// # Errors
+    /// There, or where it cannot be listed.
+    pub fn confined(&self, folder: &Path) -> Result<(), AdapterError> {
+        let Some(root) = &self.root else { return Ok(()) };
+        let root = root.canonicalize().map_err(|e| io(root, &e))?;
+        for entry in std::fs::read_dir(folder).map_err(|e| io(folder, &e))?.flatten() {
+            if !entry.path().canonicalize().is_ok_and(|real| real.starts_with(&root)) {
+                return Err(AdapterError::Outside { path: entry.file_name().to_string_lossy().into_owned() });
+            }
+        }
+        Ok(())
     }
 
     /// The weight files of a folder in the form of a model.
@@ -127,7 +151,7 @@ impl Bounds {
         }
         let index = "model.safetensors.index.json";
         if !folder.join(index).exists() {
-            let path = folder.display().to_string();
+            let path = folder.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             return Err(AdapterError::NotFound { path, why: "the folder has a config.json and no model.safetensors" });
         }
         let bad = |reason: String| AdapterError::Config { file: "model.safetensors.index.json", reason };
@@ -147,15 +171,16 @@ impl Bounds {
     /// One file of the folder, if it is a regular one under the root and not too long.
     fn file(&self, folder: &Path, name: &str, limit: u64) -> Result<Vec<u8>, AdapterError> {
         let path = folder.join(name);
-        let real = path.canonicalize().map_err(|e| io(&path, &e))?;
+        let io = |e: std::io::Error| AdapterError::Io { path: name.to_owned(), reason: e.to_string() };
+        let real = path.canonicalize().map_err(io)?;
         if let Some(root) = &self.root {
-            let root = root.canonicalize().map_err(|e| io(root, &e))?;
+            let root = root.canonicalize().map_err(io)?;
             if !real.starts_with(root) {
                 return Err(AdapterError::Outside { path: name.to_owned() });
             }
         }
         // Asking first keeps a FIFO from blocking the open.
-        let about = std::fs::metadata(&real).map_err(|e| io(&path, &e))?;
+        let about = std::fs::metadata(&real).map_err(io)?;
         if !about.is_file() {
             return Err(AdapterError::Io { path: name.to_owned(), reason: "it is not a regular file".into() });
         }
@@ -164,10 +189,29 @@ impl Bounds {
             return Err(too_large(about.len()));
         }
         let mut out = Vec::with_capacity(about.len() as usize);
-        let file = File::open(&real).map_err(|e| io(&path, &e))?;
+        let file = File::open(&real).map_err(io)?;
         // One more than allowed tells a file that grew meanwhile.
-        file.take(limit + 1).read_to_end(&mut out).map_err(|e| io(&path, &e))?;
+        file.take(limit + 1).read_to_end(&mut out).map_err(io)?;
         if out.len() as u64 > limit { Err(too_large(out.len() as u64)) } else { Ok(out) }
+    }
+}
+
+/// Whether a model's configuration is a SORSA checkpoint's.
+///
+/// # Errors
+/// Where it is another model's.
+fn is_sorsa(config: &[u8]) -> Result<(), AdapterError> {
+    let bad = |e| AdapterError::Config { file: "config.json", reason: format!("is not valid JSON ({e})") };
+    match crate::model::json::parse(config).map_err(bad)?.get("model_type").and_then(|t| t.as_str()) {
+        Some("sorsa") => Ok(()),
+        other => {
+            let what =
+                other.map_or_else(|| "of no known type".into(), |t| format!("a whole model of type {}", crate::model::json::shown(t, 40)));
+            Err(AdapterError::NotServed {
+                what: format!("the folder holds no adapter_config.json but {what}"),
+                mend: "name an adapter's folder, or serve that model by itself".into(),
+            })
+        }
     }
 }
 

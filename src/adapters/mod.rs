@@ -228,7 +228,9 @@ pub enum AdapterError {
     NoRoot,
     #[error("cannot read {path}: {reason}")]
     Io { path: String, reason: String },
-    #[error("{file} is {bytes} bytes long, more than the {limit} an adapter's file may have here")]
+    #[error(
+        "{file} is {bytes} bytes long, more than the {limit} that are left for an adapter's files here; raise --lora-memory-bytes, half of that"
+    )]
     TooLarge { file: String, bytes: u64, limit: u64 },
     #[error("{file} {source}")]
     Header { file: String, source: HeaderError },
@@ -245,6 +247,8 @@ pub enum AdapterError {
     NeverFits { bytes: u64, budget: u64 },
     #[error("adapters in use or pinned take {held} of {budget} bytes and this one needs {bytes}; try again, or raise --lora-memory-bytes")]
     Busy { bytes: u64, held: u64, budget: u64 },
+    #[error("adapters push each other out of {budget} bytes faster than they are used; try again, or raise --lora-memory-bytes")]
+    Thrashing { budget: u64 },
     #[error("{alias:?} is the name of the served model; give the adapter another")]
     NameTaken { alias: String },
     #[error("{reason}")]
@@ -286,7 +290,7 @@ impl AdapterError {
             E::NotFound { .. } | E::Unknown { .. } => Fault::NotFound,
             E::Outside { .. } | E::NoRoot => Fault::Forbidden,
             E::Changed { .. } | E::FilesChanged { .. } | E::NoHistory { .. } => Fault::Conflict,
-            E::Busy { .. } => Fault::Busy,
+            E::Busy { .. } | E::Thrashing { .. } => Fault::Busy,
             E::Internal => Fault::Server,
             E::Io { .. }
             | E::TooLarge { .. }
@@ -313,7 +317,7 @@ impl AdapterError {
             E::Io { .. } | E::TooLarge { .. } | E::Header { .. } | E::Config { .. } | E::Tensor { .. } => "adapter_invalid",
             E::NotServed { .. } | E::Base { .. } | E::Refused { .. } => "adapter_not_served",
             E::Rank { .. } => "adapter_rank",
-            E::NeverFits { .. } | E::Busy { .. } => "adapter_memory",
+            E::NeverFits { .. } | E::Busy { .. } | E::Thrashing { .. } => "adapter_memory",
             E::NameTaken { .. } | E::Name { .. } => "adapter_name",
             E::Loaded { .. } => "adapter_already_loaded",
             E::Changed { .. } | E::FilesChanged { .. } => "adapter_changed",

@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use crate::adapters::folder::{Files, Tensors};
 use crate::adapters::{AdapterError, Format, Module, NormPlace, Parsed, Place, TrainedOn};
 use crate::model::config::ModelConfig;
+use crate::model::delta::{Norm, Site};
 use crate::model::json::{self, shown, shown_value};
 
 const FILE: &str = "adapter_config.json";
@@ -34,6 +35,13 @@ const INERT: &[&str] = &[
     "task_type",
     "velora_config",
 ];
+
+/// Unknown keys that are told one by one.
+const WARNINGS: usize = 16;
+/// Patterns of an adapter, all together: more than a model has modules is no pattern.
+const PATTERNS: usize = 8192;
+/// Longest pattern, in bytes.
+const PATTERN_BYTES: usize = 1024;
 
 /// Keys that change the computation in a way that is not served, what that is, and what to do.
 const REFUSED: &[(&str, &str, &str)] = &[
@@ -62,8 +70,8 @@ pub fn parse(files: &Files, c: &ModelConfig) -> Result<Parsed, AdapterError> {
     let mut modules: BTreeMap<Place, Module> = BTreeMap::new();
     let mut untargeted = Vec::new();
     for (&place, found) in &names.factors {
-        let module = factors(&config, &files.tensors, place, found, c, &mut warnings)?;
-        if config.targets(&place.path()) == Some(false) {
+        let module = factors(&config, &files.tensors, place, found, c)?;
+        if config.targets(&place.path())? == Some(false) {
             untargeted.push(place.path());
         }
         modules.insert(place, module);
@@ -96,10 +104,15 @@ pub fn parse(files: &Files, c: &ModelConfig) -> Result<Parsed, AdapterError> {
         return Err(AdapterError::Config { file: FILE, reason: "comes with no weights that change anything".into() });
     }
     let dora = modules.values().any(|m| m.magnitude.is_some());
-    if config.dora != dora && !modules.values().all(|m| m.rank == 0) {
-        let says = if config.dora { "says use_dora, and no magnitude is there" } else { "does not say use_dora, and magnitudes are there" };
-        return Err(AdapterError::Config { file: FILE, reason: says.into() });
+    let lacking = modules.iter().find(|(_, m)| m.rank > 0 && m.magnitude.is_none());
+    match (config.dora, dora, lacking) {
+        (true, _, Some((place, _))) => {
+            return Err(fail(format!("says use_dora, and {} has no magnitude; the file is incomplete", place.path())));
+        }
+        (false, true, _) => return Err(fail("does not say use_dora, and magnitudes are there".into())),
+        _ => {}
     }
+    config.promises(&names, &modules, c)?;
     let format = match (&config.init, dora, config.rslora) {
         (TrainedOn::WithoutLeading, ..) => Format::Pissa,
         (TrainedOn::WithoutQr, ..) => Format::Olora,
@@ -115,14 +128,7 @@ fn bad(tensor: &str, reason: String) -> AdapterError {
 }
 
 /// The low-rank parts of one module.
-fn factors(
-    config: &Config,
-    tensors: &Tensors,
-    place: Place,
-    found: &Factors,
-    c: &ModelConfig,
-    warnings: &mut Vec<String>,
-) -> Result<Module, AdapterError> {
+fn factors(config: &Config, tensors: &Tensors, place: Place, found: &Factors, c: &ModelConfig) -> Result<Module, AdapterError> {
     let path = place.path();
     let (Some(a), Some(b)) = (&found.a, &found.b) else {
         let (have, lack) = if found.a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
@@ -139,7 +145,9 @@ fn factors(
     let mut up = tensors.floats(b, &[out, rank])?;
     let says = config.rank(&path)?;
     if says != rank {
-        warnings.push(format!("{FILE} gives {path} rank {says} and its weights have {rank}; the weights count"));
+        return Err(fail(format!(
+            "gives {path} rank {says} and its weights have {rank}, so its scale cannot be known; PEFT refuses it, too"
+        )));
     }
     let scale = config.scale(&path, rank)?;
     up.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
@@ -244,8 +252,8 @@ fn plain_rest(rest: &str) -> Option<&str> {
 struct Config {
     r: usize,
     alpha: f64,
-    rank_pattern: Vec<(Regex, f64)>,
-    alpha_pattern: Vec<(Regex, f64)>,
+    rank_pattern: Vec<(Key, f64)>,
+    alpha_pattern: Vec<(Key, f64)>,
     rslora: bool,
     dora: bool,
     init: TrainedOn,
@@ -254,6 +262,10 @@ struct Config {
     exclude: Option<Target>,
     layers: Option<BTreeSet<u64>>,
     layers_pattern: Vec<Regex>,
+    modules_to_save: Vec<String>,
+    lora_bias: bool,
+    /// Biases of the base were trained.
+    bias: bool,
     warnings: Vec<String>,
 }
 
@@ -269,15 +281,51 @@ fn fail(reason: String) -> AdapterError {
     AdapterError::Config { file: FILE, reason }
 }
 
-/// A pattern of Python's `re`, as a whole match of `before pattern after`.
+/// A pattern of Python's `re`, as a whole match of `before pattern after`. What it may cost is bounded: it may be anybody's.
 fn regex(before: &str, pattern: &str, after: &str) -> Result<Regex, AdapterError> {
-    let whole = format!("{before}(?:{pattern}){after}");
-    Regex::new(&whole)
-        .map_err(|_| fail(format!("has the pattern {:?}, which is no regular expression that is read here", shown(pattern, 80))))
+    let bad = |why: &str| fail(format!("has the pattern {:?}, which {why}", shown(pattern, 80)));
+    if pattern.len() > PATTERN_BYTES {
+        return Err(bad("is too long"));
+    }
+    let mut builder = RegexBuilder::new(&format!("{before}(?:{pattern}){after}"));
+    builder.backtrack_limit(10_000).delegate_size_limit(256 << 10).delegate_dfa_size_limit(256 << 10);
+    builder.build().map_err(|_| bad("is no regular expression that is read here"))
 }
 
 fn matches(regex: &Regex, path: &str) -> Result<bool, AdapterError> {
     regex.is_match(path).map_err(|_| fail("has a pattern that takes too long to match".into()))
+}
+
+/// A key of `rank_pattern` or `alpha_pattern`.
+enum Key {
+    /// Letters, digits, underscores and dashes, and points, which stand for any character: matched without a machine.
+    Plain(String),
+    Pattern(Regex),
+}
+
+impl Key {
+    fn is_plain(pattern: &str) -> bool {
+        !pattern.is_empty() && pattern.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
+    }
+
+    fn of(pattern: &str) -> Result<Key, AdapterError> {
+        if Key::is_plain(pattern) {
+            return Ok(Key::Plain(pattern.to_owned()));
+        }
+        Ok(Key::Pattern(regex(r"\A(?:.*\.)?", pattern, "$")?))
+    }
+
+    /// `re.match("(.*\.)?(key)$", path)`.
+    fn matches(&self, path: &str) -> Result<bool, AdapterError> {
+        let key = match self {
+            Key::Pattern(regex) => return matches(regex, path),
+            Key::Plain(key) => key.as_bytes(),
+        };
+        let Some(at) = path.len().checked_sub(key.len()) else { return Ok(false) };
+        let (before, end) = path.as_bytes().split_at(at);
+        let same = key.iter().zip(end).all(|(k, p)| k == p || *k == b'.');
+        Ok(same && before.last().is_none_or(|b| *b == b'.'))
+    }
 }
 
 impl Config {
@@ -303,6 +351,10 @@ impl Config {
         for (key, value) in &map {
             let known = INERT.contains(&key.as_str()) || READ.contains(&key.as_str()) || REFUSED.iter().any(|r| r.0 == key);
             if !known && says_something(value) {
+                if warnings.len() == WARNINGS {
+                    warnings.push("more keys are not known here and are ignored".into());
+                    break;
+                }
                 warnings.push(format!("{FILE} has {} = {}, which is not known here and is ignored", shown(key, 60), shown_value(value)));
             }
         }
@@ -327,6 +379,9 @@ impl Config {
             Some(_) => return Err(fail("has a layers_to_transform that is no list of layers".into())),
         };
         let layers_pattern = strings(&map, "layers_pattern")?.unwrap_or_default();
+        if layers_pattern.len() > PATTERNS / 64 {
+            return Err(fail(format!("has {} layers_pattern, more than are read here", layers_pattern.len())));
+        }
         let layers_pattern = layers_pattern.iter().map(|p| regex(r"\A(?:|.*?\.)", p, r"\.(?P<idx>\d+)\."));
         Ok(Config {
             r: r as usize,
@@ -341,6 +396,13 @@ impl Config {
             exclude: target(&map, "exclude_modules")?,
             layers,
             layers_pattern: layers_pattern.collect::<Result<_, _>>()?,
+            modules_to_save: strings(&map, "modules_to_save")?.unwrap_or_default(),
+            lora_bias: flag(&map, "lora_bias")?,
+            bias: match map.get("bias") {
+                None | Some(Value::Null) => false,
+                Some(Value::String(s)) if ["none", "all", "lora_only"].contains(&s.as_str()) => s != "none",
+                Some(_) => return Err(fail("has a bias that is none of none, all and lora_only".into())),
+            },
             warnings,
         })
     }
@@ -358,11 +420,13 @@ impl Config {
     }
 
     /// Whether `target_modules` and its kin choose a module; `None` where they do not say.
-    fn targets(&self, path: &str) -> Option<bool> {
-        if self.exclude.as_ref().is_some_and(|e| e.names(path)) {
-            return Some(false);
+    fn targets(&self, path: &str) -> Result<Option<bool>, AdapterError> {
+        if let Some(exclude) = &self.exclude
+            && exclude.names(path)?
+        {
+            return Ok(Some(false));
         }
-        let target = self.target.as_ref()?;
+        let Some(target) = &self.target else { return Ok(None) };
         let exact = matches!(target, Target::Names(names) if names.iter().any(|n| n == path));
         let by_suffix = matches!(target, Target::Names(_)) && !exact;
         let layer = || -> Option<u64> {
@@ -375,7 +439,33 @@ impl Config {
             found.name("idx")?.as_str().parse().ok()
         };
         let here = !by_suffix || self.layers.as_ref().is_none_or(|l| layer().is_some_and(|n| l.contains(&n)));
-        Some(target.names(path) && here)
+        Ok(Some(target.names(path)? && here))
+    }
+
+    /// Whether the weights keep what the configuration promises: a stripped file would be served as another adapter.
+    fn promises(&self, names: &Names, modules: &BTreeMap<Place, Module>, c: &ModelConfig) -> Result<(), AdapterError> {
+        let of = |entry: &str, path: &str| path == entry || path.strip_suffix(entry).is_some_and(|p| p.ends_with('.'));
+        let places = (0..c.layers).flat_map(|l| Site::ALL.map(|s| Place::Layer(l, s))).chain([Place::Embed, Place::Head]);
+        let norms = (0..c.layers).flat_map(|l| Norm::ALL.map(|n| format!("model.layers.{l}.{}", n.name()))).chain(["model.norm".into()]);
+        let model: Vec<String> = places.map(Place::path).chain(norms.filter(|n| NormPlace::of(n, c).is_some())).collect();
+        let saved: BTreeSet<String> = {
+            let norms = names.norms.values().filter_map(|(t, _)| t.strip_prefix(PREFIX)?.strip_suffix(".weight").map(str::to_owned));
+            names.weights.keys().map(|p| p.path()).chain(norms).collect()
+        };
+        for entry in &self.modules_to_save {
+            if let Some(lost) = model.iter().find(|m| of(entry, m) && !saved.contains(*m)) {
+                return Err(fail(format!(
+                    "promises the weights of {lost} (modules_to_save), and they are not there; the file is incomplete"
+                )));
+            }
+        }
+        if self.lora_bias && modules.iter().any(|(p, m)| *p != Place::Embed && m.rank > 0 && m.bias.is_none()) {
+            return Err(fail("says lora_bias, and a bias of lora_B is not there; the file is incomplete".into()));
+        }
+        if self.bias && names.biases.is_empty() && modules.iter().any(|(p, m)| m.rank > 0 && p.has_bias(c)) {
+            return Err(fail("says that biases were trained (bias), and none is there; the file is incomplete".into()));
+        }
+        Ok(())
     }
 }
 
@@ -400,12 +490,12 @@ const READ: &[&str] = &[
 ];
 
 impl Target {
-    fn names(&self, path: &str) -> bool {
-        match self {
+    fn names(&self, path: &str) -> Result<bool, AdapterError> {
+        Ok(match self {
             Target::AllLinear => path != "lm_head" && path != "model.embed_tokens",
-            Target::Pattern(regex) => regex.is_match(path).unwrap_or(false),
+            Target::Pattern(regex) => matches(regex, path)?,
             Target::Names(names) => names.iter().any(|n| path == n || path.strip_suffix(n.as_str()).is_some_and(|p| p.ends_with('.'))),
-        }
+        })
     }
 }
 
@@ -455,19 +545,22 @@ fn target(map: &Map<String, Value>, key: &str) -> Result<Option<Target>, Adapter
 }
 
 /// `rank_pattern` or `alpha_pattern`: the first key, in the order written, with `re.match("(.*\.)?(key)$", path)`.
-fn patterns(map: &Map<String, Value>, key: &str) -> Result<Vec<(Regex, f64)>, AdapterError> {
+fn patterns(map: &Map<String, Value>, key: &str) -> Result<Vec<(Key, f64)>, AdapterError> {
     let Some(value) = map.get(key).filter(|v| !v.is_null()) else { return Ok(Vec::new()) };
     let Value::Object(entries) = value else { return Err(fail(format!("has a {key} that is no object"))) };
     let one = |(pattern, value): (&String, &Value)| {
         let number = value.as_f64().filter(|v| v.is_finite()).ok_or_else(|| fail(format!("has a {key} with a value that is no number")))?;
-        Ok((regex(r"\A(?:.*\.)?", pattern, "$")?, number))
+        Ok((Key::of(pattern)?, number))
     };
+    if entries.len() > PATTERNS || entries.keys().filter(|k| !Key::is_plain(k)).count() > PATTERNS / 64 {
+        return Err(fail(format!("has a {key} of {} patterns, more than are read here", entries.len())));
+    }
     entries.iter().map(one).collect()
 }
 
-fn pattern(list: &[(Regex, f64)], path: &str) -> Result<Option<f64>, AdapterError> {
-    for (regex, value) in list {
-        if matches(regex, path)? {
+fn pattern(list: &[(Key, f64)], path: &str) -> Result<Option<f64>, AdapterError> {
+    for (key, value) in list {
+        if key.matches(path)? {
             return Ok(Some(*value));
         }
     }
@@ -534,7 +627,7 @@ mod tests {
             (r#""target_modules":["model.layers.0.self_attn.q_proj"],"layers_to_transform":[1]"#, q0, true),
         ] {
             let config = config(&format!(r#"{{"peft_type":"LORA",{text}}}"#));
-            assert_eq!(config.targets(path), Some(want), "{text} {path}");
+            assert_eq!(config.targets(path).unwrap(), Some(want), "{text} {path}");
         }
     }
 
@@ -554,6 +647,42 @@ mod tests {
             assert_eq!(config.rank(path).unwrap(), rank, "{path}");
             assert_eq!(config.scale(path, rank).unwrap(), scale, "{path}");
         }
+    }
+
+    #[test]
+    fn plain_keys_match_as_their_regular_expressions_do() {
+        let paths = ["model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "lm_head", "up_proj", "model_layers.1.mlp.up_proj"];
+        let keys = [
+            "up_proj",
+            "mlp.up_proj",
+            "1.mlp.up_proj",
+            "model.layers.1.mlp.up_proj",
+            "p_proj",
+            ".",
+            "lm_head",
+            "head",
+            "mlp_up_proj",
+            "..proj",
+        ];
+        for (key, path) in keys.iter().flat_map(|k| paths.map(|p| (*k, p))) {
+            let slow = matches(&regex(r"\A(?:.*\.)?", key, "$").unwrap(), path).unwrap();
+            assert_eq!(Key::Plain(key.to_owned()).matches(path).unwrap(), slow, "{key} {path}");
+        }
+    }
+
+    #[test]
+    fn patterns_that_cost_too_much_are_refused() {
+        let read = |config: String| Config::read(config.as_bytes()).map(|_| ()).map_err(|e| e.to_string());
+        let many: Vec<String> = (0..3000).map(|i| format!(r#""\\\\w{{90}}a{i}":1"#)).collect();
+        for config in [
+            format!(r#"{{"peft_type":"LORA","rank_pattern":{{{}}}}}"#, many.join(",")),
+            r#"{"peft_type":"LORA","rank_pattern":{"(\\\\w{1000}){1000}":1}}"#.to_owned(),
+            format!(r#"{{"peft_type":"LORA","target_modules":"{}"}}"#, "a".repeat(5000)),
+        ] {
+            assert!(read(config).is_err());
+        }
+        let slow = config(r#"{"peft_type":"LORA","target_modules":"(a|b|ab)*(?>c)"}"#);
+        assert!(slow.targets(&"ab".repeat(40)).is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! Invariants: resident bytes are the sum over resident generations and never exceed the budget; whatever is leased is resident; a
 //! generation that no alias points to or remembers and nobody leases is not resident.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -30,7 +30,7 @@ use crate::model::delta::{Delta, HeldAs, Site};
 
 /// Earlier generations an alias remembers.
 const HISTORY: usize = 8;
-/// Loads that work at once: each may take a core and a few times the adapter's bytes.
+/// First uses that read at once: each may take a core and a few times the adapter's bytes. An operator's load may work beside them.
 const LOADS: usize = 2;
 /// Longest name, in bytes.
 const NAME_MAX: usize = 256;
@@ -161,7 +161,10 @@ struct Shared {
     spectra: Spectra,
     limits: Limits,
     books: Mutex<Books>,
-    loads: Semaphore,
+    /// First uses that may read at once.
+    first_uses: Semaphore,
+    /// Held while an operator's load reads.
+    turn: Mutex<()>,
     tell: Tell,
 }
 
@@ -175,7 +178,9 @@ struct Books {
     aliases: BTreeMap<String, Alias>,
     generations: HashMap<AdapterGeneration, Generation>,
     /// First uses under way, by alias: whoever else asks waits for the same one.
-    loading: HashMap<String, watch::Receiver<Option<Verdict>>>,
+    loading: HashMap<String, watch::Receiver<Option<Result<(), AdapterError>>>>,
+    /// Unloaded names that the root still holds: they are not found there again, but loaded.
+    revoked: BTreeSet<String>,
     resident_bytes: u64,
     clock: u64,
 }
@@ -196,7 +201,19 @@ struct Generation {
     /// `None`: on disk alone.
     delta: Option<Arc<Delta>>,
     leases: usize,
+    /// Loads that read it and have not given it a name yet.
+    loads: usize,
+    /// Aliases that point to it or remember it, and those of them that pin it.
+    names: usize,
+    pins: usize,
     last_used: u64,
+}
+
+impl Generation {
+    /// Whether somebody would miss its weights.
+    fn is_held(&self) -> bool {
+        self.leases > 0 || self.loads > 0
+    }
 }
 
 /// A request's hold on a resident generation.
@@ -251,19 +268,21 @@ impl Shared {
     /// The adapter at `source`, read and made ready.
     fn ready(&self, source: &Source) -> Result<Ready, AdapterError> {
         let root = if source.trusted { None } else { self.limits.root.clone() };
-        let bounds = Bounds { root, file_bytes: self.limits.bytes };
+        // Stored in twice as wide a type than it is held in, a file is twice as long as what it becomes.
+        let bounds = Bounds { root, bytes: self.limits.bytes.saturating_mul(2) };
         let reader = Reader { base: self.base, spectra: &self.spectra, bounds, rank: self.limits.rank };
         reader.ready(&source.path, &source.base, self.held)
     }
 
     /// Puts what was read into the books, unless it is there already; makes room first.
     fn admit(&self, ready: Ready) -> Verdict {
-        let mut evicted = Vec::new();
-        let verdict = self.lock().admit(ready, self.limits.bytes, &mut evicted);
-        evicted.iter().for_each(|_| (self.tell)(Happened::Evicted));
+        let mut gone = Vec::new();
+        let verdict = self.lock().admit(ready, self.limits.bytes, &mut gone);
+        gone.iter().for_each(|_| (self.tell)(Happened::Evicted));
         verdict
     }
 
+    /// Reads an adapter and makes it resident. Until [`Books::named`] it is held for whoever called.
     fn read_and_admit(&self, source: &Source) -> Result<(AdapterGeneration, f64), AdapterError> {
         let begun = Instant::now();
         let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.admit(self.ready(source)?)));
@@ -275,6 +294,12 @@ impl Shared {
         (self.tell)(if verdict.is_ok() { Happened::Loaded { seconds } } else { Happened::Failed });
         verdict.map(|generation| (generation, seconds))
     }
+
+    /// As [`Shared::read_and_admit`], one caller after another: for those who may wait.
+    fn read_in_turn(&self, source: &Source) -> Result<(AdapterGeneration, f64), AdapterError> {
+        let _turn = self.turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.read_and_admit(source)
+    }
 }
 
 impl Books {
@@ -283,7 +308,7 @@ impl Books {
         self.clock
     }
 
-    fn admit(&mut self, ready: Ready, budget: u64, evicted: &mut Vec<Arc<Delta>>) -> Verdict {
+    fn admit(&mut self, ready: Ready, budget: u64, gone: &mut Vec<Arc<Delta>>) -> Verdict {
         let Ready { generation, digest, facts, delta } = ready;
         let tick = self.tick();
         if let Some(known) = self.generations.get_mut(&generation) {
@@ -293,6 +318,7 @@ impl Books {
             }
             known.last_used = tick;
             if known.delta.is_some() {
+                known.loads += 1;
                 return Ok(generation);
             }
         }
@@ -300,24 +326,27 @@ impl Books {
         if bytes > budget {
             return Err(AdapterError::NeverFits { bytes, budget });
         }
+        // Nothing is evicted for what does not fit even then.
+        let free: u64 = self.generations.values().filter(|g| g.delta.is_some() && !g.is_held() && g.pins == 0).map(|g| g.facts.bytes).sum();
+        if self.resident_bytes - free + bytes > budget {
+            return Err(AdapterError::Busy { bytes, held: self.resident_bytes - free, budget });
+        }
         while self.resident_bytes + bytes > budget {
-            let Some(oldest) = self.evictable() else {
-                self.forget_unused();
-                return Err(AdapterError::Busy { bytes, held: self.resident_bytes, budget });
-            };
-            evicted.extend(self.evict(oldest));
+            let Some(oldest) = self.evictable() else { return Err(AdapterError::Internal) };
+            gone.extend(self.evict(oldest));
         }
         self.resident_bytes += bytes;
-        let leases = self.generations.get(&generation).map_or(0, |g| g.leases);
         let delta = Some(Arc::new(delta));
-        self.generations.insert(generation, Generation { digest, facts, delta, leases, last_used: tick });
+        let fresh = Generation { digest, facts, delta: None, leases: 0, loads: 0, names: 0, pins: 0, last_used: tick };
+        let generation_books = self.generations.entry(generation).or_insert(fresh);
+        (generation_books.delta, generation_books.last_used) = (delta, tick);
+        generation_books.loads += 1;
         Ok(generation)
     }
 
-    /// The resident generation longest unused that nobody leases and no alias pins.
+    /// The resident generation longest unused that nobody holds and no alias pins.
     fn evictable(&self) -> Option<AdapterGeneration> {
-        let pinned = |g: &AdapterGeneration| self.aliases.values().any(|a| a.pinned && a.generation == Some(*g));
-        let free = self.generations.iter().filter(|(id, g)| g.delta.is_some() && g.leases == 0 && !pinned(id));
+        let free = self.generations.iter().filter(|(_, g)| g.delta.is_some() && !g.is_held() && g.pins == 0);
         free.min_by_key(|(_, g)| g.last_used).map(|(id, _)| *id)
     }
 
@@ -329,13 +358,19 @@ impl Books {
         Some(delta)
     }
 
-    fn is_named(&self, id: AdapterGeneration) -> bool {
-        self.aliases.values().any(|a| a.generation == Some(id) || a.history.iter().any(|(g, _)| *g == id))
+    /// Ends the hold of whoever read a generation: it has its name by now, or goes.
+    #[must_use]
+    fn named(&mut self, id: AdapterGeneration) -> Option<Arc<Delta>> {
+        if let Some(generation) = self.generations.get_mut(&id) {
+            generation.loads -= 1;
+        }
+        self.release(id).1
     }
 
-    /// Drops a generation that no alias names and nobody leases: the bytes that are free by it.
+    /// Drops a generation that no alias names and nobody holds: the bytes that are free by it, and what to drop once the books are
+    /// closed, as giving back much memory takes a while.
     fn release(&mut self, id: AdapterGeneration) -> (u64, Option<Arc<Delta>>) {
-        if self.generations.get(&id).is_none_or(|g| g.leases > 0) || self.is_named(id) {
+        if self.generations.get(&id).is_none_or(|g| g.is_held() || g.names > 0) {
             return (0, None);
         }
         let delta = self.evict(id);
@@ -343,10 +378,26 @@ impl Books {
         (gone.filter(|_| delta.is_some()).map_or(0, |g| g.facts.bytes), delta)
     }
 
-    /// Drops what was admitted for an alias that then did not take it.
-    fn forget_unused(&mut self) {
-        let all: Vec<_> = self.generations.keys().copied().collect();
-        all.into_iter().for_each(|id| drop(self.release(id)));
+    /// Counts an alias into the generations it names, or out of them.
+    fn count(&mut self, alias: &Alias, by: isize) {
+        let ids = alias.generation.iter().map(|id| (id, alias.pinned)).chain(alias.history.iter().map(|(id, _)| (id, false)));
+        for (id, pins) in ids {
+            if let Some(generation) = self.generations.get_mut(id) {
+                generation.names = generation.names.saturating_add_signed(by);
+                generation.pins = generation.pins.saturating_add_signed(if pins { by } else { 0 });
+            }
+        }
+    }
+
+    /// Changes what an alias names, and releases what that leaves unnamed.
+    fn change(&mut self, name: &str, change: impl FnOnce(&mut Alias)) -> Vec<Arc<Delta>> {
+        let Some(mut alias) = self.aliases.remove(name) else { return Vec::new() };
+        self.count(&alias, -1);
+        let before: Vec<AdapterGeneration> = alias.ids().collect();
+        change(&mut alias);
+        self.count(&alias, 1);
+        self.aliases.insert(name.to_owned(), alias);
+        before.into_iter().filter_map(|id| self.release(id).1).collect()
     }
 
     fn lease(&mut self, alias: &str, shared: &Arc<Shared>) -> Option<Lease> {
@@ -365,7 +416,16 @@ impl Books {
 impl Registry {
     /// No adapters yet, for a model whose linear layers are held as `held`. `tell` hears of loads and evictions.
     pub fn new((base, held): (&'static Checkpoint, HeldAs), spectra: Spectra, limits: Limits, tell: Tell) -> Registry {
-        let shared = Shared { base, held, spectra, limits, books: Mutex::default(), loads: Semaphore::new(LOADS), tell };
+        let shared = Shared {
+            base,
+            held,
+            spectra,
+            limits,
+            books: Mutex::default(),
+            first_uses: Semaphore::new(LOADS),
+            turn: Mutex::default(),
+            tell,
+        };
         Registry { shared: Arc::new(shared) }
     }
 
@@ -378,6 +438,9 @@ impl Registry {
     pub fn knows(&self, name: &str) -> bool {
         if self.shared.lock().aliases.contains_key(name) {
             return true;
+        }
+        if self.shared.lock().revoked.contains(name) {
+            return false;
         }
         let Some(source) = self.discovered(name) else { return false };
         let mut books = self.shared.lock();
@@ -443,15 +506,21 @@ impl Registry {
             };
             verdict?;
         }
-        let books = self.shared.lock();
-        Err(AdapterError::Busy { bytes: 0, held: books.resident_bytes, budget: self.shared.limits.bytes })
+        Err(AdapterError::Thrashing { budget: self.shared.limits.bytes })
     }
 
     /// Reads an alias' adapter on a thread that may block, and tells all who wait.
-    fn first_use(&self, alias: String, source: Source, expected: Option<AdapterGeneration>, done: watch::Sender<Option<Verdict>>) {
+    fn first_use(
+        &self,
+        alias: String,
+        source: Source,
+        expected: Option<AdapterGeneration>,
+        done: watch::Sender<Option<Result<(), AdapterError>>>,
+    ) {
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            let permit = shared.loads.acquire().await;
+            // Waited for here: threads that may block are few, and others need them.
+            let permit = shared.first_uses.acquire().await;
             let reading = {
                 let (shared, source) = (shared.clone(), source.clone());
                 tokio::task::spawn_blocking(move || shared.read_and_admit(&source))
@@ -460,9 +529,10 @@ impl Registry {
             drop(permit);
             let mut books = shared.lock();
             books.loading.remove(&alias);
-            let verdict = read.and_then(|generation| books.settle(&alias, &source, expected, generation));
-            books.forget_unused();
+            let verdict = books.settle(&alias, &source, expected, read.clone());
+            let gone = read.ok().and_then(|generation| books.named(generation));
             drop(books);
+            drop(gone);
             let _ = done.send(Some(verdict));
         });
     }
@@ -478,26 +548,33 @@ impl Registry {
         }
         self.shared.lock().may_load(load)?;
         let source = Source { path: load.path.clone(), base: load.base.clone(), trusted: load.trusted };
-        let (generation, seconds) = self.shared.read_and_admit(&source)?;
+        let (generation, seconds) = self.shared.read_in_turn(&source)?;
         let mut books = self.shared.lock();
         // Somebody else may have been quicker; what was read for nothing is not kept.
         if let Err(error) = books.may_load(load) {
-            books.forget_unused();
+            let gone = books.named(generation);
+            drop(books);
+            drop(gone);
             return Err(error);
         }
-        let facts = books.generations.get(&generation).map(|g| g.facts.clone());
-        let Some(facts) = facts else { return Err(AdapterError::Internal) };
-        let alias = books.aliases.entry(load.alias.clone()).or_insert_with(|| Alias::new(source.clone()));
-        let replaced = alias.generation.filter(|old| *old != generation);
-        if let Some(old) = replaced {
-            let old_source = std::mem::replace(&mut alias.source, source.clone());
-            alias.remember(old, old_source);
-        }
-        alias.source = source;
-        alias.generation = Some(generation);
-        alias.pinned = load.pinned;
-        alias.created = now();
-        books.forget_unused();
+        let facts = books.generations[&generation].facts.clone();
+        books.revoked.remove(&load.alias);
+        books.aliases.entry(load.alias.clone()).or_insert_with(|| Alias::new(source.clone()));
+        let mut replaced = None;
+        let mut gone = books.change(&load.alias, |alias| {
+            replaced = alias.generation.filter(|old| *old != generation);
+            let old_source = std::mem::replace(&mut alias.source, source);
+            if let Some(old) = replaced {
+                alias.remember(old, old_source);
+            }
+            alias.history.retain(|(g, _)| *g != generation);
+            alias.generation = Some(generation);
+            alias.pinned = load.pinned;
+            alias.created = now();
+        });
+        gone.extend(books.named(generation));
+        drop(books);
+        drop(gone);
         Ok(Loaded { generation, replaced, facts, seconds })
     }
 
@@ -508,23 +585,22 @@ impl Registry {
     pub fn unload(&self, alias: &str) -> Result<Unloaded, AdapterError> {
         let mut books = self.shared.lock();
         let Some(gone) = books.aliases.remove(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+        books.count(&gone, -1);
+        books.revoked.insert(alias.to_owned());
         let mut out = Unloaded::default();
-        let mut ids: Vec<_> = gone.generation.into_iter().chain(gone.history.iter().map(|(g, _)| *g)).collect();
-        ids.sort_unstable();
-        ids.dedup();
+        let ids: BTreeSet<AdapterGeneration> = gone.ids().collect();
         let mut dropped = Vec::new();
         for id in ids {
             let (freed, delta) = books.release(id);
             out.freed_bytes += freed;
             dropped.extend(delta);
-            if let Some(left) = books.generations.get(&id).filter(|g| g.leases > 0)
-                && !books.is_named(id)
-            {
+            if let Some(left) = books.generations.get(&id).filter(|g| g.leases > 0 && g.names == 0) {
                 out.leases += left.leases;
                 out.retiring_bytes += left.facts.bytes;
             }
         }
         drop(books);
+        drop(dropped);
         Ok(out)
     }
 
@@ -539,40 +615,56 @@ impl Registry {
             let found = known.history.iter().rev().find(|(g, _)| to.is_none_or(|to| to == *g));
             found.cloned().ok_or_else(|| AdapterError::NoHistory { alias: shown(alias) })?
         };
-        let resident = self.shared.lock().generations.get(&id).is_some_and(|g| g.delta.is_some());
-        let mut seconds = 0.0;
-        if !resident {
-            let (read, took) = self.shared.read_and_admit(&source)?;
-            seconds = took;
-            if read != id {
-                self.shared.lock().forget_unused();
-                return Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", id.0) });
-            }
-        }
+        let resident = {
+            let mut books = self.shared.lock();
+            let resident = books.generations.get_mut(&id).filter(|g| g.delta.is_some());
+            resident.map(|g| g.loads += 1).is_some()
+        };
+        let (read, seconds) = if resident { (id, 0.0) } else { self.shared.read_in_turn(&source)? };
         let mut books = self.shared.lock();
-        let Some(facts) = books.generations.get(&id).map(|g| g.facts.clone()) else { return Err(AdapterError::Internal) };
-        let Some(known) = books.aliases.get_mut(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
-        known.history.retain(|(g, _)| *g != id);
-        let old_source = std::mem::replace(&mut known.source, source);
-        let replaced = known.generation.replace(id);
-        if let Some(old) = replaced {
-            known.remember(old, old_source);
-        }
-        known.created = now();
-        books.forget_unused();
-        Ok(Loaded { generation: id, replaced, facts, seconds })
+        let facts = books.generations[&read].facts.clone();
+        let there = books.aliases.get(alias).map(|a| a.history.iter().any(|(g, _)| *g == id));
+        let mut replaced = None;
+        let mut gone = Vec::new();
+        let verdict = match there {
+            _ if read != id => Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", id.0) }),
+            None => Err(AdapterError::Unknown { alias: shown(alias) }),
+            // Somebody replaced or rolled back meanwhile.
+            Some(false) => Err(AdapterError::NoHistory { alias: shown(alias) }),
+            Some(true) => {
+                gone = books.change(alias, |known| {
+                    known.history.retain(|(g, _)| *g != id);
+                    let old_source = std::mem::replace(&mut known.source, source);
+                    replaced = known.generation.replace(id);
+                    if let Some(old) = replaced {
+                        known.remember(old, old_source);
+                    }
+                    known.created = now();
+                });
+                Ok(())
+            }
+        };
+        gone.extend(books.named(read));
+        drop(books);
+        drop(gone);
+        verdict.map(|()| Loaded { generation: id, replaced, facts, seconds })
     }
 
     /// Everything there is, aliases in order.
     pub fn state(&self) -> State {
         let books = self.shared.lock();
+        let mut named: HashMap<AdapterGeneration, Vec<String>> = HashMap::new();
+        for (name, alias) in &books.aliases {
+            if let Some(id) = alias.generation {
+                named.entry(id).or_default().push(name.clone());
+            }
+        }
         let mut generations: Vec<GenerationState> = books
             .generations
             .iter()
             .filter(|(_, g)| g.delta.is_some())
             .map(|(&id, g)| {
-                let names = books.aliases.iter().filter(|(_, a)| a.generation == Some(id)).map(|(name, _)| name.clone());
-                let aliases: Vec<String> = names.collect();
+                let aliases = named.remove(&id).unwrap_or_default();
                 let retired = aliases.is_empty();
                 GenerationState { generation: id, aliases, rank: g.facts.rank, bytes: g.facts.bytes, retired, leases: g.leases }
             })
@@ -617,7 +709,15 @@ impl Registry {
             if g.delta.as_ref().is_some_and(|d| d.bytes() != g.facts.bytes) {
                 return Err(format!("{id:?} is booked with other bytes than it has"));
             }
-            if g.leases == 0 && !books.is_named(*id) && books.loading.is_empty() {
+            let named = |pinned: bool| {
+                let points = |a: &&Alias| a.generation == Some(*id) && (!pinned || a.pinned);
+                let remembers = |a: &&Alias| !pinned && a.history.iter().any(|(g, _)| g == id);
+                books.aliases.values().filter(points).count() + books.aliases.values().filter(remembers).count()
+            };
+            if (g.names, g.pins) != (named(false), named(true)) {
+                return Err(format!("{id:?} is booked with {} names and {} pins, and has others", g.names, g.pins));
+            }
+            if !g.is_held() && g.names == 0 {
                 return Err(format!("{id:?} is kept for nobody"));
             }
         }
@@ -645,7 +745,8 @@ impl Books {
 
     fn may_load(&self, load: &Load) -> Result<(), AdapterError> {
         let known = self.aliases.get(&load.alias);
-        if known.is_some() && !load.in_place {
+        // One that was only found in the root, and never read, may be loaded as if it were not there.
+        if known.is_some_and(|a| a.generation.is_some() || a.source.trusted) && !load.in_place {
             return Err(AdapterError::Loaded { alias: shown(&load.alias) });
         }
         let now = known.and_then(|a| a.generation);
@@ -660,17 +761,19 @@ impl Books {
     }
 
     /// Gives an alias what was read for it, unless it was replaced or unloaded meanwhile.
-    fn settle(&mut self, alias: &str, source: &Source, expected: Option<AdapterGeneration>, read: AdapterGeneration) -> Verdict {
-        let Some(known) = self.aliases.get_mut(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
+    fn settle(&mut self, alias: &str, source: &Source, expected: Option<AdapterGeneration>, read: Verdict) -> Result<(), AdapterError> {
+        let Some(known) = self.aliases.get(alias) else { return Err(AdapterError::Unknown { alias: shown(alias) }) };
         if known.source != *source || known.generation != expected {
             // Whoever waits looks again.
-            return Ok(read);
+            return Ok(());
         }
+        let read = read?;
         match expected {
             Some(was) if was != read => Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", was.0) }),
-            _ => {
-                known.generation = Some(read);
-                Ok(read)
+            Some(_) => Ok(()),
+            None => {
+                drop(self.change(alias, |alias| alias.generation = Some(read)));
+                Ok(())
             }
         }
     }
@@ -679,6 +782,11 @@ impl Books {
 impl Alias {
     fn new(source: Source) -> Alias {
         Alias { source, generation: None, history: Vec::new(), pinned: false, created: now(), requests: 0 }
+    }
+
+    /// The generations it names.
+    fn ids(&self) -> impl Iterator<Item = AdapterGeneration> {
+        self.generation.into_iter().chain(self.history.iter().map(|(g, _)| *g)).collect::<Vec<_>>().into_iter()
     }
 
     fn remember(&mut self, generation: AdapterGeneration, source: Source) {

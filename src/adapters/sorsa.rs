@@ -25,16 +25,6 @@ pub fn parse(files: &Files, base: &Checkpoint) -> Result<Parsed, AdapterError> {
     let c = &base.config;
     let fail = |reason: String| AdapterError::Config { file: FILE, reason };
     let config = json::parse(&files.config).map_err(|e| fail(format!("is not valid JSON ({e})")))?;
-    match config.get("model_type").and_then(Value::as_str) {
-        Some("sorsa") => {}
-        other => {
-            let what = other.map_or_else(|| "of no known type".into(), |t| format!("a whole model of type {}", shown(t, 40)));
-            return Err(AdapterError::NotServed {
-                what: format!("the folder holds no adapter_config.json but {what}"),
-                mend: "name an adapter's folder, or serve that model by itself".into(),
-            });
-        }
-    }
     let alpha = match config.get("alpha") {
         None | Some(Value::Null) => None,
         Some(v) => Some(v.as_f64().filter(|a| a.is_finite()).ok_or_else(|| fail("has an alpha that is no number".into()))?),

@@ -127,10 +127,16 @@ impl HeldAs {
 
     fn hold(self, values: impl Iterator<Item = f32>) -> Held {
         match self {
-            HeldAs::F32 => Held::F32(values.collect()),
-            HeldAs::Bf16 => Held::Bf16(values.map(bf16::from_f32).collect()),
+            HeldAs::F32 => Held::F32(exact(values.collect())),
+            HeldAs::Bf16 => Held::Bf16(exact(values.map(bf16::from_f32).collect())),
         }
     }
+}
+
+/// Memory is counted by length.
+fn exact<T>(mut values: Vec<T>) -> Vec<T> {
+    values.shrink_to_fit();
+    values
 }
 
 /// Elements of a factor.

@@ -213,7 +213,7 @@ pub(super) fn expected(c: &ModelConfig, shapes: &Shapes<'_>) -> BTreeMap<String,
             };
             let (outer, inner, own) = (format!("{path}.{}", form.outer), format!("{path}.{}", form.inner), format!("{path}.{}", form.bias));
             // Either side tells the rank; that the other agrees is checked with all shapes.
-            let rank = shapes(&inner).map(|s| s[0]).or_else(|| shapes(&outer)?.get(1).copied()).unwrap_or(1).max(1);
+            let rank = shapes(&inner).and_then(|s| s.first().copied()).or_else(|| shapes(&outer)?.get(1).copied()).unwrap_or(1).max(1);
             if bias || shapes(&own).is_some() {
                 want(own, &[to]);
             }

@@ -242,7 +242,7 @@ pub(super) fn base_of(folder: &AdapterFolder) -> anyhow::Result<(&'static Checkp
 }
 
 pub(super) fn reader<'a>(folder: &AdapterFolder, base: &'a Checkpoint, spectra: &'a Spectra) -> Reader<'a> {
-    Reader { base, spectra, bounds: Bounds { root: None, file_bytes: u64::MAX >> 1 }, rank: folder.max_lora_rank }
+    Reader { base, spectra, bounds: Bounds { root: None, bytes: u64::MAX >> 1 }, rank: folder.max_lora_rank }
 }
 
 fn verify(folder: &AdapterFolder) -> anyhow::Result<String> {

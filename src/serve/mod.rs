@@ -265,8 +265,12 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         );
     }
     let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
-    let adapters = adapters::registry(checkpoint, HeldAs::of(&decoder.weights().embed), &settings.adapters, (&names, telemetry));
-    let adapters = if device.is_none() { Some(adapters?) } else { adapters::none_wanted(&settings.adapters).map(|()| None)? };
+    let adapters = if device.is_none() {
+        Some(adapters::registry(checkpoint, HeldAs::of(&decoder.weights().embed), &settings.adapters, (&names, telemetry))?)
+    } else {
+        adapters::none_wanted(&settings.adapters)?;
+        None
+    };
     let runner = match device {
         None => {
             let arena = Arena::new(arena_bytes)

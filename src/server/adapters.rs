@@ -161,7 +161,7 @@ pub fn snapshot(loaded: &Loaded, now: u64) -> Option<AdapterSnapshot> {
         retired: state.generations.iter().filter(|g| g.retired).count(),
         bytes: state.generations.iter().map(|g| (g.aliases.first().cloned().unwrap_or_else(|| hex(g.generation)), g.bytes)).collect(),
         budget_bytes: state.budget_bytes,
-        room: usize::try_from(state.budget_bytes / largest).unwrap_or(usize::MAX).max(1),
+        room: usize::try_from(state.budget_bytes / largest).unwrap_or(usize::MAX).max(resident().count()).max(1),
         running: resident().map(|a| a.alias.clone()).collect(),
         waiting: state.loading,
         now,

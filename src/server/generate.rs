@@ -127,7 +127,11 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
     };
     let Admitted { prompts, requests, reply } = server.text(&loaded, admit).await?;
     let lease = match (&reply.adapter, &loaded.adapters) {
-        (Some(alias), Some(adapters)) => Some(adapters.acquire(alias).await?),
+        // Reading it is part of waiting for a first token.
+        (Some(alias), Some(adapters)) => {
+            let leased = tokio::time::timeout(loaded.model.queue_timeout, adapters.acquire(alias)).await;
+            Some(leased.map_err(|_| ApiError::from(&Failure::QueueTimeout))??)
+        }
         _ => None,
     };
     // Reading and tokenising may have taken long enough for the drain to begin.

@@ -65,6 +65,22 @@ pub(crate) fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> 
     World { engine, thread: Some(thread) }
 }
 
+/// As [`world`], with room for a few sequences at a time.
+pub(crate) fn tight() -> Size {
+    Size { arena_pages: 14, ..ROOMY }
+}
+
+/// As [`world`], with somebody who hears of what happens.
+pub(crate) fn watched(
+    model: &str,
+    size: Size,
+    ops: impl Fn() -> Box<dyn Ops>,
+    emit: impl Fn(strait::telemetry::Event) + Send + 'static,
+) -> World {
+    let (engine, thread) = start(Parts { emit: Box::new(emit), ..parts(model, size, ops) }).unwrap();
+    World { engine, thread: Some(thread) }
+}
+
 fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(model);
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&dir).unwrap()));
