@@ -21,7 +21,7 @@ use crate::model::checkpoint::Checkpoint;
 /// Singular values below this share of the largest that the two halves of a difference have are rounding.
 const NULL: f64 = 2e-7;
 
-/// Leading singular triplets of the base, by module: computed once and kept on disk; in memory, up to [`KEPT`] bytes of them, where
+/// Leading singular triplets of the base, by module: computed once and kept on disk; in memory, up to 256 MiB of them, where
 /// there is no folder for that.
 pub struct Spectra {
     dir: Option<PathBuf>,

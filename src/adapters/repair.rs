@@ -27,7 +27,7 @@ pub struct Repaired {
 /// takes .75. Without intruders the factors stay what they are. `W' - (1 - lambda) U S V^T - W` has rank `r` and one more for each
 /// intruder, so it is decomposed exactly and never formed. Under a gain the rows of `U` are divided by it.
 /// The gain stays what it is: a DoRA magnitude to be stored with the new factors is the gain times the new rows' norms.
-/// Costs two examinations' [`top`].
+/// Costs two examinations' [`super::spectrum::top`].
 ///
 /// Scaling a direction down lets others into the `k` leading ones: `after` need not be zero.
 ///
