@@ -32,7 +32,7 @@ pub struct Repaired {
 /// Scaling a direction down lets others into the `k` leading ones: `after` need not be zero.
 ///
 /// # Errors
-/// Those of [`examine`], and `Repair` for numbers that are not finite or another `lambda`.
+/// Those of [`super::health::examine`], and `Repair` for numbers that are not finite or another `lambda`.
 pub fn repair(module: &Module<'_>, base: &Left, settings: &Settings, lambda: f64) -> Result<Repaired, Error> {
     let rank = module.rank(base)?;
     let tuned = module.tuned(rank);
