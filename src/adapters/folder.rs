@@ -256,11 +256,6 @@ impl Tensors {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Bytes of all files.
-    pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|f| f.1.len() as u64).sum()
-    }
-
     /// The shape of a tensor.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.entries.get(name).map(|(_, e)| &e.shape[..])

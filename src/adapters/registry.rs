@@ -429,11 +429,6 @@ impl Registry {
         Registry { shared: Arc::new(shared) }
     }
 
-    /// What it may do.
-    pub fn limits(&self) -> &Limits {
-        &self.shared.limits
-    }
-
     /// Whether `name` is an adapter's; looks into the root where adapters are discovered there.
     pub fn knows(&self, name: &str) -> bool {
         if self.shared.lock().aliases.contains_key(name) {

@@ -64,7 +64,7 @@ pub fn write(parsed: &Parsed, c: &ModelConfig, out: &Path) -> Result<(), Adapter
         saved.push(path);
     }
     let targets: Vec<&String> = ranks.keys().collect();
-    // PEFT wants a target; where there is none, one that no module matches would be refused by it, and is not by us.
+    // Empty where an adapter only replaces tensors: that is read here, and PEFT asks for a target.
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -452,7 +452,7 @@ pub struct ServeFlags {
     /// File with one API key per line; # begins a comment.
     #[arg(long, env = "STRAIT_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// Key for /admin routes from other machines [default: loopback only].
+    /// Key for /admin routes, and for loading and unloading adapters, from other machines [default: loopback only].
     #[arg(long, env = "STRAIT_ADMIN_API_KEY", hide_env_values = true)]
     pub admin_api_key: Option<String>,
     /// Name of the model in the API; may be repeated [default: the folder's name].

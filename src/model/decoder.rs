@@ -137,12 +137,12 @@ impl<'a> Decoder<'a> {
         self.rope.cos.len() / self.rope.half
     }
 
-    /// Its weights.
     /// Turns of all positions.
     pub fn rope(&self) -> &RopeTable {
         &self.rope
     }
 
+    /// Its weights.
     pub fn weights(&self) -> &ModelWeights<'a> {
         &self.weights
     }

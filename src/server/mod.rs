@@ -45,7 +45,7 @@ pub use listen::{Peer, serve};
 pub struct Config {
     /// Keys for everything but the public paths; none means that no key is needed.
     pub api_keys: Keys,
-    /// Keys for `/admin/*` from other machines; they open everything else, too.
+    /// Keys for `/admin/*` and for changing adapters from other machines; they open everything else, too.
     pub admin_keys: Keys,
     pub limits: Limits,
     /// Longest silence of a stream before a keep-alive comment.
