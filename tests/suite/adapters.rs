@@ -78,8 +78,11 @@ fn expected(name: &str) -> Expected {
     serde_json::from_str(&std::fs::read_to_string(folder(name).join("expected.json")).unwrap()).unwrap()
 }
 
+/// Prompts with the logits after them.
+type Prompted = Vec<(Vec<u32>, Vec<f32>)>;
+
 /// Adapters that PEFT or an independent implementation was asked about: name, base, and prompts with the logits after them.
-pub(crate) fn golden_cases() -> impl Iterator<Item = (String, String, Vec<(Vec<u32>, Vec<f32>)>)> {
+pub(crate) fn golden_cases() -> impl Iterator<Item = (String, String, Prompted)> {
     let served = listed().into_iter().map(|l| (expected(&l.name), l)).filter(|(want, _)| want.refused.is_none());
     served.map(|(want, l)| (l.name, l.base, want.cases.into_iter().map(|c| (c.prompt, c.logits)).collect()))
 }

@@ -88,7 +88,8 @@ impl DeviceAdapter {
     fn new(device: &Arc<Device>, delta: &Delta) -> Result<Self, CudaError> {
         let layers = delta.layers.len();
         let mut table = vec![DeviceSite::default(); head_place(layers) + 1];
-        let mut image = Image(vec![0; size_of_val(&table[..])]);
+        let mut image = Image(Vec::with_capacity(size_of_val(&table[..]) + delta.bytes() as usize * 17 / 16));
+        image.0.resize(size_of_val(&table[..]), 0);
         let (mut updates, mut adapts, mut rank) = (0, 0, 0);
         let (mut replaced, mut norms) = (HashMap::new(), HashMap::new());
         let sites = delta.layers.iter().enumerate().flat_map(|(layer, l)| {
