@@ -33,7 +33,7 @@ fn real() -> bool {
 }
 
 /// The device of all tests.
-fn device() -> Arc<Device> {
+pub(crate) fn device() -> Arc<Device> {
     static DEVICE: OnceLock<Result<Arc<Device>, String>> = OnceLock::new();
     let open = || {
         if !real() {
@@ -244,7 +244,7 @@ impl LogitsSink for Kept {
     }
 }
 
-fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
+pub(crate) fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
     scheduler::Config {
         max_num_seqs: 8,
         max_num_batched_tokens: budget,
@@ -348,7 +348,7 @@ fn in_lockstep(
 }
 
 /// The demo model in bf16 with a `full` cache and the smallest that comes with it.
-fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
+pub(crate) fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(strait::demo::checkpoint().unwrap()));
     let config = &checkpoint.config;
     let artifact = Artifact::from_bytes(strait::demo::ARTIFACT, config, Fingerprint(checkpoint.digest())).unwrap();
@@ -403,7 +403,7 @@ fn the_image_is_of_these_sources() {
 }
 
 /// An engine that serves the demo model on a device of its own.
-fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
+pub(crate) fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
     let (checkpoint, profiles) = demo();
     let config = &checkpoint.config;
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();

@@ -8,6 +8,7 @@ pub mod driver;
 pub mod linear;
 pub mod prefill;
 pub mod rows;
+pub mod sample;
 pub mod seal;
 
 pub use driver::{Device, Memory, Part, Pinned, Recording};
