@@ -2,9 +2,7 @@
 //! `(seed, i)`: the same whatever else runs, on any number of threads, after any preemption, and on a device.
 
 use crate::ids::TokenId;
-use crate::model::draw::{
-    Draw, NotFinite, distance, log_sum_exp, mul_high, reach_of_min_p, scale, share_of_top_p, uniform, weight,
-};
+use crate::model::draw::{Draw, NotFinite, distance, log_sum_exp, mul_high, reach_of_min_p, scale, share_of_top_p, uniform, weight};
 use crate::request::{Sampling, TokenLogprob};
 
 /// Scratch of the sampler, reused from token to token.
@@ -29,7 +27,8 @@ impl Sampler {
         let raw = draw.logprobs.map(|n| (sum_of(logits, best), self.best_of(logits, n as usize), logits.to_vec()));
         draw.bend(logits);
         let best = greatest(logits)?;
-        let token = if draw.sampling.temperature == 0.0 { greedy(logits, best) } else { self.draw(logits, best, draw.sampling, draw.index) };
+        let token =
+            if draw.sampling.temperature == 0.0 { greedy(logits, best) } else { self.draw(logits, best, draw.sampling, draw.index) };
         let logprob = raw.map(|(total, top, raw)| TokenLogprob {
             logprob: raw[token as usize] - total,
             top: top.into_iter().map(|id| (id, raw[id as usize] - total)).collect(),

@@ -62,9 +62,7 @@ impl Choices {
         self.raw.push(matches!(ask, Ask::Logits));
         self.asked.push(match ask {
             Ask::Nothing | Ask::Logits => nothing,
-            Ask::Score { token, alternatives } => {
-                Asked { token: *token, alternatives: *alternatives, kind: Kind::Score as u32, ..nothing }
-            }
+            Ask::Score { token, alternatives } => Asked { token: *token, alternatives: *alternatives, kind: Kind::Score as u32, ..nothing },
             Ask::Token(draw) => {
                 let (s, bends) = (draw.sampling, &mut self.bends);
                 bends.extend(draw.penalties().map(|(token, by)| Bend { token, by }));

@@ -54,9 +54,7 @@ fn on_host(rows: &[Row]) -> Vec<Answered> {
     let answer = |(logits, asked): &Row| match asked.ask() {
         Ask::Nothing | Ask::Logits => None,
         Ask::Score { token, alternatives } => Some(sampler.score(logits, token, alternatives).map(Answer::Score)),
-        Ask::Token(draw) => {
-            Some(sampler.sample(&mut logits.clone(), &draw).map(|(id, logprob)| Answer::Token { id, logprob }))
-        }
+        Ask::Token(draw) => Some(sampler.sample(&mut logits.clone(), &draw).map(|(id, logprob)| Answer::Token { id, logprob })),
     };
     rows.iter().map(answer).collect()
 }
@@ -250,13 +248,7 @@ fn broken_rows_are_told_apart_from_good_ones() {
     };
     let scored = |sampling: Sampling| Asked::Token { sampling, index: 0, occurrences: None, banned: vec![], logprobs: Some(4) };
     let drawn = Sampling { temperature: 1.0, top_p: 0.9, seed: 2, ..Sampling::greedy() };
-    let none_left = Asked::Token {
-        sampling: drawn.clone(),
-        index: 0,
-        occurrences: None,
-        banned: vec![1000],
-        logprobs: Some(1),
-    };
+    let none_left = Asked::Token { sampling: drawn.clone(), index: 0, occurrences: None, banned: vec![1000], logprobs: Some(1) };
     let mut alone = vec![f32::NEG_INFINITY; 3000];
     alone[1000] = 1.0;
     let rows = vec![
@@ -295,7 +287,7 @@ fn frequencies_on_the_device_follow_the_distribution() {
     let logits: Vec<f32> = p.iter().map(|p| p.ln()).collect();
     let sampling = Sampling { temperature: 1.0, seed: 7, ..Sampling::greedy() };
     let mut seen = [0; 4];
-    let draws = 2048;
+    let draws = 1024;
     for first in (0..draws).step_by(64) {
         let of = |index| Asked::Token { sampling: sampling.clone(), index, occurrences: None, banned: vec![], logprobs: None };
         let rows: Vec<Row> = (first..first + 64).map(|index| (logits.clone(), of(index))).collect();
@@ -306,7 +298,7 @@ fn frequencies_on_the_device_follow_the_distribution() {
     }
     for (n, p) in seen.iter().zip(p) {
         let share = f64::from(*n) / f64::from(draws);
-        assert!((share - f64::from(p)).abs() < 0.03, "{share} for {p}");
+        assert!((share - f64::from(p)).abs() < 0.04, "{share} for {p}");
     }
 }
 
@@ -359,14 +351,8 @@ fn by_hand(requests: &[GenerateRequest]) -> Vec<Heard> {
         while !scheduler.is_idle() {
             now += Duration::from_millis(1);
             scheduler.plan(now, &mut plan, &mut outcomes);
-            let mut sink = ByHand {
-                plan: &plan,
-                request,
-                occurrences: &occurrences,
-                generated: &tokens,
-                prompt: &mut prompt,
-                chosen: None,
-            };
+            let mut sink =
+                ByHand { plan: &plan, request, occurrences: &occurrences, generated: &tokens, prompt: &mut prompt, chosen: None };
             on.forward(&plan, &mut sink).unwrap();
             let chosen = sink.chosen;
             let result = chosen.as_ref().map_or(RowResult::Nothing, |(id, _)| RowResult::Token(*id));
@@ -387,11 +373,11 @@ fn by_hand(requests: &[GenerateRequest]) -> Vec<Heard> {
 
 #[test]
 fn an_engine_that_samples_on_its_device_says_what_the_host_would_choose() {
-    let prompt: Vec<u32> = (0..70).map(|i| 20 + i * 7 % 900).collect();
+    let prompt: Vec<u32> = (0..24).map(|i| 20 + i * 7 % 900).collect();
     let request = |new: u32, profile: u8, logprobs, sampling| GenerateRequest {
         logprobs,
         sampling,
-        ..engine::request(&prompt[..70 - 11 * profile as usize], new, profile)
+        ..engine::request(&prompt[..24 - 7 * profile as usize], new, profile)
     };
     let drawn = Sampling { temperature: 0.9, top_p: 0.95, top_k: 200, seed: 9, ..Sampling::greedy() };
     let penalised = Sampling {
@@ -406,11 +392,11 @@ fn an_engine_that_samples_on_its_device_says_what_the_host_would_choose() {
     };
     let stops: Arc<[u32]> = (0..500).collect();
     let requests = [
-        request(6, 0, None, Sampling::greedy()),
-        request(6, 0, Some(3), drawn.clone()),
-        request(8, 1, Some(20), penalised.clone()),
-        GenerateRequest { min_new_tokens: 4, stop_tokens: stops, ..request(9, 1, None, penalised) },
-        GenerateRequest { prompt_logprobs: Some(2), ..request(3, 0, Some(0), drawn) },
+        request(3, 0, None, Sampling::greedy()),
+        request(4, 0, Some(3), drawn.clone()),
+        request(5, 1, Some(20), penalised.clone()),
+        GenerateRequest { min_new_tokens: 2, stop_tokens: stops, ..request(4, 1, None, penalised) },
+        GenerateRequest { prompt_logprobs: Some(2), ..request(2, 0, Some(0), drawn) },
     ];
     let want = by_hand(&requests);
     let (engine, thread) = engine_on(device());
@@ -425,7 +411,7 @@ fn an_engine_that_samples_on_its_device_says_what_the_host_would_choose() {
                 Event::Failed { failure } => panic!("request {i}: {failure:?}"),
             }
         }
-        assert!(!heard.is_empty() || i == 3, "request {i} says nothing");
+        assert!(heard.len() >= 2, "request {i} says {heard:?}");
         assert_eq!(heard, tokens, "request {i}");
         assert_eq!(scored, prompt, "the prompt of request {i}");
     }
