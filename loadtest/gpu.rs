@@ -460,7 +460,7 @@ fn sample(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
         // Distributions with a few likely tokens.
         let logits: Vec<f32> = (0..rows * vocab).map(|i| 3.0 * rng.normal() + if i % 997 == 0 { 6.0 } else { 0.0 }).collect();
         let logits = device.upload(&logits)?;
-        let mut us = |sampling: &Sampling, logprobs: Option<u32>| -> Result<f64, CudaError> {
+        let us = |sampling: &Sampling, logprobs: Option<u32>| -> Result<f64, CudaError> {
             let mut choices = Choices::new(device, vocab)?;
             for index in 0..rows as u32 {
                 choices.push(&Ask::Token(Draw { sampling, index, occurrences: None, banned: &[], logprobs }));

@@ -139,6 +139,8 @@ static Ask ask_at_random(u32 vocab) {
         if (below(2)) continue;
         std::map<u32, float> some;
         for (u32 n = below(std::min(vocab, k ? 9u : 700u)); n > 0; n--) some[below(vocab)] = uniform_float() * 6 - 3;
+        // A token of several kinds, which other threads meet.
+        if (k && !a.bends[0].empty() && below(2)) some[a.bends[0].back().token] = 20;
         if (k == 2 && some.size() >= vocab) continue;
         for (auto [token, by] : some) a.bends[k].push_back({token, by});
     }

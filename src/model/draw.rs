@@ -133,8 +133,8 @@ pub fn distance(l: f32, best: f32, scale: f32) -> Option<u32> {
 pub fn weight(steps: u32) -> u64 {
     // A polynomial of 2^g, g in [0, 1), in 32 bits after the point.
     let g = u64::from(!(steps << (32 - FINE)));
-    let t = [38_616_766, 239_738_853, 1_031_476_366, 2_977_064_037].iter().fold(8_071_271, |t, c| c + (t * g >> 32));
-    (((1 << 31) + (t * g >> 33)) << 8) >> (steps >> FINE)
+    let t = [38_616_766, 239_738_853, 1_031_476_366, 2_977_064_037].iter().fold(8_071_271, |t, c| c + ((t * g) >> 32));
+    (((1 << 31) + ((t * g) >> 33)) << 8) >> (steps >> FINE)
 }
 
 /// Most steps below the best that min-p keeps.
