@@ -8,8 +8,9 @@
 //             whichever comes first
 //   token   = the least id with  sum of w[i] over i <= id, e[i] <= cut  >  uniform(seed, index) * sum over all e[i] <= cut
 //
-// Greedy rows take the lowest id of the best. The log-probability of a token is l - best - ln(sum of w / w(0)) of the logits before they
-// were bent, with scale at temperature 1. `model/draw.rs` has the same arithmetic, and the host's sampler chooses the same tokens.
+// Tokens within one step are equals. Greedy rows take the lowest id of the best. The log-probability of a token is l - best -
+// ln(sum of w / w(0)) of the logits before they were bent, with scale at temperature 1. `model/draw.rs` has the same arithmetic, and the
+// host's sampler chooses the same tokens.
 //
 // All sums are of integers, so neither the cut into slices nor the order of threads and blocks changes a bit, and a row's result depends
 // on that row alone. Weights are a polynomial in integers, the same on every processor; of floats there is one difference and one product.
@@ -23,7 +24,7 @@
 // sample_bend     (rows)           512    0                        that bend
 // sample_weigh    (slices, rows)   256    15424                    that draw
 // sample_gather   (slices, rows)   256    128                      that draw with top-k or top-p
-// sample_choose   (rows)           512    max(8512, 320 + 256 slices) all; so much beyond 8512 only where log-probabilities are asked for
+// sample_choose   (rows)           512    8512                     all; with log-probabilities 320 + 256 slices where that is more
 //
 // Bytes: 4 vocab a row each of best, top, weigh, gather (twice, the second time from the first-level cache); the first finds them in L2,
 // where the output head left them. Operations: 4 an element of best, some 30 of the others, nearly all in integers; so few rows wait for
@@ -568,5 +569,5 @@ KERNEL(256, 4, sample_best)(SampleArgs p) { grid_wait(); grid_go(); sample::best
 KERNEL(256, 4, sample_top)(SampleArgs p) { grid_wait(); grid_go(); sample::top(p); }
 KERNEL(512, 2, sample_bend)(SampleArgs p) { grid_wait(); grid_go(); sample::bend(p); }
 KERNEL(256, 4, sample_weigh)(SampleArgs p) { grid_wait(); grid_go(); sample::weigh(p); }
-KERNEL(256, 4, sample_gather)(SampleArgs p) { grid_wait(); grid_go(); sample::gather(p); }
+KERNEL(256, 3, sample_gather)(SampleArgs p) { grid_wait(); grid_go(); sample::gather(p); }
 KERNEL(512, 1, sample_choose)(SampleArgs p) { grid_wait(); grid_go(); sample::choose(p); }

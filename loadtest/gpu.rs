@@ -451,7 +451,10 @@ fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
 /// Tokens from logits, as the output head leaves them.
 fn sample(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
     println!("  tokens of f32 logits, all launches of a step together; times in us; floor: the logits, read once");
-    println!("  {:>7} {:>5} {:>9} | {:>9} {:>9} {:>9} {:>9}", "vocab", "rows", "floor", "greedy", "drawn", "k and p", "20 best");
+    println!(
+        "  {:>7} {:>5} {:>9} | {:>9} {:>9} | {:>9} | {:>9} {:>9} | {:>9}",
+        "vocab", "rows", "floor", "predicted", "greedy", "drawn", "predicted", "k and p", "20 best"
+    );
     let rng = &mut Rng(9);
     let greedy = Sampling::greedy();
     let drawn = Sampling { temperature: 0.8, seed: 1, ..Sampling::greedy() };
@@ -473,9 +476,13 @@ fn sample(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
         };
         let times = [us(&greedy, None)?, us(&drawn, None)?, us(&cut, None)?, us(&cut, Some(20))?];
         let floor = (4 * rows * vocab) as f64 / ceiling * 1e6;
-        print!("  {vocab:>7} {rows:>5} {floor:>9.1} |");
-        times.iter().for_each(|us| print!(" {us:>9.1}"));
-        println!();
+        // Some 30 operations an element, twice, at 64 a clock and multiprocessor; launches, and the block that does the rest.
+        let weighed = (30 * rows * vocab) as f64 / (64.0 * device.processors as f64 * 1755.0);
+        let predicted = [floor + 6.0, floor + 2.0 * weighed.max(floor) + 20.0];
+        println!(
+            "  {vocab:>7} {rows:>5} {floor:>9.1} | {:>9.1} {:>9.1} | {:>9.1} | {:>9.1} {:>9.1} | {:>9.1}",
+            predicted[0], times[0], times[1], predicted[1], times[2], times[3]
+        );
     }
     Ok(())
 }
