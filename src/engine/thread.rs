@@ -17,6 +17,7 @@ use crate::ids::{AdapterGeneration, SeqId, TokenId};
 use crate::kv::Arena;
 use crate::model::adapted::Adapters;
 use crate::model::cuda::CudaDecoder;
+use crate::model::cuda::adapters::Given;
 use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use crate::model::delta::Delta;
 use crate::model::draw::{Answer, Ask, Draw, NotFinite, Occurrences, has_penalties};
@@ -70,17 +71,31 @@ impl Runner {
         }
     }
 
-    fn forward(&mut self, plan: &StepPlan, adapters: &Adapters<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+    fn forward(
+        &mut self,
+        plan: &StepPlan,
+        adapters: &[(AdapterGeneration, Arc<Delta>)],
+        sink: &mut dyn LogitsSink,
+    ) -> Result<(), CudaError> {
         match self {
             Runner::Host(host) => {
                 let Host { decoder, arena, profiles, ops } = &mut **host;
+                let adapters: &Adapters<'_> = &adapters.iter().map(|(id, delta)| (*id, &**delta)).collect::<Vec<_>>();
                 decoder.forward(&mut Pass { plan, arena, profiles, adapters, ops: &**ops, sink, observer: None });
                 Ok(())
             }
             Runner::Cuda(decoder) => {
-                assert!(adapters.is_empty(), "no lease is given out where a device serves");
-                decoder.forward(plan, sink)
+                let given: &Given<'_> = &adapters.iter().map(|(id, delta)| (*id, delta)).collect::<Vec<_>>();
+                decoder.forward(plan, given, sink)
             }
+        }
+    }
+
+    /// Adapters that lie on a device, by generation, and the bytes of each there.
+    fn device_adapters(&self) -> Vec<(u64, u64)> {
+        match self {
+            Runner::Host(_) => Vec::new(),
+            Runner::Cuda(decoder) => decoder.adapters().map(|(generation, bytes)| (generation.0, bytes)).collect(),
         }
     }
 }
@@ -340,7 +355,8 @@ impl Room {
     }
 
     fn publish(&mut self) {
-        *self.door.snapshot.write().expect("no holder panics") = Arc::new(self.scheduler.snapshot());
+        let snapshot = Snapshot { device_adapters: self.runner.device_adapters(), ..self.scheduler.snapshot() };
+        *self.door.snapshot.write().expect("no holder panics") = Arc::new(snapshot);
         self.snapshot_at = Instant::now();
     }
 
@@ -453,9 +469,8 @@ impl Room {
         logprobs.resize(plan.rows.len(), None);
         let deltas = self.deltas(plan);
         let computed = catch_unwind(AssertUnwindSafe(|| {
-            let adapters: Vec<_> = deltas.iter().map(|(generation, delta)| (*generation, &**delta)).collect();
             let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
-            self.runner.forward(plan, &adapters, &mut sink)
+            self.runner.forward(plan, &deltas, &mut sink)
         }));
         drop(deltas);
         self.leaving.clear();

@@ -341,7 +341,7 @@ fn by_hand(requests: &[GenerateRequest]) -> Vec<Heard> {
     let arena_bytes = 40 * profiles[0].layout.sizes().exact;
     let mut scheduler = Scheduler::new(settings(config.layers as u32, 256, arena_bytes, sizes)).unwrap();
     let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
-    let mut on = CudaDecoder::new(device(), config, host.weights(), host.rope(), profiles, (arena_bytes, 64)).unwrap();
+    let mut on = CudaDecoder::new(device(), config, host.weights(), host.rope(), profiles, (arena_bytes, 0, 64)).unwrap();
     let (mut plan, mut outcomes, mut now) = (StepPlan::default(), Vec::new(), Duration::ZERO);
     let mut all = vec![];
     for (seq, request) in (0..).zip(requests) {
@@ -353,7 +353,7 @@ fn by_hand(requests: &[GenerateRequest]) -> Vec<Heard> {
             scheduler.plan(now, &mut plan, &mut outcomes);
             let mut sink =
                 ByHand { plan: &plan, request, occurrences: &occurrences, generated: &tokens, prompt: &mut prompt, chosen: None };
-            on.forward(&plan, &mut sink).unwrap();
+            on.forward(&plan, &[], &mut sink).unwrap();
             let chosen = sink.chosen;
             let result = chosen.as_ref().map_or(RowResult::Nothing, |(id, _)| RowResult::Token(*id));
             if let Some((id, logprob)) = chosen {

@@ -9,6 +9,7 @@ mod calibrate;
 mod checkpoint;
 mod codec;
 mod cuda;
+mod cuda_adapters;
 mod cuda_sample;
 mod emulated;
 mod engine;

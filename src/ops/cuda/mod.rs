@@ -6,6 +6,7 @@
 pub mod attend;
 pub mod driver;
 pub mod linear;
+pub mod lora;
 pub mod prefill;
 pub mod rows;
 pub mod sample;
