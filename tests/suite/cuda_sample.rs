@@ -16,7 +16,7 @@ use strait::request::{Event, GenerateRequest, Sampling, TokenLogprob};
 use strait::scheduler::{Outcome, ProfileSizes, RowResult, Scheduler};
 use strait::step::StepPlan;
 
-use crate::cuda::{demo, device, engine_on, settings};
+use crate::cuda::{demo, device, engine_on, own_device, settings};
 use crate::engine;
 
 /// What is asked of one row, with all that it borrows.
@@ -341,7 +341,7 @@ fn by_hand(requests: &[GenerateRequest]) -> Vec<Heard> {
     let arena_bytes = 40 * profiles[0].layout.sizes().exact;
     let mut scheduler = Scheduler::new(settings(config.layers as u32, 256, arena_bytes, sizes)).unwrap();
     let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
-    let mut on = CudaDecoder::new(device(), config, host.weights(), host.rope(), profiles, (arena_bytes, 0, 64)).unwrap();
+    let mut on = CudaDecoder::new(own_device(), config, host.weights(), host.rope(), profiles, (arena_bytes, 0, 64)).unwrap();
     let (mut plan, mut outcomes, mut now) = (StepPlan::default(), Vec::new(), Duration::ZERO);
     let mut all = vec![];
     for (seq, request) in (0..).zip(requests) {
@@ -399,7 +399,7 @@ fn an_engine_that_samples_on_its_device_says_what_the_host_would_choose() {
         GenerateRequest { prompt_logprobs: Some(2), ..request(2, 0, Some(0), drawn) },
     ];
     let want = by_hand(&requests);
-    let (engine, thread) = engine_on(device());
+    let (engine, thread) = engine_on(own_device());
     for (i, (request, (tokens, prompt))) in requests.iter().zip(want).enumerate() {
         let mut stream = engine.submit(request.clone()).unwrap();
         let (mut heard, mut scored) = (vec![], vec![]);
