@@ -14,16 +14,19 @@ use half::{bf16, f16};
 use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
 use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
+use strait::model::choices::Choices;
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::model::cuda::{CudaDecoder, CudaRefusal};
 use strait::model::decoder::{LogitsSink, ReadyProfile};
 use strait::model::delta::{Delta, Factors, HeldAs, Site, SiteDelta};
+use strait::model::draw::{Answer, Ask, Draw, NotFinite};
 use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
 use strait::ops::cuda::linear::{Job, Linears, Mode};
 use strait::ops::cuda::prefill::Prefill;
 use strait::ops::cuda::{CudaError, Device, Memory};
 use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
+use strait::request::Sampling;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
 #[path = "../tests/suite/emulated.rs"]
@@ -42,6 +45,8 @@ struct Sizes {
     /// Products: outputs and inputs; rows.
     matrices: Vec<(usize, usize)>,
     rows: Vec<usize>,
+    /// Sampling: logits and rows.
+    sampled: Vec<(usize, usize)>,
     /// A whole model; context and batch of exact and of compressed pages.
     model: ModelConfig,
     exact: Vec<(usize, usize)>,
@@ -65,6 +70,7 @@ impl Sizes {
             chunks: vec![(2048, 1), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)],
             matrices: vec![(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)],
             rows: vec![1, 4, 8, 16, 32, 64, 512],
+            sampled: vec![(128_256, 1), (128_256, 16), (128_256, 64)],
             model: model(32),
             exact: vec![(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)],
             compressed,
@@ -83,6 +89,7 @@ impl Sizes {
             chunks: vec![(64, 2), (192, 1)],
             matrices: vec![(128, 256), (192, 512)],
             rows: vec![1, 8, 80],
+            sampled: vec![(512, 2), (5000, 1)],
             model: ModelConfig { hidden: 256, intermediate: 512, vocab: 512, ..model(2) },
             exact: vec![(64, 2), (256, 1)],
             compressed: vec![(256, 2)],
@@ -118,8 +125,14 @@ fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     let device = Device::open(0)?;
     let ceiling = ceiling(&device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
-    let tables: [(&str, Table); 5] =
-        [("attention", attention), ("prefill", prefill), ("linear", linear), ("decode", decode), ("adapters", adapters)];
+    let tables: [(&str, Table); 6] = [
+        ("attention", attention),
+        ("prefill", prefill),
+        ("linear", linear),
+        ("sample", sample),
+        ("decode", decode),
+        ("adapters", adapters),
+    ];
     for (title, table) in tables {
         if words.is_empty() || words.iter().any(|w| title.contains(w.as_str())) {
             println!("{title}");
@@ -446,13 +459,63 @@ fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
     Ok(())
 }
 
-/// Takes logits and does nothing with them.
-struct Deaf(usize);
+/// Tokens from logits, as the output head leaves them.
+fn sample(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    println!("  tokens of f32 logits, all launches of a step together; times in us; floor: the logits, read once");
+    println!(
+        "  {:>7} {:>5} {:>9} | {:>9} {:>9} | {:>9} | {:>9} {:>9} | {:>9}",
+        "vocab", "rows", "floor", "predicted", "greedy", "drawn", "predicted", "k and p", "20 best"
+    );
+    let rng = &mut Rng(9);
+    let greedy = Sampling::greedy();
+    let drawn = Sampling { temperature: 0.8, seed: 1, ..Sampling::greedy() };
+    let cut = Sampling { top_k: 50, top_p: 0.95, ..drawn.clone() };
+    for &(vocab, rows) in &sizes.sampled {
+        // Distributions with a few likely tokens.
+        let logits: Vec<f32> = (0..rows * vocab).map(|i| 3.0 * rng.normal() + if i % 997 == 0 { 6.0 } else { 0.0 }).collect();
+        let logits = device.upload(&logits)?;
+        let us = |sampling: &Sampling, logprobs: Option<u32>| -> Result<f64, CudaError> {
+            let mut choices = Choices::new(device, vocab)?;
+            for index in 0..rows as u32 {
+                choices.push(&Ask::Token(Draw { sampling, index, occurrences: None, banned: &[], logprobs }));
+            }
+            choices.set()?;
+            let ms = device.time(sizes.times, || choices.launch(logits.part(0, rows * vocab)))?;
+            let answers = choices.read()?;
+            assert!((0..rows).all(|i| matches!(answers.of(i), Some(Ok(_)))), "a token for each row");
+            Ok(ms * 1e3)
+        };
+        let times = [us(&greedy, None)?, us(&drawn, None)?, us(&cut, None)?, us(&cut, Some(20))?];
+        let floor = (4 * rows * vocab) as f64 / ceiling * 1e6;
+        // Some 30 operations an element, twice, at 64 a clock and multiprocessor; launches, and the block that does the rest.
+        let weighed = (30 * rows * vocab) as f64 / (64.0 * device.processors as f64 * 1755.0);
+        let predicted = [floor + 6.0, floor + 2.0 * weighed.max(floor) + 20.0];
+        println!(
+            "  {vocab:>7} {rows:>5} {floor:>9.1} | {:>9.1} {:>9.1} | {:>9.1} | {:>9.1} {:>9.1} | {:>9.1}",
+            predicted[0], times[0], times[1], predicted[1], times[2], times[3]
+        );
+    }
+    Ok(())
+}
+
+/// Asks for the likeliest tokens and does nothing with them.
+struct Deaf {
+    sampling: Sampling,
+    tokens: usize,
+}
 
 impl LogitsSink for Deaf {
-    fn logits(&mut self, _: usize, _: u32, logits: &mut [f32]) {
-        assert!(logits[0].is_finite(), "logits of a whole model");
-        self.0 += 1;
+    fn logits(&mut self, _: usize, _: u32, _: &mut [f32]) {
+        unreachable!("no logits are asked for");
+    }
+
+    fn ask(&mut self, _: usize, _: u32) -> Ask<'_> {
+        Ask::Token(Draw { sampling: &self.sampling, index: 0, occurrences: None, banned: &[], logprobs: None })
+    }
+
+    fn answer(&mut self, _: usize, _: u32, answer: Result<Answer, NotFinite>) {
+        assert!(answer.is_ok(), "logits of a whole model");
+        self.tokens += 1;
     }
 }
 
@@ -565,7 +628,7 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
                     logits: Logits::Last,
                 });
             }
-            let sink = &mut Deaf(0);
+            let sink = &mut Deaf { sampling: Sampling::greedy(), tokens: 0 };
             // The second time it is recorded.
             (0..3).try_for_each(|_| on.forward(&plan, &[], sink))?;
             let times = 8;
@@ -670,7 +733,7 @@ fn adapters(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cud
                         logits: Logits::Last,
                     });
                 }
-                let sink = &mut Deaf(0);
+                let sink = &mut Deaf { sampling: Sampling::greedy(), tokens: 0 };
                 // The first time copies what it wears, the second it is recorded.
                 let before = on.adapters().count();
                 let start = std::time::Instant::now();

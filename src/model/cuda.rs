@@ -1,9 +1,9 @@
 //! The decoder on a CUDA device: the same plan, carried out by kernels on weights and a cache that lie there.
 //!
-//! The host uploads what a step is about (tokens, positions, page tables, spans, who wears which adapter), asks for its kernels in
-//! order, and reads logits back. Rows that pass through all layers form one batch, or several where they wear more adapters than
-//! there is room for at once; quanta of a layer-by-layer prefill go block by block, as on the host.
-//! `linear` is the linear layers of a batch, `adapters` the copies of adapters on the device.
+//! The host uploads what a step is about (tokens, positions, page tables, spans, who wears which adapter, how to choose), asks for its
+//! kernels in order, and reads back the tokens that were chosen; logits only where they are asked for. Rows that pass through all layers
+//! form one batch, or several where they wear more adapters than there is room for at once; quanta of a layer-by-layer prefill go block
+//! by block, as on the host. `linear` is the linear layers of a batch, `adapters` the copies of adapters on the device.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,6 +13,7 @@ use half::bf16;
 
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::layout::PageLayout;
+use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::adapters::{DeviceAdapter, DeviceAdapters, Given, head_place, place};
 use crate::model::cuda::linear::{DeviceProjection, LinearJob, LinearLayer, LinearScratch, Worn, project};
@@ -23,6 +24,7 @@ use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork,
 use crate::ops::cuda::linear::{Job, Linears, Mode};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
+use crate::ops::cuda::sample::WIDEST;
 use crate::ops::cuda::seal::{DownMaps, SealedJob, seal};
 use crate::ops::cuda::{CudaError, Device, Memory, Part, Pinned, Recording};
 use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
@@ -50,6 +52,8 @@ pub enum CudaRefusal {
     Dtype,
     #[error("a CUDA device takes widths that are multiples of 8, and this model has {what} of {width}: use --device cpu")]
     Width { what: &'static str, width: usize },
+    #[error("a CUDA device takes vocabularies of up to {WIDEST}, and this model's is of {vocab}: use --device cpu")]
+    Vocabulary { vocab: usize },
     #[error(transparent)]
     Device(#[from] CudaError),
 }
@@ -152,6 +156,8 @@ pub struct CudaDecoder {
     worn: Worn,
     picked_worn: Worn,
     scratch: Scratch,
+    /// What is asked of the logits at hand.
+    choices: Choices,
     /// Those of the batch at hand come first.
     groups: Vec<Group>,
     used: usize,
@@ -256,6 +262,7 @@ impl CudaDecoder {
             heads: Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() },
             block: block.next_multiple_of(P),
             scratch,
+            choices: Choices::new(d, config.vocab)?,
             groups: Vec::new(),
             used: 0,
             recordings: HashMap::new(),
@@ -377,7 +384,7 @@ impl CudaDecoder {
         let wanted = wanted(plan, &spans);
         let moves = rows.iter().any(|&row| !plan.rows[row].moves.is_empty());
         if !moves && wanted.len() <= HEADS_AT_ONCE {
-            self.pick(plan, &wanted)?;
+            self.pick(plan, &wanted, sink)?;
             self.recorded(tokens, wanted.len())?;
             return self.tell(&wanted, sink);
         }
@@ -389,7 +396,8 @@ impl CudaDecoder {
         self.emit(plan, &wanted, sink)
     }
 
-    /// All launches of a batch that moves nothing, from embeddings to the logits of `wanted` rows: as recorded, when the same were asked
+    /// All launches of a batch that moves nothing, from embeddings to what is chosen from the logits of `wanted` rows: as recorded, when the
+    /// same were asked
     /// for before.
     fn recorded(&mut self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
@@ -406,6 +414,7 @@ impl CudaDecoder {
             g.work.key(&mut key);
             g.prefill.key(&mut key);
         }
+        self.choices.key(&mut key);
         match self.recordings.get(&key) {
             Some(Some(recording)) => return recording.launch(),
             // Asked for a second time: likely to be again.
@@ -437,7 +446,8 @@ impl CudaDecoder {
     fn launch(&self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         self.embed(tokens)?;
         (0..self.config.layers).try_for_each(|layer| self.layer(layer, tokens))?;
-        self.head(wanted)
+        self.head(wanted)?;
+        self.choose(wanted)
     }
 
     /// One layer of one row of a layer-by-layer prefill, block by block.
@@ -723,18 +733,22 @@ impl CudaDecoder {
         Ok(())
     }
 
-    /// Final norm, output head and logits of the wanted positions of a batch, a bounded number at a time.
+    /// Final norm, output head and what is chosen from the logits of the wanted positions of a batch, a bounded number at a time.
     fn emit(&mut self, plan: &StepPlan, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
         for some in wanted.chunks(HEADS_AT_ONCE) {
-            self.pick(plan, some)?;
+            self.pick(plan, some, sink)?;
             self.head(some.len())?;
+            self.choose(some.len())?;
             self.tell(some, sink)?;
         }
         Ok(())
     }
 
-    /// Takes to the device which rows of the batch are wanted, and makes room for them.
-    fn pick(&mut self, plan: &StepPlan, wanted: &[Wanted]) -> Result<(), CudaError> {
+    /// Takes to the device which rows of the batch are wanted, and what for, and makes room for them.
+    fn pick(&mut self, plan: &StepPlan, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        self.choices.clear();
+        wanted.iter().for_each(|w| self.choices.push(&sink.ask(w.row, w.position)));
+        self.choices.set()?;
         let (c, s, n) = (self.config, &mut self.scratch, wanted.len());
         let wearing = &self.wearing;
         self.picked_worn.set(wanted.iter().map(|w| (of_row(wearing, &plan.rows[w.row]), 1)), &[(c.hidden, 1)])?;
@@ -759,13 +773,31 @@ impl CudaDecoder {
         project(&self.device, (s.normed.ptr(), c.hidden), n, &[job], (&self.picked_worn, c.layers), &s.linear)
     }
 
-    /// Reads the logits and hands them out.
+    /// Tokens and scores of the logits of the rows that were picked.
+    fn choose(&self, n: usize) -> Result<(), CudaError> {
+        self.choices.launch(self.scratch.logits.part(0, n * self.config.vocab))
+    }
+
+    /// Reads what was asked for and hands it out: tokens and scores, or the logits themselves.
     fn tell(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
-        let (vocab, n, s) = (self.config.vocab, wanted.len(), &mut self.scratch);
-        s.host_logits.reserve(n * vocab)?;
-        let host = &mut s.host_logits.as_mut_slice()[..n * vocab];
-        s.logits.read(0, host)?;
-        wanted.iter().zip(host.chunks_exact_mut(vocab)).for_each(|(w, logits)| sink.logits(w.row, w.position, logits));
+        let (vocab, s) = (self.config.vocab, &mut self.scratch);
+        // Neighbours whose logits are asked for come in one piece.
+        let raw: Vec<usize> = (0..wanted.len()).filter(|&i| self.choices.wants_logits(i)).collect();
+        s.host_logits.reserve(raw.len() * vocab)?;
+        let mut host = s.host_logits.as_mut_slice();
+        for some in raw.chunk_by(|a, b| a + 1 == *b) {
+            let (part, rest) = host.split_at_mut(some.len() * vocab);
+            s.logits.read(some[0] * vocab, part)?;
+            let rows = some.iter().map(|&i| &wanted[i]);
+            rows.zip(part.chunks_exact_mut(vocab)).for_each(|(w, logits)| sink.logits(w.row, w.position, logits));
+            host = rest;
+        }
+        let answers = self.choices.read()?;
+        for (i, w) in wanted.iter().enumerate() {
+            if let Some(answer) = answers.of(i) {
+                sink.answer(w.row, w.position, answer);
+            }
+        }
         Ok(())
     }
 }
@@ -811,6 +843,9 @@ fn key(row: &Row) -> (u8, bool) {
 pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(), CudaRefusal> {
     fn all<'l, 'w>(l: &'l LayerWeights<'w>) -> [&'l Projection<'w>; 7] {
         [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
+    }
+    if config.vocab > WIDEST {
+        return Err(CudaRefusal::Vocabulary { vocab: config.vocab });
     }
     let of_layer = |l: &LayerWeights<'_>| all(l).iter().any(|p| is_f32(&p.weight) || p.inner.as_ref().is_some_and(is_f32));
     if is_f32(&weights.embed) || is_f32(weights.head()) || weights.layers.iter().any(of_layer) {

@@ -45,6 +45,11 @@ pub(crate) fn device() -> Arc<Device> {
     DEVICE.get_or_init(open).clone().unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// The same with a stream of its own: for what records launches, which must not be those of another test.
+pub(crate) fn own_device() -> Arc<Device> {
+    Device::open(device().ordinal()).unwrap()
+}
+
 /// Attention of the last `n` positions of each sequence on the device.
 fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
     attend_in(device, cache, rows, q, 0)
@@ -245,7 +250,7 @@ impl LogitsSink for Kept {
     }
 }
 
-fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
+pub(crate) fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
     scheduler::Config {
         max_num_seqs: 8,
         max_num_batched_tokens: budget,
@@ -306,7 +311,8 @@ pub(crate) fn worn_in_lockstep(
     let mut host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), POSITIONS, 64);
     let mut arena = Arena::new(arena_bytes).unwrap();
     let rope = host.rope().clone();
-    let mut on = CudaDecoder::new(device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, wardrobe.bytes, 64)).unwrap();
+    let mut on =
+        CudaDecoder::new(own_device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, wardrobe.bytes, 64)).unwrap();
     let ops = Cpu::new(2);
     let worn: Vec<_> = wardrobe.adapters.iter().map(|(id, delta)| (*id, &**delta)).collect();
     let given: Vec<_> = wardrobe.adapters.iter().map(|(id, delta)| (*id, delta)).collect();
@@ -461,7 +467,7 @@ pub(crate) fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
 
 #[test]
 fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
-    let own = Device::open(device().ordinal()).unwrap();
+    let own = own_device();
     let stream = own.stream().cu_stream() as usize;
     let (engine, thread) = engine_on(own);
     let prompt: Vec<u32> = (0..90).map(|i| 20 + i * 7 % 900).collect();

@@ -15,7 +15,7 @@ use strait::model::delta::{Delta, EmbedDelta, EmbedFactors, Factors, HeldAs, Nor
 use strait::model::weights::{LoadDtype, Projection};
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
-use crate::cuda::{Kept, Wardrobe, demo, device, engine_on, hear, request, rms, worn_in_lockstep};
+use crate::cuda::{Kept, Wardrobe, demo, engine_on, hear, own_device, request, rms, worn_in_lockstep};
 use crate::http::adapters::{limits, registry_of};
 use crate::{adapters, golden};
 
@@ -157,7 +157,7 @@ fn on_device(checkpoint: &'static Checkpoint, adapter_bytes: u64) -> CudaDecoder
     let config = &checkpoint.config;
     let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
     let arena = 16 * full(config)[0].layout.sizes().exact;
-    CudaDecoder::new(device(), config, host.weights(), host.rope(), full(config), (arena, adapter_bytes, 64)).unwrap()
+    CudaDecoder::new(own_device(), config, host.weights(), host.rope(), full(config), (arena, adapter_bytes, 64)).unwrap()
 }
 
 /// One step of prompts side by side, each under an adapter; the logits of all positions.
@@ -259,7 +259,7 @@ fn an_engine_on_a_device_serves_adapters_under_leases() {
     let registry = registry_of(checkpoint, HeldAs::Bf16, limits(Some(&root), 64 << 20));
     let load = |name: &str| registry.load(&Load { alias: name.into(), path: root.join(name), ..Load::default() }).unwrap();
     let (pirate, shout) = (load("pirate"), load("shout"));
-    let (engine, thread) = engine_on(strait::ops::cuda::Device::open(device().ordinal()).unwrap());
+    let (engine, thread) = engine_on(own_device());
     let tokenizer = strait::demo::tokenizer().unwrap();
     let prompt = tokenizer.encode("<|bos|><|user|>\nWhat is the capital of France?<|end|>\n<|assistant|>\n", false, true).unwrap();
     let ask = |name: Option<&str>| {

@@ -9,6 +9,7 @@ pub mod linear;
 pub mod lora;
 pub mod prefill;
 pub mod rows;
+pub mod sample;
 pub mod seal;
 
 pub use driver::{Device, Memory, Part, Pinned, Recording};
