@@ -265,7 +265,8 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
         let compressed = profile.cskv.is_some();
         let page = layout.sizes();
         let maps_host = compressed.then(|| maps(&layout, rng));
-        let maps = maps_host.as_ref().map(|m| DeviceMaps::new(device, m, SHAPE.kv_heads, 128)).transpose()?;
+        let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
+        let maps = compressed.then(|| DeviceMaps::new(device, &view, SHAPE)).transpose()?;
         for &context in &sizes.contexts {
             for &batch in &sizes.batches {
                 let (sealed_pages, window_pages) = if compressed { (context / 64 - 1, 1) } else { (0, context / 64) };
@@ -288,7 +289,6 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                 let sealed_at = |i: usize| PageAddr(order[i] * (page.sealed / 64) as u32);
                 let exact_at = |i: usize| PageAddr(((sealed_bytes + i * page.exact as usize) / 64) as u32);
                 let sinks_base = sealed_bytes + sets * batch * window_pages * page.exact as usize;
-                let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
                 let mut works = Vec::new();
                 for set in 0..sets {
                     let mut work = Work::default();
@@ -313,6 +313,7 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                     exact_offset: 0,
                     maps: maps.as_ref(),
                     arena: arena.ptr(),
+                    rope: [rope[0].ptr(), rope[1].ptr()],
                     q: q.ptr(),
                     out: out.ptr(),
                     out_f32: 0,

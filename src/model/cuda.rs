@@ -197,16 +197,17 @@ impl CudaDecoder {
                 })
             })
             .collect::<Result<Vec<_>, CudaError>>()?;
+        let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
         let maps = profiles
             .iter()
             .map(|profile| {
                 (0..config.layers)
                     .map(|layer| match profile.compression.get(layer).filter(|_| !profile.layout.drops) {
                         None => Ok(ProfileMaps { attend: None, down: None }),
-                        Some(c) => Ok(ProfileMaps {
-                            attend: Some(DeviceMaps::new(d, c, config.kv_heads, config.head_dim)?),
-                            down: Some(DownMaps::new(d, c)?),
-                        }),
+                        Some(c) => {
+                            let view = LayerView { layer, layout: &profile.layout, compression: Some(c) };
+                            Ok(ProfileMaps { attend: Some(DeviceMaps::new(d, &view, heads)?), down: Some(DownMaps::new(d, c)?) })
+                        }
                     })
                     .collect::<Result<Vec<_>, CudaError>>()
             })
@@ -242,7 +243,7 @@ impl CudaDecoder {
             arena,
             profiles,
             maps,
-            heads: Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() },
+            heads,
             block: block.next_multiple_of(P),
             scratch,
             groups: Vec::new(),
@@ -516,6 +517,7 @@ impl CudaDecoder {
                 exact_offset: offset,
                 maps: self.maps[group.profile.0 as usize][layer].attend.as_ref(),
                 arena: self.arena.ptr(),
+                rope: [self.cos.ptr(), self.sin.ptr()],
                 q: q.ptr(),
                 out: out.ptr(),
                 out_f32: 0,
@@ -549,7 +551,12 @@ impl CudaDecoder {
                 };
                 for m in &plan.moves[row.moves.clone()] {
                     match *m {
-                        Move::Seal { from, to, skip } => seals.push(SealedJob { from: from.0, offset: from_offset as u32, to: to.0, skip }),
+                        Move::Seal { from, to, skip } => {
+                            let exact = &plan.pages[row.exact.clone()];
+                            let page = exact.iter().position(|&p| p == from).expect("a row seals one of its own exact pages");
+                            let position = ((row.sealed.len() + page) * P) as u32;
+                            seals.push(SealedJob { from: from.0, offset: from_offset as u32, to: to.0, skip, position });
+                        }
                         Move::Sinks { from, to, n } => sinks.push(SinksJob { from: from.0, offset: from_offset as u32, to: to.0, n }),
                         Move::Keep { from, to, n: _ } => {
                             let bytes = layout.exact_layer_bytes();
@@ -569,7 +576,8 @@ impl CudaDecoder {
             if let (Some(maps), false) = (&self.maps[index][layer].down, seals.is_empty()) {
                 s.jobs.reserve(seals.len())?;
                 s.jobs.write(0, &seals)?;
-                seal(&self.device, &self.arena, (layout, layer), maps, (&s.jobs, seals.len()), &mut s.latents)?;
+                let rope = [&self.cos, &self.sin];
+                seal(&self.device, &self.arena, (layout, layer), maps, rope, (&s.jobs, seals.len()), &mut s.latents)?;
             }
         }
         Ok(())

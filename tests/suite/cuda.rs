@@ -33,7 +33,7 @@ fn real() -> bool {
 }
 
 /// The device of all tests.
-fn device() -> Arc<Device> {
+pub(crate) fn device() -> Arc<Device> {
     static DEVICE: OnceLock<Result<Arc<Device>, String>> = OnceLock::new();
     let open = || {
         if !real() {
@@ -45,12 +45,12 @@ fn device() -> Arc<Device> {
 }
 
 /// Attention of the last `n` positions of each sequence on the device.
-fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
+pub(crate) fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
     attend_in(device, cache, rows, q, 0)
 }
 
 /// As [`attend`], of one row whose sealed pages are cut into spans of so many pages; as they would be where that is zero.
-fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32], each: usize) -> Vec<f32> {
+pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32], each: usize) -> Vec<f32> {
     let shape = cache.shape;
     let layout = &cache.layout;
     serves(&cache.view(), shape, device.shared).unwrap();
@@ -78,12 +78,14 @@ fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q
                 table: first.table + at as u32,
                 pages: each.min(pages - at) as u32,
                 skip: if at == 0 { first.skip } else { 0 },
+                page: at as u32,
                 ..first
             })
             .collect();
         work.rows[0].sealed_end = work.sealed.len() as u32;
     }
-    let maps = cache.compression.as_ref().map(|c| DeviceMaps::new(device, c, shape.kv_heads, shape.head_dim).unwrap());
+    let maps = cache.compression.as_ref().filter(|_| !layout.drops).map(|_| DeviceMaps::new(device, &cache.view(), shape).unwrap());
+    let rope = [&cache.table.cos, &cache.table.sin].map(|x| device.upload(x).unwrap());
     let mut arena = device.alloc::<u8>(cache.arena.len() + ARENA_SLACK).unwrap();
     arena.write(0, cache.arena.slice::<u8>(PageAddr(0), 0, cache.arena.len())).unwrap();
     let q = device.upload(q).unwrap();
@@ -99,6 +101,7 @@ fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q
         exact_offset: LAYER * layout.exact_layer_bytes(),
         maps: maps.as_ref(),
         arena: arena.ptr(),
+        rope: [rope[0].ptr(), rope[1].ptr()],
         q: q.ptr(),
         out: out.ptr(),
         out_f32: out_f32.ptr(),
@@ -112,7 +115,7 @@ fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q
     out
 }
 
-fn rms(got: &[f32], want: &[f32]) -> f64 {
+pub(crate) fn rms(got: &[f32], want: &[f32]) -> f64 {
     let square = |x: f32| f64::from(x).powi(2);
     let off: f64 = got.iter().zip(want).map(|(a, b)| square(a - b)).sum();
     (off / want.iter().map(|&x| square(x)).sum::<f64>()).sqrt()

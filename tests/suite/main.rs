@@ -9,6 +9,7 @@ mod calibrate;
 mod checkpoint;
 mod codec;
 mod cuda;
+mod cuda_latents;
 mod emulated;
 mod engine;
 mod eval;

@@ -5,6 +5,7 @@
 
 pub mod attend;
 pub mod driver;
+mod latents;
 pub mod linear;
 pub mod prefill;
 pub mod rows;
