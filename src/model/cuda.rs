@@ -430,13 +430,12 @@ impl CudaDecoder {
             group.prefill.clear();
             let profile = &self.profiles[row.profile.0 as usize];
             let mut work = Work::default();
+            // Over sealed pages chunks pay from another size on.
+            let maps = self.maps[row.profile.0 as usize].iter().filter_map(|m| m.attend.as_ref());
+            let over_sealed = maps.map(DeviceMaps::chunk).max().unwrap_or(CHUNK);
             for span in some {
                 let row = &plan.rows[span.row];
                 let (sealed, exact) = (&plan.pages[row.sealed.clone()], &plan.pages[row.exact.clone()]);
-                if span.n >= CHUNK && sealed.is_empty() {
-                    group.prefill.push((span.first - first) as u32, span.n as u32, span.position, exact);
-                    continue;
-                }
                 let view = LayerView { layer: 0, layout: &profile.layout, compression: profile.compression.first() };
                 let of = AttendRow {
                     view,
@@ -448,10 +447,14 @@ impl CudaDecoder {
                     exact,
                     exact_offset: 0,
                 };
-                work.push((span.first - first) as u32, &of);
+                if span.n >= if sealed.is_empty() { CHUNK } else { over_sealed } {
+                    group.prefill.push((span.first - first) as u32, &of);
+                } else {
+                    work.push((span.first - first) as u32, &of);
+                }
             }
             group.work.set(&work, self.heads, &profile.layout.sealed, n)?;
-            group.prefill.set()?;
+            group.prefill.set(self.heads)?;
         }
         self.used = used;
         Ok(tokens)
@@ -510,7 +513,6 @@ impl CudaDecoder {
             };
             device.rope_append(&rope, self.heads)?;
             let out = s.attended.part(group.first * qs, group.n * qs);
-            group.prefill.attend(device, self.heads, &self.arena, offset, (q, out))?;
             let of = AttendLayer {
                 view: LayerView { layer, layout, compression: profile.compression.get(layer) },
                 shape: self.heads,
@@ -523,6 +525,7 @@ impl CudaDecoder {
                 out_f32: 0,
                 batch: group.n,
             };
+            group.prefill.attend(device, &of)?;
             group.work.attend(device, &of)?;
         }
         linears(&[w.o.job(s.x.ptr(), Mode::Add)], s.attended.ptr(), c.q_channels())?;

@@ -2,12 +2,8 @@
 //!
 //! A group of KV heads shares a basis, and meets a span of the latents. Shared memory decides how much of a span is there at once.
 
-use bytemuck::{Pod, Zeroable};
-
-use crate::ids::{PAGE_TOKENS, PageAddr};
+use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::{Quantiser, SealedLayer, SealedPart, VALUE_GROUP};
-use crate::ops::cuda::driver::{Memory, Part};
-use crate::ops::cuda::{CudaError, Device};
 
 const P: usize = PAGE_TOKENS as usize;
 /// What spread keys begin at a multiple of: channels of a word of third bits.
