@@ -575,7 +575,7 @@ struct RebuildJob { u32 from, page, sinks_page, sinks; };
 struct RebuildArgs {
     const u8* arena;
     const RebuildJob* jobs;
-    u8* out;                  // [jobs] exact pages of one layer, of bf16
+    u16* out;                 // [jobs] exact pages of one layer, of bf16
     // [kv_heads][keys.width][d] f16 and [kv_heads][d], or null; cosines and sines [positions][d / 2], or null where keys are taken after rope.
     const u16* key_up;
     const float* key_mean;
@@ -609,7 +609,7 @@ __device__ __forceinline__ void pages(const RebuildArgs& p) {
     const RebuildJob job = p.jobs[blockIdx.x];
     const u8* page = p.arena + (u64)job.from * UNIT;
     const u16* sinks = (const u16*)(p.arena + (u64)job.sinks_page * UNIT + p.sinks_offset) + (u64)2 * kv_head * d * p.sinks_stride;
-    u16* out = (u16*)p.out + ((u64)blockIdx.x * gridDim.y + kv_head) * 2 * d * PAGE;
+    u16* out = p.out + ((u64)blockIdx.x * gridDim.y + kv_head) * 2 * d * PAGE;
     stage_keys(scales, page, p.keys, group, first);
     stage_values(scales, page, p.values, group);
     __syncthreads();

@@ -272,7 +272,7 @@ fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest {
 ///
 /// A request is the seed and length of its prompt, tokens to say, and profile; those of a wave begin together, and prompts of one seed
 /// begin alike. Unless the device goes on with a cache of its `own`, it gets the host's after every step. Gives by how much logits differ.
-fn in_lockstep(
+pub(crate) fn in_lockstep(
     checkpoint: &'static Checkpoint,
     profiles: Vec<ReadyProfile>,
     waves: &[&[(u64, usize, u32, u8)]],

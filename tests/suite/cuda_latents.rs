@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
+use strait::compress::{Group, KeyMap, LayerCompression, Projection};
 use strait::ids::PageAddr;
-use strait::kv::layout::{BasisKind, Cskv, ExactType, Quantiser, Size};
+use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser, SealedLayer, Size};
+use strait::model::checkpoint::Checkpoint;
+use strait::model::config::ModelConfig;
+use strait::model::decoder::ReadyProfile;
 use strait::ops::cuda::Device;
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps};
 use strait::ops::cuda::prefill::Prefill;
@@ -11,7 +15,7 @@ use strait::ops::cuda::seal::{DownMaps, SealedJob, seal};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
 
-use crate::cuda::{attend, device, rms};
+use crate::cuda::{attend, device, in_lockstep, rms};
 use crate::ops::{Cache, LAYER, Sequence, assert_same, heads, turned};
 
 /// Shares of the channels that give odd ranks, at these bits of keys and values, by the Hadamard quantiser or not.
@@ -154,7 +158,7 @@ fn chunks_over_any_sealed_pages_agree_with_the_definition() {
 }
 
 #[test]
-fn a_row_does_not_depend_on_its_batch_nor_on_how_latents_are_cut() {
+fn a_row_over_spread_latents_does_not_depend_on_its_batch() {
     let device = device();
     for (basis, bits) in [(BasisKind::Joint, 4), (BasisKind::Frequency, 8)] {
         let cache = &mut Cache::new(ExactType::Bf16, heads(8, 2, 64), Some(profile(basis, (bits, bits), [false; 2], 4)));
@@ -210,4 +214,43 @@ fn sealed_bytes_are_those_of_the_definition_but_for_ties() {
         }
         assert!(different * 250 <= all, "{}: {different} bytes of {all} differ", named(&case));
     }
+}
+
+/// A joint basis of three quarters of the key and the value channels, the first of them.
+fn first_channels(config: &ModelConfig, profile: &Profile, layout: &PageLayout) -> ReadyProfile {
+    let channels = config.kv_channels();
+    let of = |rank: usize| {
+        let map = |rows: usize, columns: usize| (0..rows * columns).map(|i| f32::from(u8::from(i / columns == i % columns))).collect();
+        let group = Group { channels: 0..channels, ranks: 0..rank, down: map(channels, rank), up: map(rank, channels) };
+        Projection { mean: vec![0.01; channels], groups: vec![group] }
+    };
+    let cskv = profile.cskv.as_ref().unwrap();
+    let layer =
+        |l: &SealedLayer| LayerCompression { keys: KeyMap::Channels(of(l.keys.rank)), values: of(l.values.rank) }.for_quantisers(cskv);
+    ReadyProfile { compression: layout.sealed.iter().map(layer).collect(), layout: layout.clone() }
+}
+
+#[test]
+fn the_demo_model_says_the_same_over_rebuilt_and_over_affine_latents() {
+    let checkpoint: &'static Checkpoint = Box::leak(Box::new(strait::demo::checkpoint().unwrap()));
+    let config = &checkpoint.config;
+    let ready = |basis, bits: u32, turns| {
+        let shares = Size::Shares { key_rank: 0.75, value_rank: 0.75, key_bits: bits, value_bits: bits };
+        let cskv = Cskv { size: shares, window: 64, ..crate::ops::turned(4, 4, basis, turns) };
+        let profile = Profile { name: format!("{basis:?}"), cskv: Some(cskv) };
+        let layout = PageLayout::new(config, ExactType::Bf16, &profile, None);
+        match basis {
+            BasisKind::Identity => ReadyProfile { compression: vec![LayerCompression::identity(config); config.layers], layout },
+            _ => first_channels(config, &profile, &layout),
+        }
+    };
+    let full = Profile { name: "full".into(), cskv: None };
+    let full = ReadyProfile { layout: PageLayout::new(config, ExactType::Bf16, &full, None), compression: vec![] };
+    let profiles = vec![full, ready(BasisKind::Joint, 4, [true; 2]), ready(BasisKind::Identity, 8, [false; 2])];
+    // Decoding over sealed pages and across a seal; then prompts that begin as others did: chunks over sealed pages.
+    let first: &[(u64, usize, u32, u8)] = &[(5, 150, 3, 1), (6, 190, 4, 2)];
+    let again: &[(u64, usize, u32, u8)] = &[(5, 170, 2, 1), (6, 220, 2, 2)];
+    let mut off = in_lockstep(checkpoint, profiles, &[first, again], 160, false);
+    off.sort_by(f64::total_cmp);
+    assert!(off[off.len() / 2] < 0.01, "{off:?}");
 }
