@@ -51,9 +51,12 @@ template <int BITS> __device__ __forceinline__ void spread(u32 w, u32 third, int
 // Standard deviation in levels (quant::levels).
 __device__ __forceinline__ constexpr float unit_of(int bits) { return bits == 4 ? 38.135f : bits == 3 ? 40.893f : 39.724f; }
 
+// In place of bits: latents that are spread before they are met (rebuild.cuh), so that queries lie in their order, [lines][rank].
+constexpr int PLAIN = 16;
+
 // Key channels of a word, and steps of 16 channels that four words of four lanes make.
 __device__ __forceinline__ int word_channels(int bits) { return bits == 4 ? 8 : 16; }
-__device__ __forceinline__ int key_steps(int rank, int bits) { return bits == 4 ? (rank + 31) / 32 * 2 : (rank + 63) / 64 * 4; }
+__device__ __forceinline__ int key_steps(int rank, int bits) { return bits == 4 ? (rank + 31) / 32 * 2 : bits == PLAIN ? rank / 16 : (rank + 63) / 64 * 4; }
 
 // Where channel c of an absorbed query lies: the step, the lane's column t, and of its four halves (pair, half) the index.
 struct QueryPlace { int step, t, pair, half; };
@@ -73,6 +76,7 @@ __device__ __forceinline__ QueryPlace query_place(int c, int bits) {
 //
 //   q [rows][heads][d] f32 after rope; map [kv_heads][d][rank] f16, rank even (the basis and its rotation, folded);
 //   fragments [rows][line tiles][steps][32 lanes][8] f16; factors [rows][16 line tiles] f32: score = factor * scale * product.
+//   Where `bits` is PLAIN, fragments are [rows][16 line tiles][rank], and 16 divides the rank.
 //   Grid (rows, kv_heads), block 512, shared 4 (4 d + 4 * 4 rank) bytes. Reads the map once a row: L2 binds, and its latency.
 struct AbsorbArgs {
     const float* q;
@@ -94,6 +98,7 @@ KERNEL(512, 2, absorb)(AbsorbArgs p) {
     const int steps = key_steps(p.rank, p.bits), tiles = (p.heads + 15) / 16, half_rank = p.rank / 2;
     u16* out = p.fragments + (size_t)row * tiles * steps * 256;
     auto place = [&](int line, int c) {
+        if (p.bits == PLAIN) return line * p.rank + c;
         const QueryPlace at = query_place(c, p.bits);
         return (((line / 16) * steps + at.step) * 32 + line % 8 * 4 + at.t) * 8 + (2 * at.pair + line % 16 / 8) * 2 + at.half;
     };
@@ -136,7 +141,7 @@ KERNEL(512, 2, absorb)(AbsorbArgs p) {
             const int head = kv_head * group + first + slice;
             for (int r = lane; r < steps * 16; r += 128) out[place(head, r)] = r < p.rank ? of_h(mine[r] * by) : (u16)0;
             // Never zero, so that what is masked by infinity stays so.
-            if (lane == 0) p.factors[(size_t)row * tiles * 16 + head] = fmaxf(largest * p.scale * 1.44269504f * DENORMAL / unit_of(p.bits), 1e-30f);
+            if (lane == 0) p.factors[(size_t)row * tiles * 16 + head] = fmaxf(largest * p.scale * 1.44269504f * (p.bits == PLAIN ? 1.0f : DENORMAL / unit_of(p.bits)), 1e-30f);
         }
     }
     // Lines that no head has.
@@ -158,6 +163,8 @@ struct SealedItem {
     u32 table, pages;
     // Positions of its first page that are met elsewhere (sinks).
     u32 skip;
+    // Which of the sequence's pages the first is.
+    u32 page;
 };
 
 struct SealedArgs {

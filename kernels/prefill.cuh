@@ -9,20 +9,25 @@
 // values once. Heads of one KV head are neighbours in the grid, so that they meet a page in the second-level cache.
 //
 // Work: the blocks of queries, {row, first query of it in the block}; those that see most first. Rows: {first row in q, n, position
-// of query 0, first of its pages in `pages`}; page j of a row holds positions 64 j and on. Pages from the last query's on are not asked for.
+// of query 0, first of its pages in `pages`, seen, carry}; page j of a row holds positions 64 j and on. Pages from the last query's on are
+// not asked for. Where `seen` is not zero, every query sees so many positions, and no more.
+//
+// A history may be met in several launches: what a query has come to so far, its sums, their weights' sum and largest exponent, is CARRIED_IN,
+// CARRIED_OUT, or both: 4 (D + 2) bytes a query and head each way, little beside what queries meet of a span of pages in between.
 //
 // FLOPs: 4 D a pair of query and position (to whole pages). Bytes: 4 D read and 2 D written a query and head; from the second-level cache
 // a page of keys and values, 256 D, a block of queries and head. Bound by the tensor cores from a few hundred positions on, and next to
 // them by shared memory, which at 16 queries a warp gives 256 bytes for each product of 16 x 8 x 16.
 //
 // A row's result depends on the row and its history alone: pages are taken in order from position 0 whatever the chunk, and a page that a
-// query does not see adds exact zeros.
+// query does not see adds exact zeros. (Carried sums go on as they were; which pages a launch meets must not depend on the chunk either.)
 #pragma once
 #include "common.cuh"
 
 namespace prefill {
 
-struct Row { u32 first, n, position, pages; };
+struct Row { u32 first, n, position, pages, seen, carry; };
+constexpr u32 CARRIED_IN = 1, CARRIED_OUT = 2;
 struct Item { u32 row, query; };
 
 // D channels; blocks of WARPS times M times 16 queries.
@@ -60,14 +65,15 @@ constexpr int STEP = 32;  // positions whose scores a query has in registers
 
 template <int D, int WARPS, int M>
 __device__ __forceinline__ void attend(const float* __restrict__ q, u32 q_stride, u16* __restrict__ out, const u8* __restrict__ arena, const u32* __restrict__ pages,
-                                       u32 offset, const Row* __restrict__ rows, const Item* __restrict__ items, u32 kv_heads, float scale) {
+                                       u32 offset, const Row* __restrict__ rows, const Item* __restrict__ items, u32 kv_heads, float scale,
+                                       float* __restrict__ carried, float* __restrict__ carried_state) {
     typedef Shape<D, WARPS, M> S;
     SHARED(u16, shared);
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     u32 heads = gridDim.x, head = blockIdx.x, kv_head = head / (heads / kv_heads);
     Item item = items[blockIdx.y];
     Row row = rows[item.row];
-    u32 begin = row.position + item.query, queries = min(row.n - item.query, (u32)S::QUERIES), last = begin + queries - 1;
+    u32 queries = min(row.n - item.query, (u32)S::QUERIES), begin = row.seen ? row.seen - 1 : row.position + item.query, last = row.seen ? begin : begin + queries - 1;
     const u32* table = pages + row.pages;
     arena += offset + (u64)kv_head * 4 * D * PAGE;
     auto load_page = [&](u32 j) {
@@ -104,6 +110,25 @@ __device__ __forceinline__ void attend(const float* __restrict__ q, u32 q_stride
     float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -f_of(0x7f800000);
+    if (row.carry & CARRIED_IN) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 query = mine + 16 * m + 8 * half;
+                if (query >= queries) continue;
+                u64 line = (u64)(row.first + item.query + query) * heads + head;
+                float2 state = *(const float2*)(carried_state + 2 * line);
+                // Of the four lanes of a query one has the sum, which they add up at the end.
+                top[m][half] = state.x, sum[m][half] = t == 0 ? state.y : 0.0f;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    float2 x = *(const float2*)(carried + line * D + 2 * t + n * 8);
+                    o[m][n][2 * half] = x.x, o[m][n][2 * half + 1] = x.y;
+                }
+            }
+        }
+    }
     // Positions up to the first are seen by every query of the warp, none past the second by any.
     u32 all_see = min(begin + warp * 16 * M, last), some_see = min(begin + warp * 16 * M + 16 * M - 1, last);
 
@@ -210,6 +235,13 @@ __device__ __forceinline__ void attend(const float* __restrict__ q, u32 q_stride
             float inverse = 1.0f / total;
             u32 query = mine + 16 * m + 8 * half;
             if (query >= queries) continue;
+            if (row.carry & CARRIED_OUT) {
+                u64 line = (u64)(row.first + item.query + query) * heads + head;
+                if (t == 0) *(float2*)(carried_state + 2 * line) = float2{top[m][half], total};
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) *(float2*)(carried + line * D + 2 * t + n * 8) = float2{o[m][n][2 * half], o[m][n][2 * half + 1]};
+                continue;
+            }
             u16* to = out + ((u64)(row.first + item.query + query) * heads + head) * D + 2 * t;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) *(u32*)(to + n * 8) = b_pair(o[m][n][2 * half] * inverse, o[m][n][2 * half + 1] * inverse);
@@ -229,10 +261,13 @@ struct PrefillArgs {
     u32 q_stride, offset;     // floats; bytes, of the layer in a page
     u32 kv_heads;             // divides heads, which the grid gives
     float scale;              // of the softmax times log2 e
+    float* carried;           // [rows][heads * D], and [rows][heads][2]: largest exponent, sum; of rows that carry
+    float* carried_state;
 };
 #define PREFILL(D, WARPS, M, OCCUPANCY, name)                                                                                       \
     KERNEL(32 * WARPS, OCCUPANCY, name)(PrefillArgs p) { grid_wait(); grid_go(); \
-        prefill::attend<D, WARPS, M>(p.q, p.q_stride, p.out, p.arena, p.pages, p.offset, p.rows, p.items, p.kv_heads, p.scale);     \
+        prefill::attend<D, WARPS, M>(p.q, p.q_stride, p.out, p.arena, p.pages, p.offset, p.rows, p.items, p.kv_heads, p.scale,      \
+                                     p.carried, p.carried_state);                                                                   \
     }
 PREFILL(64, 4, 1, 3, prefill_64_64_16)
 PREFILL(80, 4, 1, 3, prefill_80_64_16)

@@ -7,14 +7,16 @@
 //
 // Between them lie f32 latents, [jobs] of keys [rank][64], then values [64][rank]: 256 (key rank + value rank) bytes a job.
 // Maps are dense f32 [channels][rank], rotations folded in; in equal blocks along their diagonal, `groups` of them, beyond which
-// they are not summed. A part of rank 0 is left out. The head dimension divides by 8.
+// they are not summed. A part of rank 0 is left out. The head dimension divides by 8. Keys that are taken before rope are turned back
+// from it on their way in.
 #pragma once
 #include "common.cuh"
 
 namespace seal {
 
-// A page to seal: addresses in units of 64 bytes, the byte offset of the layer in the exact page, positions that stay out.
-struct Job { u32 from, offset, to, skip; };
+// A page to seal: addresses in units of 64 bytes, the byte offset of the layer in the exact page, positions that stay out, and where the
+// page's first one stands.
+struct Job { u32 from, offset, to, skip, position; };
 
 // The keys or the values of one layer: how wide, blocks of the map's diagonal, bits (16, 8, 4, 3, 2), affine or normal, groups that
 // share a scale where it is normal, and byte offsets from the sealed page's start.
@@ -37,10 +39,12 @@ constexpr int RANKS = 32, CHANNELS = 32, PROJECTS = 128;
 // latent[p][r] = sum over c of (x[p][c] - mean[c]) map[c][r], channels in order, in f32 so that codes are the reference's but for
 // latents next to a boundary. A block takes 64 positions by 32 latents, a thread 4 by 4; 32 channels at a time, the next ones in
 // registers meanwhile. FLOPs: 128 * rank * channels / groups a page; bytes: the page once per 32 latents, the map once per page, both
-// from the second-level cache. Bound by f32 arithmetic.
-template <class E, bool VALUES>
+// from the second-level cache. Bound by f32 arithmetic. TURN: x is turned back first, channels a and b = a + d / 2 of a head to
+// (a cos + b sin) / (cos^2 + sin^2) and (b cos - a sin) / the same, by `turns` [positions][d / 2] from the page's first on; the page is then
+// read twice, and the table once, per 32 latents.
+template <class E, bool VALUES, bool TURN>
 __device__ __forceinline__ void project(const u8* __restrict__ page, const Part& part, const float* __restrict__ map, const float* __restrict__ mean, u32 channels,
-                                        u32 d, float* __restrict__ latents) {
+                                        u32 d, const float* __restrict__ cos, const float* __restrict__ sin, float* __restrict__ latents) {
     SHARED(float, xs);                    // [CHANNELS][PAGE]
     float* ms = xs + CHANNELS * PAGE;     // [CHANNELS][RANKS]
     u32 first = blockIdx.x * RANKS, rank = part.rank;
@@ -48,7 +52,7 @@ __device__ __forceinline__ void project(const u8* __restrict__ page, const Part&
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 width = rank / part.groups, last = min(first + RANKS, rank) - 1;
     u32 begin = first / width * (channels / part.groups), end = (last / width + 1) * (channels / part.groups);
-    Eight<E> next[2];
+    Eight<E> next[2], other[TURN ? 2 : 1];
     float next_map[8];
     auto load = [&](u32 from) {
 #pragma unroll
@@ -60,6 +64,12 @@ __device__ __forceinline__ void project(const u8* __restrict__ page, const Part&
             const uint4* p = (const uint4*)(page + at * sizeof(E));
 #pragma unroll
             for (u32 i = 0; i < sizeof(E) / 2; i++) next[u].w[i] = channel < end ? p[i] : uint4{0, 0, 0, 0};
+            if constexpr (TURN) {
+                // What turns with it: half a head on or back.
+                const uint4* q = (const uint4*)((const u8*)p + (c < d / 2 ? (int)d / 2 : -(int)d / 2) * (int)(PAGE * sizeof(E)));
+#pragma unroll
+                for (u32 i = 0; i < sizeof(E) / 2; i++) other[u].w[i] = channel < end ? q[i] : uint4{0, 0, 0, 0};
+            }
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -81,6 +91,16 @@ __device__ __forceinline__ void project(const u8* __restrict__ page, const Part&
                 }
             } else {
                 u32 c = e / 8;
+                if constexpr (TURN) {
+                    float y[8];
+                    widen(other[u], y);
+                    u32 half = d / 2, in_head = (from + c) % d, at = e % 8 * 8 * half + in_head % half;
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        float co = cos[at + i * half], si = sin[at + i * half];
+                        x[i] = (in_head < half ? x[i] * co + y[i] * si : x[i] * co - y[i] * si) / (co * co + si * si);
+                    }
+                }
                 float m = from + c < end && mean ? mean[from + c] : 0.0f;
                 float4* to = (float4*)(xs + c * PAGE + e % 8 * 8);
                 to[0] = float4{x[0] - m, x[1] - m, x[2] - m, x[3] - m};
@@ -350,7 +370,10 @@ struct SealProjectArgs {
     const seal::Job* jobs;
     const float* key_map;     // [channels][keys.rank]
     const float* value_map;   // [channels][values.rank]
-    const float* value_mean;  // [channels], or null
+    const float* key_mean;    // [channels], or null
+    const float* value_mean;
+    const float* cos;         // [positions][d / 2], of keys that are taken before rope; or null
+    const float* sin;
     float* latents;
     seal::Part keys, values;
     u32 channels, d;          // kv_heads * d, d
@@ -359,8 +382,10 @@ template <class E> __device__ __forceinline__ void seal_project(const SealProjec
     seal::Job job = p.jobs[blockIdx.y];
     const u8* page = p.arena + (u64)job.from * 64 + job.offset;
     float* to = p.latents + (u64)blockIdx.y * (p.keys.rank + p.values.rank) * PAGE;
-    if (blockIdx.z == 0) seal::project<E, false>(page, p.keys, p.key_map, nullptr, p.channels, p.d, to);
-    else seal::project<E, true>(page, p.values, p.value_map, p.value_mean, p.channels, p.d, to + p.keys.rank * PAGE);
+    u64 turn = (u64)job.position * (p.d / 2);
+    if (blockIdx.z == 1) seal::project<E, true, false>(page, p.values, p.value_map, p.value_mean, p.channels, p.d, nullptr, nullptr, to + p.keys.rank * PAGE);
+    else if (p.cos) seal::project<E, false, true>(page, p.keys, p.key_map, p.key_mean, p.channels, p.d, p.cos + turn, p.sin + turn, to);
+    else seal::project<E, false, false>(page, p.keys, p.key_map, p.key_mean, p.channels, p.d, nullptr, nullptr, to);
 }
 KERNEL(128, 4, seal_project_b16)(SealProjectArgs p) { grid_wait(); grid_go(); seal_project<u16>(p); }
 KERNEL(128, 4, seal_project_f32)(SealProjectArgs p) { grid_wait(); grid_go(); seal_project<float>(p); }

@@ -125,9 +125,10 @@ fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     let device = Device::open(0)?;
     let ceiling = ceiling(&device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
-    let tables: [(&str, Table); 6] = [
+    let tables: [(&str, Table); 7] = [
         ("attention", attention),
         ("prefill", prefill),
+        ("prefix hit", prefix_hit),
         ("linear", linear),
         ("sample", sample),
         ("decode", decode),
@@ -235,15 +236,35 @@ fn profile(channels: usize, bits: u32) -> Profile {
     Profile { name: format!("{channels} of 128, {bits} bits"), cskv: Some(cskv) }
 }
 
-fn maps(layout: &PageLayout, rng: &mut Rng) -> LayerCompression {
+/// The same with keys over all heads at once, which are rebuilt.
+fn joint(channels: usize, bits: u32) -> Profile {
+    let Profile { name, cskv } = profile(channels, bits);
+    Profile { name: format!("{name}, joint"), cskv: cskv.map(|c| Cskv { basis: BasisKind::Joint, ..c }) }
+}
+
+/// The same by frequency, not rotated.
+fn affine(channels: usize, bits: u32) -> Profile {
+    let Profile { name, cskv } = profile(channels, bits);
+    let cskv = cskv.map(|c| Cskv { key_quantiser: Quantiser::Affine, value_quantiser: Quantiser::Affine, ..c });
+    Profile { name: format!("{name}, affine"), cskv }
+}
+
+fn maps(layout: &PageLayout, profile: &Profile, rng: &mut Rng) -> LayerCompression {
     let (rank_k, rank_v, kv) = (layout.sealed[0].keys.rank, layout.sealed[0].values.rank, SHAPE.kv_heads);
+    let width = kv * 128;
+    let mut projection = |rank: usize| {
+        let group = Group { channels: 0..width, ranks: 0..rank, down: rng.normals(width * rank), up: rng.normals(width * rank) };
+        Projection { mean: rng.normals(width), groups: vec![group] }
+    };
+    let values = projection(rank_v);
+    if profile.cskv.as_ref().is_some_and(|c| c.basis == BasisKind::Joint) {
+        return LayerCompression { keys: KeyMap::Channels(projection(rank_k)), values };
+    }
     let mut pairs = |n: usize| (0..n).map(|_| [rng.normal(), rng.normal()]).collect::<Vec<_>>();
     let up = pairs(rank_k / 2 * kv);
     let frequencies = (0..rank_k / 2).map(|j| (j % 64) as u32).collect();
     let keys = FrequencyMap { kv_heads: kv, half: 64, frequencies, down: up.clone(), up, rotation: None };
-    let width = kv * 128;
-    let group = Group { channels: 0..width, ranks: 0..rank_v, down: rng.normals(width * rank_v), up: rng.normals(width * rank_v) };
-    LayerCompression { keys: KeyMap::Frequencies(keys), values: Projection { mean: rng.normals(width), groups: vec![group] } }
+    LayerCompression { keys: KeyMap::Frequencies(keys), values }
 }
 
 /// Some sealed pages of random codes.
@@ -253,9 +274,9 @@ fn sealed_block(layout: &PageLayout, pages: usize, rng: &mut Rng) -> Vec<u8> {
     let mut block = vec![0u8; size * pages];
     for page in block.chunks_exact_mut(size) {
         page.chunks_exact_mut(8).for_each(|w| w.copy_from_slice(&rng.next().to_le_bytes()));
-        for at in [part.keys.meta, part.values.meta] {
-            for scale in page[at..at + 128].as_chunks_mut::<2>().0 {
-                *scale = f16::from_f32(1.0 + 0.2 * rng.normal()).to_le_bytes();
+        for (at, bytes) in [(part.keys.meta, part.key_meta_bytes()), (part.values.meta, part.value_meta_bytes())] {
+            for scale in page[at..at + bytes].as_chunks_mut::<2>().0 {
+                *scale = f16::from_f32((1.0 + 0.2 * rng.normal()) / 64.0).to_le_bytes();
             }
         }
     }
@@ -275,16 +296,20 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
     let rng = &mut Rng(7);
     println!("  one layer of 32 heads over 8 KV heads of 128; times in us; bytes counted as laid out, scales, window and sinks included");
     println!(
-        "  {:<20} {:>7} {:>5} {:>9} {:>9} {:>9} {:>8} {:>6} | {:>8} {:>8} {:>8} | {:>9} {:>6}",
+        "  {:<26} {:>7} {:>5} {:>9} {:>9} {:>9} {:>8} {:>6} | {:>8} {:>8} {:>8} | {:>9} {:>6}",
         "cache", "context", "batch", "predicted", "measured", "floor", "GB/s", "%floor", "sealed", "exact", "merge", "SDPA bf16", "x"
     );
     let full = Profile { name: "full".into(), cskv: None };
-    for profile in [full, profile(26, 4), profile(32, 4), profile(13, 4), profile(26, 3), profile(26, 2)] {
+    let rope = RopeTable::new(&model(1), sizes.contexts.iter().max().map_or(0, |n| n + 1));
+    let rope = [device.upload(&rope.cos)?, device.upload(&rope.sin)?];
+    let profiles = [full, profile(26, 4), profile(32, 4), profile(13, 4), profile(26, 3), profile(26, 2), affine(26, 8), joint(26, 4)];
+    for profile in profiles {
         let layout = PageLayout::new(&model(1), ExactType::Bf16, &profile, None);
         let compressed = profile.cskv.is_some();
         let page = layout.sizes();
-        let maps_host = compressed.then(|| maps(&layout, rng));
-        let maps = maps_host.as_ref().map(|m| DeviceMaps::new(device, m, SHAPE.kv_heads, 128)).transpose()?;
+        let maps_host = compressed.then(|| maps(&layout, &profile, rng));
+        let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
+        let maps = compressed.then(|| DeviceMaps::new(device, &view, SHAPE)).transpose()?;
         for &context in &sizes.contexts {
             for &batch in &sizes.batches {
                 let (sealed_pages, window_pages) = if compressed { (context / 64 - 1, 1) } else { (0, context / 64) };
@@ -307,7 +332,6 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                 let sealed_at = |i: usize| PageAddr(order[i] * (page.sealed / 64) as u32);
                 let exact_at = |i: usize| PageAddr(((sealed_bytes + i * page.exact as usize) / 64) as u32);
                 let sinks_base = sealed_bytes + sets * batch * window_pages * page.exact as usize;
-                let view = LayerView { layer: 0, layout: &layout, compression: maps_host.as_ref() };
                 let mut works = Vec::new();
                 for set in 0..sets {
                     let mut work = Work::default();
@@ -332,6 +356,7 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                     exact_offset: 0,
                     maps: maps.as_ref(),
                     arena: arena.ptr(),
+                    rope: [rope[0].ptr(), rope[1].ptr()],
                     q: q.ptr(),
                     out: out.ptr(),
                     out_f32: 0,
@@ -354,10 +379,14 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                     bytes_once
                 };
                 let floor = laid as f64 / ceiling * 1e6;
-                // Operations that spread and weigh codes: some 11 clocks a position and multiprocessor at ranks of 208.
-                let spread = if compressed {
-                    let work = (layout.sealed[0].keys.rank + layout.sealed[0].values.rank) as f64 / 416.0;
-                    (batch * context) as f64 * 11.0 * work / (device.processors as f64 * 1755.0)
+                // Operations that spread and weigh codes: some 11 clocks a position and multiprocessor at ranks of 208, and 16 where they
+                // pass through shared memory; products that rebuild keys, at half of what a Hopper's tensor cores do (`rebuild.cuh`).
+                let spread = if let Some(cskv) = &profile.cskv {
+                    let (keys, values) = (layout.sealed[0].keys.rank as f64, layout.sealed[0].values.rank as f64);
+                    let clocks = if cskv.key_quantiser == Quantiser::Hadamard { 11.0 } else { 16.0 };
+                    let spread = clocks * (keys + values) / 416.0 / (device.processors as f64 * 1755.0);
+                    let rebuilt = if cskv.basis == BasisKind::Joint { 2.0 * keys * (SHAPE.kv_heads * 128) as f64 / 495e6 } else { 0.0 };
+                    (batch * context) as f64 * spread.max(rebuilt)
                 } else {
                     0.0
                 };
@@ -367,7 +396,7 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                     None => ("".into(), "".into()),
                 };
                 println!(
-                    "  {:<20} {:>7} {:>5} {:>9.1} {:>9.1} {:>9.1} {:>8.0} {:>6.1} | {:>8.1} {:>8.1} {:>8.1} | {:>9} {:>6}",
+                    "  {:<26} {:>7} {:>5} {:>9.1} {:>9.1} {:>9.1} {:>8.0} {:>6.1} | {:>8.1} {:>8.1} {:>8.1} | {:>9} {:>6}",
                     profile.name,
                     context,
                     batch,
@@ -395,6 +424,7 @@ fn prefill(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaError>
     println!("  {:>7} {:>5} {:>9} {:>9} {:>8}", "context", "batch", "predicted", "measured", "TFLOP/s");
     let layout = PageLayout::new(&model(1), ExactType::Bf16, &Profile { name: "full".into(), cskv: None }, None);
     let page = layout.sizes().exact as usize;
+    let view = LayerView { layer: 0, layout: &layout, compression: None };
     for &(context, batch) in &sizes.chunks {
         let pages = context / 64;
         let arena = filled(device, batch * pages * page, &random_bf16(4 << 20))?;
@@ -403,14 +433,89 @@ fn prefill(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaError>
         let mut work = Prefill::new(device)?;
         for row in 0..batch {
             let table: Vec<_> = (0..pages).map(|i| PageAddr(((row * pages + i) * page / 64) as u32)).collect();
-            work.push((row * chunk) as u32, chunk as u32, (context - chunk) as u32, &table);
+            let position = (context - chunk) as u32;
+            let of = AttendRow { view, first: row * chunk, n: chunk, position, sealed: &[], sinks: None, exact: &table, exact_offset: 0 };
+            work.push((row * chunk) as u32, &of);
         }
-        work.set()?;
-        let (q, out) = (q.part(0, q.len()), out.part(0, out.len()));
-        let us = 1e3 * device.time(sizes.times.min(5), || work.attend(device, SHAPE, &arena, 0, (q, out)))?;
+        work.set(SHAPE)?;
+        let layer = AttendLayer {
+            view,
+            shape: SHAPE,
+            exact_offset: 0,
+            maps: None,
+            arena: arena.ptr(),
+            rope: [0; 2],
+            q: q.ptr(),
+            out: out.ptr(),
+            out_f32: 0,
+            batch: batch * chunk,
+        };
+        let us = 1e3 * device.time(sizes.times.min(5), || work.attend(device, &layer))?;
         let visible = chunk * (context - chunk) + chunk * (chunk + 1) / 2;
         let flops = (4 * 128 * 32 * batch * visible) as f64;
         println!("  {context:>7} {batch:>5} {:>9.1} {us:>9.1} {:>8.1}", flops / 400e6, flops / us / 1e6);
+    }
+    Ok(())
+}
+
+/// Chunks of queries whose history is sealed but for its last page: what a prompt meets whose beginning is in the prefix index.
+fn prefix_hit(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    let (chunk, rng) = (sizes.chunk, &mut Rng(9));
+    println!("  chunks of {chunk} queries after a sealed history, 32 heads over 8 KV heads of 128; predicted: queries and history at");
+    println!("  400 TFLOP/s, and 1.4 ns a position to rebuild it");
+    println!("  {:<26} {:>7} {:>9} {:>9} {:>8} {:>8}", "cache", "context", "predicted", "measured", "TFLOP/s", "rebuild");
+    for profile in [profile(26, 4), affine(26, 8), joint(26, 4)] {
+        let layout = PageLayout::new(&model(1), ExactType::Bf16, &profile, None);
+        let page = layout.sizes();
+        let maps_host = maps(&layout, &profile, rng);
+        let view = LayerView { layer: 0, layout: &layout, compression: Some(&maps_host) };
+        let maps = DeviceMaps::new(device, &view, SHAPE)?;
+        for &(context, _) in sizes.chunks.iter().filter(|(context, _)| *context > chunk) {
+            let rope = RopeTable::new(&model(1), context);
+            let rope = [device.upload(&rope.cos)?, device.upload(&rope.sin)?];
+            let (history, exact) = ((context - chunk) / 64, chunk / 64);
+            let (sealed_bytes, exact_bytes) = (history * page.sealed as usize, exact * page.exact as usize);
+            let mut arena = device.alloc::<u8>(sealed_bytes + exact_bytes + page.sinks as usize + ARENA_SLACK)?;
+            fill_part(&mut arena, 0, sealed_bytes, &sealed_block(&layout, 256, rng))?;
+            fill_part(&mut arena, sealed_bytes, exact_bytes + page.sinks as usize, &random_bf16(4 << 20))?;
+            let at = |base: usize, i: usize, size: u64| PageAddr(((base + i * size as usize) / 64) as u32);
+            let sealed: Vec<_> = (0..history).map(|i| at(0, i, page.sealed)).collect();
+            let exact: Vec<_> = (0..exact).map(|i| at(sealed_bytes, i, page.exact)).collect();
+            let of = AttendRow {
+                view,
+                first: 0,
+                n: chunk,
+                position: (context - chunk) as u32,
+                sealed: &sealed,
+                sinks: Some(at(sealed_bytes + exact_bytes, 0, 0)),
+                exact: &exact,
+                exact_offset: 0,
+            };
+            let q = device.upload(&rng.normals(chunk * 32 * 128))?;
+            let out = device.alloc::<u16>(q.len())?;
+            let layer = AttendLayer {
+                view,
+                shape: SHAPE,
+                exact_offset: 0,
+                maps: Some(&maps),
+                arena: arena.ptr(),
+                rope: [rope[0].ptr(), rope[1].ptr()],
+                q: q.ptr(),
+                out: out.ptr(),
+                out_f32: 0,
+                batch: chunk,
+            };
+            let mut work = Prefill::new(device)?;
+            work.push(0, &of);
+            work.set(SHAPE)?;
+            let times = sizes.times.min(5);
+            let us = 1e3 * device.time(times, || work.attend(device, &layer))?;
+            let rebuild = 1e3 * device.time(times, || work.rebuild_all(device, &layer))?;
+            let visible = chunk * (context - chunk) + chunk * (chunk + 1) / 2;
+            let flops = (4 * 128 * 32 * visible) as f64;
+            let predicted = flops / 400e6 + (context - chunk) as f64 * 1.4e-3;
+            println!("  {:<26} {context:>7} {predicted:>9.1} {us:>9.1} {:>8.1} {rebuild:>8.1}", profile.name, flops / us / 1e6);
+        }
     }
     Ok(())
 }
@@ -576,7 +681,7 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
         let layout = PageLayout::new(c, ExactType::Bf16, &profile, None);
         let page = layout.sizes();
         let compressed = profile.cskv.is_some();
-        let compression = if compressed { vec![maps(&layout, rng); c.layers] } else { vec![] };
+        let compression = if compressed { vec![maps(&layout, &profile, rng); c.layers] } else { vec![] };
         let shapes = if compressed { &sizes.compressed } else { &sizes.exact };
         let pages = |context: usize| if compressed && context > 64 { (context / 64 - 1, 1) } else { (0, context.div_ceil(64)) };
         let bytes = |&(context, batch): &(usize, usize)| {

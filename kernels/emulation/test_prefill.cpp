@@ -48,7 +48,9 @@ template <int D, int WARPS, int M, class K> struct Case {
         }
     }
     // Chunk by chunk, later positions not there yet, as a server does; all sequences in one launch a round.
-    std::vector<u16> run(u32 chunk, u64 seed) {
+    // Where `split` is not zero, pages of the history before the queries are met first, so many at a time, and carried.
+    std::vector<u16> run(u32 chunk, u64 seed, u32 split = 0) {
+        std::vector<float> carried((size_t)rows * heads * D, NAN), state((size_t)rows * heads * 2, NAN);
         std::vector<u16> out((size_t)(rows + 1) * heads * D, 0xffff);
         constexpr u32 QUERIES = prefill::Shape<D, WARPS, M>::QUERIES;
         for (size_t s = 0; s < sequences.size(); s++) for (u32 i = 0; i < sequences[s].n; i++) write(s, sequences[s].position + i, true);
@@ -62,8 +64,27 @@ template <int D, int WARPS, int M, class K> struct Case {
                 rs.push_back({first + done, n, sequences[s].position + done, starts[s]});
             }
             if (rs.empty()) return out;
-            emu::launch(dim3(heads, items.size()), dim3(32 * WARPS), prefill::Shape<D, WARPS, M>::BYTES,
-                        [&] { kernel({arena, table.data(), rs.data(), items.data(), q.data(), out.data(), heads * D, offset, kv_heads, scale}); }, seed);
+            auto launch = [&] {
+                emu::launch(dim3(heads, items.size()), dim3(32 * WARPS), prefill::Shape<D, WARPS, M>::BYTES,
+                            [&] { kernel({arena, table.data(), rs.data(), items.data(), q.data(), out.data(), heads * D, offset, kv_heads, scale, carried.data(), state.data()}); }, seed);
+            };
+            for (u32 at = 0; split; at += split) {
+                // Of those that have more history: items name rows by their place.
+                auto all = rs; auto all_items = items;
+                for (auto& r : rs) {
+                    u32 pages = r.position / 64, n = at < pages ? std::min(split, pages - at) : 0;
+                    r.seen = n * 64, r.pages += at, r.carry = prefill::CARRIED_OUT | (at ? prefill::CARRIED_IN : 0);
+                }
+                items.clear();
+                for (auto& i : all_items) if (rs[i.row].seen) items.push_back(i);
+                bool any = !items.empty();
+                if (any) launch();
+                rs = all, items = all_items;
+                if (any) continue;
+                for (auto& r : rs) if (u32 pages = r.position / 64) r.position -= pages * 64, r.pages += pages, r.carry = prefill::CARRIED_IN;
+                break;
+            }
+            launch();
         }
     }
     void compare(const std::vector<u16>& out) {
@@ -94,6 +115,7 @@ template <int D, int WARPS, int M, class K> static void test(K kernel, u32 heads
     Case<D, WARPS, M, K> c(kernel, heads, kv_heads, sequences);
     auto whole = c.run(1 << 20, seed);
     c.compare(whole);
+    c.compare(seed ? c.run(70, seed + 1, 2) : c.run(1 << 20, seed, 1));
     for (u32 chunk : chunks) {
         auto parts = c.run(chunk, seed + 1);
         size_t other = 0;

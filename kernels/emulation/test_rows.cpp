@@ -166,7 +166,7 @@ static u32 up8(u32 x) { return (x + 7) / 8 * 8; }
 // Distance in steps of f16 of what is stored from what should be, for numbers of one sign.
 static double steps(u16 found, double want) { return fabs((double)found - of_h((float)want)); }
 
-template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, u32 value_rank, u32 groups, u32 key_bits, u32 value_bits, bool affine, u32 skip0, bool mean) {
+template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, u32 value_rank, u32 groups, u32 key_bits, u32 value_bits, bool affine, u32 skip0, bool mean, bool turned = false) {
     u32 channels = kv * d, layer = 2 * channels * 64 * sizeof(E);
     seal::Part keys = {key_rank, groups, key_bits, affine, affine ? 1 : groups, 0, 0}, values = {value_rank, groups, value_bits, affine, affine ? 1 : groups, 0, 0};
     u32 start = 64;
@@ -181,11 +181,13 @@ template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, 
     at = up8(at + (value_bits == 16 || !value_rank ? 0 : affine ? vgroups * 256 : groups * 128));
     u32 page = (at + 64 + 63) / 64, from_unit = 2 * layer / 64, jobs = 2;
     Arena arena((size_t)jobs * (page + from_unit) * 64);
-    std::vector<seal::Job> job = {{0, layer, from_unit, skip0}, {from_unit + page, 0, 2 * from_unit + page, 0}};
-    Floats km((size_t)channels * key_rank), vm((size_t)channels * value_rank), vmean(normals(channels)), latents((size_t)jobs * (key_rank + value_rank) * 64 + 16);
+    std::vector<seal::Job> job = {{0, layer, from_unit, skip0, 64}, {from_unit + page, 0, 2 * from_unit + page, 0, 192}};
+    Floats km((size_t)channels * key_rank), vm((size_t)channels * value_rank), vmean(normals(channels)), kmean(normals(channels)), cos(256 * d / 2), sin(256 * d / 2), latents((size_t)jobs * (key_rank + value_rank) * 64 + 16);
     auto fill = [&](Floats& m, u32 rank) {
         for (u32 c = 0; c < channels; c++) for (u32 r = 0; r < rank; r++) m[c * rank + r] = c / (channels / groups) == r / (rank / groups) ? normal() / sqrtf(channels / groups) : 0;
     };
+    // With an attention factor, as some models have.
+    for (u32 i = 0; i < 256 * d / 2; i++) { float a = normal() * 3; cos[i] = 1.1f * cosf(a), sin[i] = 1.1f * sinf(a); }
     if (key_rank) fill(km, key_rank);
     if (value_rank) fill(vm, value_rank);
     std::vector<double> x[2][2];  // [job][kind][position][channel]
@@ -198,10 +200,15 @@ template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, 
             if constexpr (sizeof(E) == 2) e = of_b(v); else e = v;
             x[j][kind][pos * channels + c] = number(e);
         }
+        for (u32 pos = 0; turned && !kind && pos < 64; pos++) for (u32 h = 0; h < kv; h++) for (u32 i = 0; i < d / 2; i++) {
+            double *a = &x[j][0][pos * channels + h * d + i], *b = a + d / 2, co = cos[(job[j].position + pos) * d / 2 + i], si = sin[(job[j].position + pos) * d / 2 + i];
+            double y = (*a * co + *b * si) / (co * co + si * si), z = (*b * co - *a * si) / (co * co + si * si);
+            *a = y, *b = z;
+        }
     }
     u32 top = std::max(key_rank, value_rank);
     auto project = [&] {
-        SealProjectArgs p = {arena.at, job.data(), km.p(), vm.p(), mean ? vmean.p() : nullptr, latents.p(), keys, values, channels, d};
+        SealProjectArgs p = {arena.at, job.data(), km.p(), vm.p(), turned ? kmean.p() : nullptr, mean ? vmean.p() : nullptr, turned ? cos.p() : nullptr, turned ? sin.p() : nullptr, latents.p(), keys, values, channels, d};
         if constexpr (sizeof(E) == 2) seal_project_b16(p); else seal_project_f32(p);
     };
     emu::launch(dim3((top + 31) / 32, jobs, 2), dim3(128), 12288, project, seed);
@@ -219,7 +226,7 @@ template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, 
             double big = 1e-30;
             for (u32 r = 0; r < rank; r++) {
                 double s = 0;
-                for (u32 c = 0; c < channels; c++) s += ((float)(x[j][kind][p * channels + c] - (kind && mean ? vmean[c] : 0))) * (double)map[c * rank + r];
+                for (u32 c = 0; c < channels; c++) s += ((float)(x[j][kind][p * channels + c] - (kind && mean ? vmean[c] : !kind && turned ? kmean[c] : 0))) * (double)map[c * rank + r];
                 l[p * rank + r] = (float)s;
                 big = fmax(big, fabs(s));
             }
@@ -313,7 +320,7 @@ int main() {
         test_append<u16>(seed, 18, 2, 1, 96, true, false);
         test_append<float>(seed, 20, 2, 1, 16, true, false);
         test_append<u16>(seed, 3, 2, 1, 256, true, false);
-        //               heads d  ranks    groups bits affine skip mean
+        //               heads d  ranks    groups bits affine skip mean turned
         test_seal<u16>(seed, 2, 64, 70, 45, 1, 4, 4, false, 4, true);
         test_seal<u16>(seed, 2, 80, 90, 50, 1, 3, 3, false, 0, true);
         test_seal<u16>(seed, 1, 64, 18, 33, 1, 2, 2, false, 64, false);
@@ -326,6 +333,8 @@ int main() {
         test_seal<float>(seed, 2, 16, 30, 31, 1, 3, 3, true, 64, true);
         test_seal<u16>(seed, 2, 16, 32, 32, 1, 2, 2, true, 3, true);
         test_seal<u16>(seed, 2, 32, 50, 37, 1, 16, 16, true, 4, true);
+        test_seal<u16>(seed, 2, 64, 70, 45, 1, 4, 4, false, 4, true, true);
+        test_seal<float>(seed, 4, 24, 52, 44, 2, 8, 3, true, 0, true, true);
     }
     test_seal<u16>(3, 8, 64, 200, 136, 1, 4, 3, false, 0, true);
     test_seal<u16>(3, 1, 64, 1024, 512, 1, 3, 2, false, 0, true);

@@ -30,8 +30,6 @@ pub struct Settings {
     pub profiles: Vec<Profile>,
     /// Names of those that the config file defines.
     pub defined: Vec<String>,
-    /// Names of profiles that are not served even where the artifact has them.
-    pub left_out: Vec<String>,
     /// Name of one of `profiles`, or of one that only the artifact has.
     pub default_profile: String,
     pub compression: Option<PathBuf>,
@@ -193,7 +191,6 @@ impl Settings {
             kv_cache_memory_bytes: flags.kv_cache_memory_bytes.map(|Bytes(n)| n),
             profiles,
             defined,
-            left_out: Vec::new(),
             default_profile: wanted,
             compression: flags.compression,
             max_num_seqs,

@@ -203,16 +203,17 @@ impl CudaDecoder {
                 })
             })
             .collect::<Result<Vec<_>, CudaError>>()?;
+        let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
         let maps = profiles
             .iter()
             .map(|profile| {
                 (0..config.layers)
                     .map(|layer| match profile.compression.get(layer).filter(|_| !profile.layout.drops) {
                         None => Ok(ProfileMaps { attend: None, down: None }),
-                        Some(c) => Ok(ProfileMaps {
-                            attend: Some(DeviceMaps::new(d, c, config.kv_heads, config.head_dim)?),
-                            down: Some(DownMaps::new(d, c)?),
-                        }),
+                        Some(c) => {
+                            let view = LayerView { layer, layout: &profile.layout, compression: Some(c) };
+                            Ok(ProfileMaps { attend: Some(DeviceMaps::new(d, &view, heads)?), down: Some(DownMaps::new(d, c)?) })
+                        }
                     })
                     .collect::<Result<Vec<_>, CudaError>>()
             })
@@ -259,7 +260,7 @@ impl CudaDecoder {
             arena,
             profiles,
             maps,
-            heads: Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() },
+            heads,
             block: block.next_multiple_of(P),
             scratch,
             choices: Choices::new(d, config.vocab)?,
@@ -526,13 +527,12 @@ impl CudaDecoder {
             group.prefill.clear();
             let profile = &self.profiles[row.profile.0 as usize];
             let mut work = Work::default();
+            // Over sealed pages chunks pay from another size on.
+            let maps = self.maps[row.profile.0 as usize].iter().filter_map(|m| m.attend.as_ref());
+            let over_sealed = maps.map(DeviceMaps::chunk).max().unwrap_or(CHUNK);
             for span in some {
                 let row = &plan.rows[span.row];
                 let (sealed, exact) = (&plan.pages[row.sealed.clone()], &plan.pages[row.exact.clone()]);
-                if span.n >= CHUNK && sealed.is_empty() {
-                    group.prefill.push((span.first - first) as u32, span.n as u32, span.position, exact);
-                    continue;
-                }
                 let view = LayerView { layer: 0, layout: &profile.layout, compression: profile.compression.first() };
                 let of = AttendRow {
                     view,
@@ -544,10 +544,14 @@ impl CudaDecoder {
                     exact,
                     exact_offset: 0,
                 };
-                work.push((span.first - first) as u32, &of);
+                if span.n >= if sealed.is_empty() { CHUNK } else { over_sealed } {
+                    group.prefill.push((span.first - first) as u32, &of);
+                } else {
+                    work.push((span.first - first) as u32, &of);
+                }
             }
             group.work.set(&work, self.heads, &profile.layout.sealed, n)?;
-            group.prefill.set()?;
+            group.prefill.set(self.heads)?;
         }
         self.used = used;
         Ok(tokens)
@@ -622,18 +626,19 @@ impl CudaDecoder {
             self.rope_append(layer, group, (layout, offset))?;
             let qs = c.q_channels();
             let (q, out) = (s.q.part(group.first * qs, group.n * qs), s.attended.part(group.first * qs, group.n * qs));
-            group.prefill.attend(device, self.heads, &self.arena, offset, (q, out))?;
             let of = AttendLayer {
                 view: LayerView { layer, layout, compression: profile.compression.get(layer) },
                 shape: self.heads,
                 exact_offset: offset,
                 maps: self.maps[group.profile.0 as usize][layer].attend.as_ref(),
                 arena: self.arena.ptr(),
+                rope: [self.cos.ptr(), self.sin.ptr()],
                 q: q.ptr(),
                 out: out.ptr(),
                 out_f32: 0,
                 batch: group.n,
             };
+            group.prefill.attend(device, &of)?;
             group.work.attend(device, &of)?;
         }
         let x = s.x.part(0, tokens * c.hidden);
@@ -707,7 +712,12 @@ impl CudaDecoder {
                 };
                 for m in &plan.moves[row.moves.clone()] {
                     match *m {
-                        Move::Seal { from, to, skip } => seals.push(SealedJob { from: from.0, offset: from_offset as u32, to: to.0, skip }),
+                        Move::Seal { from, to, skip } => {
+                            let exact = &plan.pages[row.exact.clone()];
+                            let page = exact.iter().position(|&p| p == from).expect("a row seals one of its own exact pages");
+                            let position = ((row.sealed.len() + page) * P) as u32;
+                            seals.push(SealedJob { from: from.0, offset: from_offset as u32, to: to.0, skip, position });
+                        }
                         Move::Sinks { from, to, n } => sinks.push(SinksJob { from: from.0, offset: from_offset as u32, to: to.0, n }),
                         Move::Keep { from, to, n: _ } => {
                             let bytes = layout.exact_layer_bytes();
@@ -727,7 +737,8 @@ impl CudaDecoder {
             if let (Some(maps), false) = (&self.maps[index][layer].down, seals.is_empty()) {
                 s.jobs.reserve(seals.len())?;
                 s.jobs.write(0, &seals)?;
-                seal(&self.device, &self.arena, (layout, layer), maps, (&s.jobs, seals.len()), &mut s.latents)?;
+                let rope = [&self.cos, &self.sin];
+                seal(&self.device, &self.arena, (layout, layer), maps, rope, (&s.jobs, seals.len()), &mut s.latents)?;
             }
         }
         Ok(())

@@ -33,7 +33,7 @@ use crate::model::delta::HeldAs;
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Device;
-use crate::ops::cuda::attend::{Unserved, may_serve};
+use crate::ops::cuda::attend::Unserved;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};
@@ -197,18 +197,10 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
     let device = device(settings.device)?;
-    let mut settings = settings.clone();
     if device.is_some() {
-        // Before bases are computed, which takes long: what cannot be served however they come out.
+        // Before bases are computed, which takes long.
         cuda::check_model(model, decoder.weights())?;
-        let (specs, _) = ready::described(&opened, &settings)?;
-        for (profile, why) in specs.iter().filter_map(|p| Some((p, may_serve(p).err()?))) {
-            left_out(&profile.name, &settings.default_profile, &why)?;
-            settings.profiles.retain(|p| p.name != profile.name);
-            settings.left_out.push(profile.name.clone());
-        }
     }
-    let settings = &settings;
     let (mut profile_specs, mut profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
     if let Some(device) = &device {
         for at in (0..profiles.len()).rev() {

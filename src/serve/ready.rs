@@ -181,7 +181,6 @@ pub fn described(opened: &Opened, settings: &Settings) -> anyhow::Result<(Vec<Pr
     let mut profiles = settings.profiles.clone();
     if let Some(artifact) = &artifact {
         redefine(&mut profiles, artifact, &settings.defined);
-        profiles.retain(|p| !settings.left_out.contains(&p.name));
     }
     Ok((profiles, artifact))
 }

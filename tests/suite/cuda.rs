@@ -51,12 +51,12 @@ pub(crate) fn own_device() -> Arc<Device> {
 }
 
 /// Attention of the last `n` positions of each sequence on the device.
-fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
+pub(crate) fn attend(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32]) -> Vec<f32> {
     attend_in(device, cache, rows, q, 0)
 }
 
 /// As [`attend`], of one row whose sealed pages are cut into spans of so many pages; as they would be where that is zero.
-fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32], each: usize) -> Vec<f32> {
+pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &[f32], each: usize) -> Vec<f32> {
     let shape = cache.shape;
     let layout = &cache.layout;
     serves(&cache.view(), shape, device.shared).unwrap();
@@ -84,12 +84,14 @@ fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q
                 table: first.table + at as u32,
                 pages: each.min(pages - at) as u32,
                 skip: if at == 0 { first.skip } else { 0 },
+                page: at as u32,
                 ..first
             })
             .collect();
         work.rows[0].sealed_end = work.sealed.len() as u32;
     }
-    let maps = cache.compression.as_ref().map(|c| DeviceMaps::new(device, c, shape.kv_heads, shape.head_dim).unwrap());
+    let maps = cache.compression.as_ref().filter(|_| !layout.drops).map(|_| DeviceMaps::new(device, &cache.view(), shape).unwrap());
+    let rope = [&cache.table.cos, &cache.table.sin].map(|x| device.upload(x).unwrap());
     let mut arena = device.alloc::<u8>(cache.arena.len() + ARENA_SLACK).unwrap();
     arena.write(0, cache.arena.slice::<u8>(PageAddr(0), 0, cache.arena.len())).unwrap();
     let q = device.upload(q).unwrap();
@@ -105,6 +107,7 @@ fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q
         exact_offset: LAYER * layout.exact_layer_bytes(),
         maps: maps.as_ref(),
         arena: arena.ptr(),
+        rope: [rope[0].ptr(), rope[1].ptr()],
         q: q.ptr(),
         out: out.ptr(),
         out_f32: out_f32.ptr(),
@@ -275,7 +278,7 @@ pub(crate) fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest 
 ///
 /// A request is the seed and length of its prompt, tokens to say, and profile; those of a wave begin together, and prompts of one seed
 /// begin alike. Unless the device goes on with a cache of its `own`, it gets the host's after every step. Gives by how much logits differ.
-fn in_lockstep(
+pub(crate) fn in_lockstep(
     checkpoint: &'static Checkpoint,
     profiles: Vec<ReadyProfile>,
     waves: &[&[(u64, usize, u32, u8)]],

@@ -10,6 +10,7 @@ mod checkpoint;
 mod codec;
 mod cuda;
 mod cuda_adapters;
+mod cuda_latents;
 mod cuda_sample;
 mod emulated;
 mod engine;

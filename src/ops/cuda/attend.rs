@@ -9,11 +9,12 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
-use super::CudaError;
 use super::driver::{Device, Memory};
-use crate::compress::{KeyMap, LayerCompression};
+use super::latents::{LatentsArgs, Meets, Spread, THREADS, first_key, key_width};
+use super::{CudaError, STATIC_SHARED};
+use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
-use crate::kv::layout::{BasisKind, ExactType, Profile, Quantiser, SealedLayer};
+use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
 use crate::ops::{AttendRow, Heads, LayerView};
 
 const P: usize = PAGE_TOKENS as usize;
@@ -23,7 +24,8 @@ const _: () = assert!(PageAddr::UNIT == 64);
 /// Spans a row's pages are cut into at most, as long as spans are short.
 const SPANS: usize = 64;
 /// Pages of a span, at least and at most: whole tiles of the kernels, and so many that a partial result is little beside them.
-const SEALED_SPAN: (usize, usize) = (8, 32);
+const SEALED_SPAN: (usize, usize) = (8, SEALED_MOST);
+pub(super) const SEALED_MOST: usize = 32;
 const EXACT_SPAN: (usize, usize) = (4, 32);
 
 /// Bytes an arena has beyond its pages: kernels read up to so many after a page's codes, and heed none of them.
@@ -42,6 +44,8 @@ pub struct SealedItem {
     pub table: u32,
     pub pages: u32,
     pub skip: u32,
+    /// Which of the sequence's pages the first is.
+    pub page: u32,
 }
 
 /// One span of one row's exact pages (`ExactItem` of `attend.cuh`).
@@ -90,7 +94,8 @@ impl Work {
                 let each = span(of.sealed.len(), SEALED_SPAN);
                 for at in (0..of.sealed.len()).step_by(each.max(1)) {
                     let pages = each.min(of.sealed.len() - at) as u32;
-                    self.sealed.push(SealedItem { row, table: sealed_table + at as u32, pages, skip: if at == 0 { sinks } else { 0 } });
+                    let skip = if at == 0 { sinks } else { 0 };
+                    self.sealed.push(SealedItem { row, table: sealed_table + at as u32, pages, skip, page: at as u32 });
                 }
             }
             let positions = of.position as usize + i + 1 - before;
@@ -192,44 +197,50 @@ struct MergeArgs {
     tiles: i32,
 }
 
+/// How a layer's sealed pages are met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// By absorbed queries, as words (`latent.cuh`).
+    Words,
+    /// By absorbed queries, spread (`rebuild.cuh`).
+    Absorbed,
+    /// As keys that are rebuilt and turned (`rebuild.cuh`).
+    Rebuilt,
+}
+
 /// The maps of one layer of one profile, as kernels take them.
 pub struct DeviceMaps {
-    /// `[kv_heads][d][key rank]`: an absorbed query of each head, the basis and its rotation folded.
-    absorb: Memory<u16>,
-    /// `[kv_heads][value rank][d]` and `[kv_heads][d]`.
-    up: Memory<u16>,
-    mean: Memory<f32>,
+    way: Way,
+    /// `[kv_heads][d][width]`: an absorbed query of each head, the basis and its rotation folded. Of keys taken after rope.
+    absorb: Option<Memory<u16>>,
+    /// `[kv_heads][width][d]` and `[kv_heads][d]`: rebuilt keys of each head. No mean of keys taken after rope.
+    pub(super) key_up: Memory<u16>,
+    pub(super) key_mean: Option<Memory<f32>>,
+    /// `[kv_heads][stride][d]` and `[kv_heads][d]`: a head's values, of its group's latents.
+    pub(super) up: Memory<u16>,
+    pub(super) mean: Memory<f32>,
+    /// Latents that each head is absorbed into, and that a line's sums have.
+    width: usize,
+    pub(super) stride: usize,
+    /// How latents are spread, while decoding and for chunks.
+    spread: Option<Spread>,
+    pub(super) pages: Spread,
 }
 
 /// Why a profile's sealed pages are not met on the device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unserved {
-    #[error("a CUDA device serves compressed profiles whose keys have a frequency basis")]
-    Basis,
-    #[error("a CUDA device serves compressed profiles whose keys and values are quantised by \"hadamard\", at 4, 3 or 2 bits")]
-    Quantiser,
-    #[error("a CUDA device serves value ranks that are multiples of 4, up to 1024: layer {layer} has {rank}")]
-    Rank { layer: usize, rank: usize },
+    #[error(
+        "a CUDA device serves bases whose groups of KV heads all have as many latents: layer {layer} has others; compress anew, or use --device cpu"
+    )]
+    Groups { layer: usize },
     #[error("a CUDA device serves heads of 64, 80, 96 or 128 channels, not {0}")]
     HeadDim(usize),
     #[error(
-        "layer {layer} has key ranks of {rank}, for which a block of this device has too little shared memory ({needs} bytes of {has})"
+        "layer {layer} has ranks of {} (keys) and {} (values), for which a block of this device has too little shared memory ({needs} bytes of {has}): choose lower ranks, or use --device cpu",
+        ranks[0], ranks[1]
     )]
-    Shared { layer: usize, rank: usize, needs: usize, has: usize },
-}
-
-/// Whether a profile's sealed pages are met on a device, as far as it says itself: see [`serves`].
-///
-/// # Errors
-/// Where they are not, why.
-pub fn may_serve(profile: &Profile) -> Result<(), Unserved> {
-    let Some(cskv) = &profile.cskv else { return Ok(()) };
-    match cskv.basis {
-        BasisKind::Dropped => Ok(()),
-        BasisKind::Frequency if [cskv.key_quantiser, cskv.value_quantiser] == [Quantiser::Hadamard; 2] => Ok(()),
-        BasisKind::Frequency => Err(Unserved::Quantiser),
-        _ => Err(Unserved::Basis),
-    }
+    Shared { layer: usize, ranks: [usize; 2], needs: usize, has: usize },
 }
 
 /// Whether a layer's sealed pages are met on a device whose blocks have `shared` bytes of shared memory.
@@ -242,66 +253,154 @@ pub fn serves(view: &LayerView<'_>, shape: Heads, shared: usize) -> Result<(), U
     }
     let Some(compression) = view.compression.filter(|_| !view.layout.drops) else { return Ok(()) };
     let layer = view.layout.sealed[view.layer];
-    if !matches!(compression.keys, KeyMap::Frequencies(_)) || layer.blocks != 1 {
-        return Err(Unserved::Basis);
+    let even = |p: &Projection| {
+        p.groups.len() == layer.blocks
+            && p.groups.windows(2).all(|g| g[0].ranks.len() == g[1].ranks.len() && g[0].channels.len() == g[1].channels.len())
+    };
+    let keys = match &compression.keys {
+        KeyMap::Channels(p) => even(p),
+        // Pairs of a head's own frequencies, head by head, where there are blocks.
+        KeyMap::Frequencies(map) => layer.keys.rank.is_multiple_of(layer.blocks) && (layer.blocks == 1 || own_blocks(map, layer.blocks)),
+    };
+    if !keys || !even(&compression.values) {
+        return Err(Unserved::Groups { layer: view.layer });
     }
-    let (k, v) = (layer.keys, layer.values);
-    if [k, v].iter().any(|part| part.quantiser != Quantiser::Hadamard || !(2..=4).contains(&part.bits)) {
-        return Err(Unserved::Quantiser);
+    let ranks = [layer.keys.rank, layer.values.rank];
+    way(&compression.keys, &layer, shape, shared).map(|_| ()).map_err(|needs| Unserved::Shared {
+        layer: view.layer,
+        ranks,
+        needs,
+        has: shared,
+    })
+}
+
+/// Whether each of `blocks` of latents stands for KV heads of its own.
+fn own_blocks(map: &FrequencyMap, blocks: usize) -> bool {
+    let (pairs, heads) = (map.frequencies.len() / blocks, map.kv_heads / blocks);
+    map.up.iter().enumerate().all(|(i, &up)| up == [0.0; 2] || i / map.kv_heads / pairs.max(1) == i % map.kv_heads / heads)
+}
+
+/// How a layer is met, how its latents are spread for that, and for chunks of queries.
+///
+/// # Errors
+/// Where blocks have too little shared memory: what they need.
+fn way(keys: &KeyMap, layer: &SealedLayer, shape: Heads, shared: usize) -> Result<(Way, Option<Spread>, Spread), usize> {
+    let d = shape.head_dim;
+    let has = shared.saturating_sub(STATIC_SHARED);
+    let fits = |needs: usize| if needs <= has { Ok(()) } else { Err(needs) };
+    let pages = Spread::new(layer, Meets::Pages, d, has)?;
+    if let KeyMap::Channels(_) = keys {
+        fits(merge_shared(stride(layer), d, 0))?;
+        return Ok((Way::Rebuilt, Some(Spread::new(layer, Meets::Rebuilt, d, has)?), pages));
     }
-    if !v.rank.is_multiple_of(4) || v.rank > 1024 {
-        return Err(Unserved::Rank { layer: view.layer, rank: v.rank });
+    let normal = [layer.keys, layer.values].iter().all(|part| part.quantiser == Quantiser::Hadamard && (2..=4).contains(&part.bits));
+    let words = normal && layer.blocks == 1 && layer.values.rank.is_multiple_of(4) && layer.values.rank <= 1024;
+    if words && sealed_shared(shape.heads, layer).max(absorb_shared(d, layer.keys.rank)) <= has {
+        return Ok((Way::Words, None, pages));
     }
-    let needs = absorb_shared(view.layout.head_dim, k.rank).max(sealed_shared(shape.heads, &layer)) + STATIC_SHARED;
-    if needs > shared {
-        return Err(Unserved::Shared { layer: view.layer, rank: k.rank, needs, has: shared });
-    }
-    Ok(())
+    fits(absorb_shared(d, pages.keys.width as usize).max(merge_shared(stride(layer), d, 0)))?;
+    Ok((Way::Absorbed, Some(Spread::new(layer, Meets::Absorbed, d, has)?), pages))
+}
+
+/// Value latents that a line's sums have where latents are spread, and no fewer than where they are not.
+fn stride(layer: &SealedLayer) -> usize {
+    (layer.values.rank / layer.blocks.max(1)).next_multiple_of(8)
 }
 
 impl DeviceMaps {
+    /// Queries of a chunk from which it is cheaper to rebuild the pages that all of them meet than to meet them query by query. A rebuilt
+    /// position costs what some 64 queries' products with words do, or some 32 with spread latents, and little more than one query
+    /// that rebuilds it itself.
+    pub fn chunk(&self) -> usize {
+        match self.way {
+            Way::Words => 64,
+            Way::Absorbed => 32,
+            Way::Rebuilt => 4,
+        }
+    }
+
     /// Folds and uploads the maps of one layer.
     ///
     /// # Errors
     /// Where there is no room.
     ///
     /// # Panics
-    /// For keys that are rebuilt: see [`serves`].
-    pub fn new(device: &Arc<Device>, compression: &LayerCompression, kv_heads: usize, d: usize) -> Result<Self, CudaError> {
-        let KeyMap::Frequencies(map) = &compression.keys else { panic!("keys are absorbed") };
-        let rank = 2 * map.frequencies.len();
-        let mut absorb = vec![f16::ZERO; kv_heads * d * rank];
-        let mut spare = vec![0.0; rank];
-        for head in 0..kv_heads {
-            for c in 0..d {
-                // The absorbed form of a query that is one in channel c.
-                let mut row = vec![0.0f32; rank];
-                for (j, &f) in map.frequencies.iter().enumerate() {
-                    let [re, im] = map.up[j * kv_heads + head];
-                    if c == f as usize {
-                        (row[2 * j], row[2 * j + 1]) = (re, -im);
-                    } else if c == map.half + f as usize {
-                        (row[2 * j], row[2 * j + 1]) = (im, re);
+    /// For a layer without maps, or one that is refused: see [`serves`].
+    pub fn new(device: &Arc<Device>, view: &LayerView<'_>, shape: Heads) -> Result<Self, CudaError> {
+        let Heads { kv_heads, head_dim: d, .. } = shape;
+        let compression: &LayerCompression = view.compression.expect("a compressed profile has maps");
+        let layer = &view.layout.sealed[view.layer];
+        let (way, spread, pages) = way(&compression.keys, layer, shape, device.shared).expect("the layer is served");
+        let groups = layer.blocks;
+        // Of keys: where each head's latents begin, and how many it meets.
+        let span = layer.keys.rank / groups;
+        let width = key_width(groups, span);
+        let first = |head: usize| first_key(head * groups / kv_heads, span);
+        let mut key_up = vec![f16::ZERO; kv_heads * width * d];
+        let (mut absorb, mut key_mean) = (None, None);
+        match &compression.keys {
+            KeyMap::Channels(p) => {
+                let group_up =
+                    |head: usize, r: usize, c: usize, x: f32| key_up[((head * width) + r - first(head)) * d + c] = f16::from_f32(x);
+                each_up(p, d, group_up);
+                key_mean = Some(device.upload(&p.mean)?);
+            }
+            KeyMap::Frequencies(map) => {
+                let own = if way == Way::Words { layer.keys.rank } else { width };
+                let mut rows = vec![f16::ZERO; kv_heads * d * own];
+                let mut spare = vec![0.0; layer.keys.rank];
+                for head in 0..kv_heads {
+                    let group = head * groups / kv_heads;
+                    for c in 0..d {
+                        let row = absorbed(map, head, c, &mut spare);
+                        for r in group * span..(group + 1) * span {
+                            let x = f16::from_f32(row[r]);
+                            rows[(head * d + c) * own + r - first(head)] = x;
+                            key_up[(head * width + r - first(head)) * d + c] = x;
+                        }
                     }
                 }
-                map.rotate(&mut row, 1, &mut spare);
-                row.iter().zip(&mut absorb[(head * d + c) * rank..][..rank]).for_each(|(&x, y)| *y = f16::from_f32(x));
+                absorb = Some(device.upload(&halves(&rows))?);
             }
         }
         let values = &compression.values;
-        let rank = values.rank();
-        let mut up = vec![f16::ZERO; kv_heads * rank * d];
-        for group in &values.groups {
-            let width = group.channels.len();
-            for (i, r) in group.ranks.clone().enumerate() {
-                for (j, channel) in group.channels.clone().enumerate() {
-                    up[(channel / d * rank + r) * d + channel % d] = f16::from_f32(group.up[i * width + j]);
-                }
-            }
-        }
-        let bits = |x: &[f16]| x.iter().map(|x| x.to_bits()).collect::<Vec<u16>>();
-        Ok(DeviceMaps { absorb: device.upload(&bits(&absorb))?, up: device.upload(&bits(&up))?, mean: device.upload(&values.mean)? })
+        let stride = if way == Way::Words { layer.values.rank } else { stride(layer) };
+        let mut up = vec![f16::ZERO; kv_heads * stride * d];
+        let span = layer.values.rank / groups;
+        each_up(values, d, |head, r, c, x| up[(head * stride + r - head * groups / kv_heads * span) * d + c] = f16::from_f32(x));
+        let width = if way == Way::Words { layer.keys.rank } else { width };
+        let (key_up, up, mean) = (device.upload(&halves(&key_up))?, device.upload(&halves(&up))?, device.upload(&values.mean)?);
+        Ok(DeviceMaps { way, absorb, key_up, key_mean, up, mean, width, stride, spread, pages })
     }
+}
+
+fn halves(x: &[f16]) -> Vec<u16> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// What turns latents back, element by element: KV head, latent, channel of the head, factor.
+fn each_up(p: &Projection, d: usize, mut with: impl FnMut(usize, usize, usize, f32)) {
+    for group in &p.groups {
+        let width = group.channels.len();
+        for (i, r) in group.ranks.clone().enumerate() {
+            group.channels.clone().enumerate().for_each(|(j, channel)| with(channel / d, r, channel % d, group.up[i * width + j]));
+        }
+    }
+}
+
+/// The absorbed form of a query that is one in channel `c` of a head.
+fn absorbed(map: &FrequencyMap, head: usize, c: usize, spare: &mut [f32]) -> Vec<f32> {
+    let mut row = vec![0.0f32; 2 * map.frequencies.len()];
+    for (j, &f) in map.frequencies.iter().enumerate() {
+        let [re, im] = map.up[j * map.kv_heads + head];
+        if c == f as usize {
+            (row[2 * j], row[2 * j + 1]) = (re, -im);
+        } else if c == map.half + f as usize {
+            (row[2 * j], row[2 * j + 1]) = (im, re);
+        }
+    }
+    map.rotate(&mut row, 1, spare);
+    row
 }
 
 /// Rows whose partial results are in memory at once, and their items.
@@ -341,6 +440,8 @@ pub struct AttendLayer<'a> {
     /// `None` for `full`.
     pub maps: Option<&'a DeviceMaps>,
     pub arena: u64,
+    /// Cosines and sines, `[positions][d / 2]` f32, of positions up to the last that is met.
+    pub rope: [u64; 2],
     /// `[rows][heads][d]` f32, after rope.
     pub q: u64,
     /// `[rows][heads * d]` bf16; and f32, or zero.
@@ -385,7 +486,7 @@ impl DeviceWork {
         self.sealed_items.write(0, &work.sealed)?;
         self.exact_items.reserve(work.exact.len())?;
         self.exact_items.write(0, &work.exact)?;
-        let rank = most(&|l| l.values.rank);
+        let rank = most(&stride);
         let bytes = |sealed: usize, exact: usize| sealed * tiles * 16 * (2 * rank + 16) + exact * shape.heads * 4 * (shape.head_dim + 2);
         self.slices.clear();
         let mut rows = work.rows.clone();
@@ -408,7 +509,8 @@ impl DeviceWork {
         self.parts = work.rows.iter().map(|r| (r.sealed_end - r.sealed + r.exact_end - r.exact) as usize).max().unwrap_or(0);
         let (sealed, exact) = self.slices.iter().fold((0, 0), |(s, e), slice| (s.max(slice.sealed.len()), e.max(slice.exact.len())));
         if !work.sealed.is_empty() {
-            self.fragments.reserve(batch * tiles * 256 * most(&|l| steps(l)))?;
+            self.fragments
+                .reserve(batch * tiles * 256 * most(&|l| steps(l).max(key_width(l.blocks, l.keys.rank / l.blocks.max(1)) / 16)))?;
             self.factors.reserve(batch * tiles * 16)?;
             self.sealed.reserve(sealed * tiles * 16 * rank)?;
             self.sealed_state.reserve(sealed * tiles * 16 * 4)?;
@@ -448,23 +550,22 @@ impl DeviceWork {
     /// As [`DeviceWork::attend`].
     pub fn absorb(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
-        if self.slices.iter().any(|s| !s.sealed.is_empty()) {
-            let k = layer.view.layout.sealed[layer.view.layer].keys;
-            let maps = layer.maps.expect("sealed pages have maps");
+        let absorb = layer.maps.and_then(|maps| Some((maps, maps.absorb.as_ref()?)));
+        if let (Some((maps, absorb)), true) = (absorb, self.slices.iter().any(|s| !s.sealed.is_empty())) {
             let args = AbsorbArgs {
                 q: layer.q,
-                map: maps.absorb.ptr(),
+                map: absorb.ptr(),
                 fragments: self.fragments.ptr(),
                 factors: self.factors.ptr(),
                 scale,
                 heads: heads as i32,
                 kv_heads: kv_heads as i32,
                 d: d as i32,
-                rank: k.rank as i32,
-                bits: k.bits as i32,
+                rank: maps.width as i32,
+                bits: if maps.way == Way::Words { layer.view.layout.sealed[layer.view.layer].keys.bits as i32 } else { PLAIN },
             };
             // SAFETY: memory of the shapes the kernel documents, made by `set` and `DeviceMaps::new`.
-            unsafe { device.launch("absorb", [layer.batch, kv_heads, 1], 512, absorb_shared(d, k.rank), &args) }?;
+            unsafe { device.launch("absorb", [layer.batch, kv_heads, 1], 512, absorb_shared(d, maps.width), &args) }?;
         }
         Ok(())
     }
@@ -476,7 +577,14 @@ impl DeviceWork {
     pub fn sealed(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
         let tiles = layer.shape.heads.div_ceil(16);
         let items = &self.slices[slice].sealed;
-        if !items.is_empty() {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let maps = layer.maps.expect("sealed pages have maps");
+        if maps.way != Way::Words {
+            return self.spread(device, layer, maps, items);
+        }
+        {
             let part = layer.view.layout.sealed[layer.view.layer];
             let (k, v) = (part.keys, part.values);
             let args = SealedArgs {
@@ -505,6 +613,44 @@ impl DeviceWork {
             unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * WARPS, shared, &args) }?;
         }
         Ok(())
+    }
+
+    /// Parts over sealed pages whose latents are spread before they are met.
+    fn spread(&self, device: &Device, layer: &AttendLayer<'_>, maps: &DeviceMaps, items: &Range<usize>) -> Result<(), CudaError> {
+        let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
+        let spread = maps.spread.expect("latents that are spread have a shape");
+        let (kernel, meets, units) = match maps.way {
+            Way::Rebuilt => ("attend_rebuilt", Meets::Rebuilt, kv_heads),
+            _ => ("attend_absorbed", Meets::Absorbed, spread.groups),
+        };
+        let (lines, values) = meets.reach();
+        let args = LatentsArgs {
+            arena: layer.arena,
+            table: self.table.ptr(),
+            items: self.sealed_items.part(items.start, items.len()).ptr(),
+            queries: if maps.way == Way::Rebuilt { layer.q } else { self.fragments.ptr() },
+            factors: self.factors.ptr(),
+            up: maps.key_up.ptr(),
+            mean: maps.key_mean.as_ref().map_or(0, Memory::ptr),
+            rope: layer.rope,
+            out: self.sealed.ptr(),
+            state: self.sealed_state.ptr(),
+            scale,
+            heads: heads as u32,
+            units: units as u32,
+            groups: spread.groups as u32,
+            d: d as u32,
+            tiles: heads.div_ceil(16) as u32,
+            stride: maps.stride as u32,
+            resident: u32::from(spread.resident),
+            end: layer.view.layout.sealed[layer.view.layer].end as u32,
+            keys: spread.keys,
+            values: spread.values,
+        };
+        let blocks = units * (heads / units).div_ceil(lines);
+        let cuts = (spread.values.width as usize).div_ceil(values).max(1);
+        // SAFETY: as above.
+        unsafe { device.launch(kernel, [items.len() * blocks, 1, cuts], THREADS, spread.shared, &args) }
     }
 
     /// The parts of a slice over exact pages.
@@ -553,7 +699,7 @@ impl DeviceWork {
     pub fn merge(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
         let rows = &self.slices[slice].rows;
         let Heads { heads, kv_heads, head_dim: d, .. } = layer.shape;
-        let rank = if layer.maps.is_some() { layer.view.layout.sealed[layer.view.layer].values.rank } else { 0 };
+        let rank = layer.maps.map_or(0, |maps| maps.stride);
         let tiles = heads.div_ceil(16);
         let args = MergeArgs {
             rows: self.rows.part(rows.start, rows.len()).ptr(),
@@ -571,10 +717,8 @@ impl DeviceWork {
             rank: rank as i32,
             tiles: tiles as i32,
         };
-        let slices = (if rank.is_multiple_of(8) { 1024usize } else { 512 }).checked_div(rank).map_or(0, |n| n.max(1));
-        let shared = 4 * (8 + 4 * self.parts.next_multiple_of(4) + 4 * (slices * rank).max(512 / (d / 2) * d));
         // SAFETY: as above.
-        unsafe { device.launch("merge", [rows.len(), kv_heads, 1], 512, shared, &args) }
+        unsafe { device.launch("merge", [rows.len(), kv_heads, 1], 512, merge_shared(rank, d, self.parts), &args) }
     }
 }
 
@@ -608,12 +752,18 @@ const SEALED: [[[[&str; 3]; 3]; 2]; 2] = [
 
 /// Warps of a block over sealed pages.
 const WARPS: usize = 8;
-/// Bytes of shared memory that kernels have beside what is asked for.
-const STATIC_SHARED: usize = 64;
-
 /// Bytes of shared memory of `absorb`.
 const fn absorb_shared(d: usize, rank: usize) -> usize {
     4 * (4 * d + 16 * rank)
+}
+
+/// `AbsorbArgs` has it in place of bits where queries lie in the order of their latents (`PLAIN` of `latent.cuh`).
+const PLAIN: i32 = 16;
+
+/// Bytes of shared memory of `merge`.
+fn merge_shared(rank: usize, d: usize, parts: usize) -> usize {
+    let slices = (if rank.is_multiple_of(8) { 1024usize } else { 512 }).checked_div(rank).map_or(0, |n| n.max(1));
+    4 * (8 + 4 * parts.next_multiple_of(4) + 4 * (slices * rank).max(512 / (d / 2) * d))
 }
 
 /// Tiles of 16 lines that a block over sealed pages meets.

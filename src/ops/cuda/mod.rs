@@ -5,6 +5,7 @@
 
 pub mod attend;
 pub mod driver;
+mod latents;
 pub mod linear;
 pub mod lora;
 pub mod prefill;
@@ -13,6 +14,9 @@ pub mod sample;
 pub mod seal;
 
 pub use driver::{Device, Memory, Part, Pinned, Recording};
+
+/// Bytes of shared memory that kernels have beside what is asked for.
+const STATIC_SHARED: usize = 64;
 
 /// Why the device cannot do what was asked. Each says what to do about it.
 #[derive(Debug, thiserror::Error)]

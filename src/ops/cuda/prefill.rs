@@ -1,24 +1,52 @@
-//! Exact causal attention of chunks of queries: launches of `prefill.cuh`.
+//! Attention of chunks of queries: launches of `prefill.cuh` over exact pages, and over sealed ones that `rebuild.cuh` makes such pages of.
+//!
+//! Sealed pages are rebuilt a span at a time into scratch memory, which the second-level cache holds, and met there by all queries of the chunk;
+//! what queries have come to is carried from span to span, and to the exact pages. Spans are counted from position 0, so what a query comes
+//! to does not depend on the chunk it is in.
 
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::CudaError;
-use super::driver::{Device, Memory, Part};
-use crate::ids::{PAGE_TOKENS, PageAddr};
-use crate::ops::Heads;
+use super::attend::AttendLayer;
+use super::driver::{Device, Memory};
+use super::latents::{Meets, PartArgs, Spread, THREADS};
+use super::{CudaError, STATIC_SHARED};
+use crate::ids::PAGE_TOKENS;
+use crate::kv::layout::ExactType;
+use crate::ops::{AttendRow, Heads};
 
-/// Consecutive queries of one sequence, all of whose history is exact (`prefill::Row`).
+const P: usize = PAGE_TOKENS as usize;
+/// Sealed pages of a row that are rebuilt at once, and of all rows together: 32 MiB of the pages of 8 KV heads of 128 channels.
+const SPAN: usize = 64;
+const ROUND: usize = 128;
+const CARRIED_IN: u32 = 1;
+const CARRIED_OUT: u32 = 2;
+
+/// Consecutive queries of one sequence over pages that lie as exact ones do (`prefill::Row`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct PrefillRow {
     /// First of its rows in the batch, and how many.
     pub first: u32,
     pub n: u32,
+    /// Of its first query, counted from its first page.
     pub position: u32,
     /// First of its pages in the table.
     pub pages: u32,
+    /// Positions that all its queries see; zero where they see those up to their own.
+    pub seen: u32,
+    pub carry: u32,
+}
+
+/// A sealed page to rebuild (`RebuildJob` of `rebuild.cuh`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+struct RebuildJob {
+    from: u32,
+    page: u32,
+    sinks_page: u32,
+    sinks: u32,
 }
 
 #[repr(C)]
@@ -41,18 +69,64 @@ struct PrefillArgs {
     offset: u32,
     kv_heads: u32,
     scale: f32,
+    carried: u64,
+    carried_state: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RebuildArgs {
+    arena: u64,
+    jobs: u64,
+    out: u64,
+    key_up: u64,
+    key_mean: u64,
+    rope: [u64; 2],
+    value_up: u64,
+    value_mean: u64,
+    groups: u32,
+    d: u32,
+    value_rows: u32,
+    sinks_offset: u32,
+    sinks_stride: u32,
+    keys: PartArgs,
+    values: PartArgs,
 }
 
 /// Queries of a block.
 const BLOCK: u32 = 64;
 
+/// The sealed pages that a row of the batch meets before its exact ones.
+struct Sealed {
+    row: usize,
+    jobs: Vec<RebuildJob>,
+    /// Positions that are met of them.
+    seen: usize,
+}
+
+/// Spans of sealed pages that are rebuilt and met at once: ranges of jobs and of items.
+#[derive(Clone, Debug, PartialEq)]
+struct Round {
+    jobs: std::ops::Range<usize>,
+    items: std::ops::Range<usize>,
+}
+
 /// Chunks of a step, on the device.
 pub struct Prefill {
     rows: Vec<PrefillRow>,
     table: Vec<u32>,
+    sealed: Vec<Sealed>,
+    span: usize,
     device_rows: Memory<PrefillRow>,
     device_items: Memory<Item>,
     device_table: Memory<u32>,
+    device_jobs: Memory<RebuildJob>,
+    /// Rebuilt pages of a round.
+    rebuilt: Memory<u16>,
+    carried: Memory<f32>,
+    carried_state: Memory<f32>,
+    rounds: Vec<Round>,
+    /// Over exact pages, before those of the rounds.
     items: usize,
 }
 
@@ -62,83 +136,207 @@ impl Prefill {
     /// # Errors
     /// Where there is no room.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let (device_rows, device_items, device_table) = (device.alloc(1)?, device.alloc(1)?, device.alloc(1)?);
-        Ok(Prefill { rows: vec![], table: vec![], device_rows, device_items, device_table, items: 0 })
+        Self::in_spans(device, SPAN)
+    }
+
+    /// None yet; sealed pages will be rebuilt so many of a row at once, which is more than none.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub fn in_spans(device: &Arc<Device>, span: usize) -> Result<Self, CudaError> {
+        Ok(Prefill {
+            rows: vec![],
+            table: vec![],
+            sealed: vec![],
+            span,
+            device_rows: device.alloc(1)?,
+            device_items: device.alloc(1)?,
+            device_table: device.alloc(1)?,
+            device_jobs: device.alloc(1)?,
+            rebuilt: device.alloc(1)?,
+            carried: device.alloc(1)?,
+            carried_state: device.alloc(1)?,
+            rounds: vec![],
+            items: 0,
+        })
     }
 
     /// Forgets all chunks.
     pub fn clear(&mut self) {
         self.rows.clear();
         self.table.clear();
+        self.sealed.clear();
+        self.rounds.clear();
         self.items = 0;
     }
 
-    /// Adds `n` queries from row `first` of the batch on, the first of which stands at `position`.
+    /// Adds the `n` queries of a row, the first of which stands at its position; the first is row `first` of the batch.
     ///
     /// # Panics
     /// Where the pages do not reach the last of them.
-    pub fn push(&mut self, first: u32, n: u32, position: u32, pages: &[PageAddr]) {
-        let needed = (position + n).div_ceil(PAGE_TOKENS) as usize;
-        self.rows.push(PrefillRow { first, n, position, pages: self.table.len() as u32 });
-        self.table.extend(pages[..needed].iter().map(|p| p.0));
+    pub fn push(&mut self, first: u32, of: &AttendRow<'_>) {
+        let layout = of.view.layout;
+        let before = of.sealed.len() * P;
+        let sinks = if of.sinks.is_some() && before > 0 { layout.sinks } else { 0 };
+        // Of what is dropped only the sinks are met.
+        let (pages, seen) = if layout.drops { (usize::from(sinks > 0), sinks as usize) } else { (of.sealed.len(), before) };
+        if seen > 0 {
+            let job = |(at, page): (usize, &crate::ids::PageAddr)| RebuildJob {
+                from: page.0,
+                page: at as u32,
+                sinks_page: of.sinks.map_or(0, |p| p.0),
+                sinks: if at == 0 { sinks } else { 0 },
+            };
+            let jobs = of.sealed[..pages].iter().enumerate().map(job).collect();
+            self.sealed.push(Sealed { row: self.rows.len(), jobs, seen });
+        }
+        let position = of.position as usize - before;
+        let carry = if seen > 0 { CARRIED_IN } else { 0 };
+        self.rows.push(PrefillRow { first, n: of.n as u32, position: position as u32, pages: self.table.len() as u32, seen: 0, carry });
+        self.table.extend(of.exact[..(position + of.n).div_ceil(P)].iter().map(|p| p.0));
     }
 
-    /// Takes the chunks to the device.
+    /// Takes the chunks to the device, and makes room for what lies between launches.
     ///
     /// # Errors
     /// Where there is no room.
-    pub fn set(&mut self) -> Result<(), CudaError> {
-        let mut items: Vec<Item> =
-            (0..).zip(&self.rows).flat_map(|(row, r)| (0..r.n).step_by(BLOCK as usize).map(move |query| Item { row, query })).collect();
+    pub fn set(&mut self, shape: Heads) -> Result<(), CudaError> {
+        let blocks = |row: usize, n: u32| (0..n).step_by(BLOCK as usize).map(move |query| Item { row: row as u32, query });
+        let (mut rows, mut table) = (self.rows.clone(), self.table.clone());
+        let mut items: Vec<Item> = rows.iter().enumerate().flat_map(|(row, r)| blocks(row, r.n)).collect();
         // Those that see most first, so that the last to begin are soon done.
-        items.sort_by_key(|i| std::cmp::Reverse(self.rows[i.row as usize].position + i.query));
+        items.sort_by_key(|i| std::cmp::Reverse(rows[i.row as usize].position + i.query));
         self.items = items.len();
-        self.device_rows.reserve(self.rows.len())?;
-        self.device_rows.write(0, &self.rows)?;
+        // A row has one span in a round at most, as each goes on from the one before.
+        let mut jobs: Vec<RebuildJob> = vec![];
+        let mut done = vec![0; self.sealed.len()];
+        loop {
+            let (first_job, first_item) = (jobs.len(), items.len());
+            for (sealed, done) in self.sealed.iter().zip(&mut done) {
+                let n = self.span.min(sealed.jobs.len() - *done);
+                let used = jobs.len() - first_job;
+                if n == 0 || used > 0 && used + n > ROUND {
+                    continue;
+                }
+                let row = self.rows[sealed.row];
+                let seen = (sealed.seen - *done * P).min(n * P) as u32;
+                let carry = CARRIED_OUT | if *done > 0 { CARRIED_IN } else { 0 };
+                items.extend(blocks(rows.len(), row.n));
+                rows.push(PrefillRow { position: 0, pages: table.len() as u32, seen, carry, ..row });
+                table.extend((used..used + n).map(|page| (page * page_units(shape)) as u32));
+                jobs.extend(&sealed.jobs[*done..*done + n]);
+                *done += n;
+            }
+            if jobs.len() == first_job {
+                break;
+            }
+            self.rounds.push(Round { jobs: first_job..jobs.len(), items: first_item..items.len() });
+        }
+        if !self.rounds.is_empty() {
+            let most = self.rounds.iter().map(|r| r.jobs.len()).max().unwrap_or(0);
+            let lines = self.rows.iter().map(|r| (r.first + r.n) as usize).max().unwrap_or(0) * shape.heads;
+            self.rebuilt.reserve(most * page_units(shape) * 32)?;
+            self.carried.reserve(lines * shape.head_dim)?;
+            self.carried_state.reserve(lines * 2)?;
+        }
+        self.device_rows.reserve(rows.len())?;
+        self.device_rows.write(0, &rows)?;
         self.device_items.reserve(items.len())?;
         self.device_items.write(0, &items)?;
-        self.device_table.reserve(self.table.len())?;
-        self.device_table.write(0, &self.table)
+        self.device_table.reserve(table.len())?;
+        self.device_table.write(0, &table)?;
+        self.device_jobs.reserve(jobs.len())?;
+        self.device_jobs.write(0, &jobs)
     }
 
     /// Adds all that its launches depend on, but for what lies in its memory.
     pub fn key(&self, key: &mut Vec<u64>) {
         key.extend([self.items as u64, self.device_rows.ptr(), self.device_items.ptr(), self.device_table.ptr()]);
+        key.extend([self.device_jobs.ptr(), self.rebuilt.ptr(), self.carried.ptr(), self.carried_state.ptr()]);
+        key.push(self.rounds.len() as u64);
+        key.extend(self.rounds.iter().flat_map(|r| [r.jobs.end, r.items.end]).map(|n| n as u64));
     }
 
-    /// Attention of all chunks in one layer, which begins at byte `offset` of a page. Queries `[rows][heads][d]` f32 after rope;
-    /// out `[rows][heads * d]` bf16.
+    /// Attention of all chunks in one layer.
     ///
     /// # Errors
     /// Where the device refuses.
     ///
     /// # Panics
-    /// Where shapes do not fit, or heads are of other than 64, 80, 96 or 128 channels.
-    pub fn attend(
-        &self,
-        device: &Device,
-        shape: Heads,
-        arena: &Memory<u8>,
-        offset: usize,
-        (q, out): (Part<'_, f32>, Part<'_, u16>),
-    ) -> Result<(), CudaError> {
+    /// Where shapes do not fit, exact pages are not of bf16, or the layer is none that [`super::attend::serves`] passes.
+    pub fn attend(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
         if self.items == 0 {
             return Ok(());
         }
-        let Heads { heads, kv_heads, head_dim: d, scale } = shape;
-        let end = self.rows.iter().map(|r| (r.first + r.n) as usize).max().unwrap_or(0) * heads * d;
-        assert!(q.len() >= end && out.len() >= end, "chunks beyond q");
+        assert!(layer.view.layout.exact == ExactType::Bf16, "chunks meet exact pages of bf16");
+        assert!(self.rows.iter().all(|r| (r.first + r.n) as usize <= layer.batch), "chunks beyond the batch");
+        for round in &self.rounds {
+            self.rebuild(device, layer, round)?;
+            self.meet(device, layer, (self.rebuilt.ptr(), 0), round.items.clone())?;
+        }
+        self.meet(device, layer, (layer.arena, layer.exact_offset), 0..self.items)
+    }
+
+    /// Rebuilds all sealed pages of a layer, and meets none of them: what that costs by itself.
+    ///
+    /// # Errors
+    /// As [`Prefill::attend`].
+    pub fn rebuild_all(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
+        self.rounds.iter().try_for_each(|round| self.rebuild(device, layer, round))
+    }
+
+    /// The sealed pages of a round, as exact ones.
+    fn rebuild(&self, device: &Device, layer: &AttendLayer<'_>, round: &Round) -> Result<(), CudaError> {
+        let Heads { kv_heads, head_dim: d, .. } = layer.shape;
+        let (layout, maps) = (layer.view.layout, layer.maps);
+        let part = &layout.sealed[layer.view.layer];
+        // What is dropped has no maps, and no latents.
+        let spread = maps.map_or_else(|| Spread::new(part, Meets::Pages, d, device.shared - STATIC_SHARED), |m| Ok(m.pages));
+        let spread = spread.expect("the layer is served");
+        let turns = maps.is_some_and(|m| m.key_mean.is_some());
+        let args = RebuildArgs {
+            arena: layer.arena,
+            jobs: self.device_jobs.part(round.jobs.start, round.jobs.len()).ptr(),
+            out: self.rebuilt.ptr(),
+            key_up: maps.map_or(0, |m| m.key_up.ptr()),
+            key_mean: maps.and_then(|m| m.key_mean.as_ref()).map_or(0, Memory::ptr),
+            rope: if turns { layer.rope } else { [0; 2] },
+            value_up: maps.map_or(0, |m| m.up.ptr()),
+            value_mean: maps.map_or(0, |m| m.mean.ptr()),
+            groups: spread.groups as u32,
+            d: d as u32,
+            value_rows: maps.map_or(0, |m| m.stride as u32),
+            sinks_offset: (layer.view.layer * layout.sinks_layer_bytes()) as u32,
+            sinks_stride: layout.sinks_stride() as u32,
+            keys: spread.keys,
+            values: spread.values,
+        };
+        // SAFETY: pages were leased by who made the chunks; maps and scratch memory have the layer's shapes.
+        unsafe { device.launch("rebuild_pages", [round.jobs.len(), kv_heads, 1], THREADS, spread.shared, &args) }
+    }
+
+    /// Some items over pages of `arena` and the byte offset of the layer in them.
+    fn meet(
+        &self,
+        device: &Device,
+        layer: &AttendLayer<'_>,
+        (arena, offset): (u64, usize),
+        items: std::ops::Range<usize>,
+    ) -> Result<(), CudaError> {
+        let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let args = PrefillArgs {
-            arena: arena.ptr(),
+            arena,
             pages: self.device_table.ptr(),
             rows: self.device_rows.ptr(),
-            items: self.device_items.ptr(),
-            q: q.ptr(),
-            out: out.ptr(),
+            items: self.device_items.part(items.start, items.len()).ptr(),
+            q: layer.q,
+            out: layer.out,
             q_stride: (heads * d) as u32,
             offset: offset as u32,
             kv_heads: kv_heads as u32,
             scale: scale * std::f32::consts::LOG2_E,
+            carried: self.carried.ptr(),
+            carried_state: self.carried_state.ptr(),
         };
         let kernel = match d {
             64 => "prefill_64_64_16",
@@ -148,6 +346,11 @@ impl Prefill {
             _ => panic!("heads of {d} channels were refused"),
         };
         // SAFETY: shapes were checked; pages were leased by who made the chunks.
-        unsafe { device.launch(kernel, [heads, self.items, 1], 128, 4 * (72 * d + 64 * (d + 8)), &args) }
+        unsafe { device.launch(kernel, [heads, items.len(), 1], 128, 4 * (72 * d + 64 * (d + 8)), &args) }
     }
+}
+
+/// Units of page addresses that one layer of an exact page of bf16 takes.
+const fn page_units(shape: Heads) -> usize {
+    2 * shape.kv_heads * shape.head_dim * P * 2 / 64
 }

@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::CudaError;
 use super::driver::{Device, Memory};
-use crate::compress::{KeyMap, LayerCompression};
+use crate::compress::{KeyMap, LayerCompression, Projection};
 use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedPart};
 
 /// A page to seal (`seal::Job`).
@@ -18,6 +18,8 @@ pub struct SealedJob {
     pub offset: u32,
     pub to: u32,
     pub skip: u32,
+    /// Of the page's first token: keys of a basis that is taken before rope are turned back by it.
+    pub position: u32,
 }
 
 #[repr(C)]
@@ -39,7 +41,10 @@ struct ProjectArgs {
     jobs: u64,
     key_map: u64,
     value_map: u64,
+    key_mean: u64,
     value_mean: u64,
+    cos: u64,
+    sin: u64,
     latents: u64,
     keys: PartArgs,
     values: PartArgs,
@@ -59,8 +64,10 @@ struct CodesArgs {
 
 /// The maps of one layer that take latents, dense, rotations folded in.
 pub struct DownMaps {
-    /// `[channels][key rank]`, of keys after rope.
+    /// `[channels][key rank]`.
     keys: Memory<f32>,
+    /// `[channels]`, of keys before rope; none of those after it.
+    key_mean: Option<Memory<f32>>,
     /// `[channels][value rank]`, and `[channels]`.
     values: Memory<f32>,
     mean: Memory<f32>,
@@ -72,37 +79,51 @@ impl DownMaps {
     ///
     /// # Errors
     /// Where there is no room.
-    ///
-    /// # Panics
-    /// For keys that are taken before rope.
     pub fn new(device: &Arc<Device>, compression: &LayerCompression) -> Result<Self, CudaError> {
-        let KeyMap::Frequencies(map) = &compression.keys else { panic!("keys are taken after rope") };
         let values = &compression.values;
-        let (channels, rank) = (values.channels(), values.rank());
-        // The latent of a key that is one in one channel is that channel's row.
-        let mut unit = vec![0.0; channels];
-        let mut keys = Vec::with_capacity(channels * compression.keys.rank());
-        for c in 0..channels {
-            unit[c] = 1.0;
-            keys.extend(map.latent(&unit));
-            unit[c] = 0.0;
-        }
-        let mut down = vec![0.0; channels * rank];
-        for group in &values.groups {
-            let width = group.ranks.len();
-            for (i, c) in group.channels.clone().enumerate() {
-                down[c * rank + group.ranks.start..][..width].copy_from_slice(&group.down[i * width..][..width]);
+        let (keys, key_mean) = match &compression.keys {
+            KeyMap::Channels(p) => (dense(p), Some(device.upload(&p.mean)?)),
+            KeyMap::Frequencies(map) => {
+                // The latent of a key that is one in one channel is that channel's row.
+                let mut unit = vec![0.0; values.channels()];
+                let mut keys = Vec::with_capacity(values.channels() * compression.keys.rank());
+                for c in 0..values.channels() {
+                    unit[c] = 1.0;
+                    keys.extend(map.latent(&unit));
+                    unit[c] = 0.0;
+                }
+                (keys, None)
             }
-        }
+        };
         let groups = values.groups.len().max(1) as u32;
-        Ok(DownMaps { keys: device.upload(&keys)?, values: device.upload(&down)?, mean: device.upload(&values.mean)?, groups })
+        Ok(DownMaps {
+            keys: device.upload(&keys)?,
+            key_mean,
+            values: device.upload(&dense(values))?,
+            mean: device.upload(&values.mean)?,
+            groups,
+        })
     }
+}
+
+/// The map that takes latents, `[channels][rank]`.
+fn dense(p: &Projection) -> Vec<f32> {
+    let rank = p.rank();
+    let mut down = vec![0.0; p.channels() * rank];
+    for group in &p.groups {
+        let width = group.ranks.len();
+        for (i, c) in group.channels.clone().enumerate() {
+            down[c * rank + group.ranks.start..][..width].copy_from_slice(&group.down[i * width..][..width]);
+        }
+    }
+    down
 }
 
 /// Pages that are sealed at once: what lies between the two kernels is so much.
 const AT_ONCE: usize = 128;
 
-/// Seals `n` of `jobs` in one layer. `latents` grows to what lies between the two kernels.
+/// Seals `n` of `jobs` in one layer. `rope` holds cosines and sines of positions, `[positions][d / 2]`; `latents` grows to what lies
+/// between the two kernels.
 ///
 /// # Errors
 /// Where the device refuses, or there is no room.
@@ -114,6 +135,7 @@ pub fn seal(
     arena: &Memory<u8>,
     (layout, layer): (&PageLayout, usize),
     maps: &DownMaps,
+    rope: [&Memory<f32>; 2],
     (jobs, n): (&Memory<SealedJob>, usize),
     latents: &mut Memory<f32>,
 ) -> Result<(), CudaError> {
@@ -142,7 +164,10 @@ pub fn seal(
             jobs: jobs.ptr(),
             key_map: maps.keys.ptr(),
             value_map: maps.values.ptr(),
+            key_mean: maps.key_mean.as_ref().map_or(0, Memory::ptr),
             value_mean: maps.mean.ptr(),
+            cos: if maps.key_mean.is_some() { rope[0].ptr() } else { 0 },
+            sin: if maps.key_mean.is_some() { rope[1].ptr() } else { 0 },
             latents: latents.ptr(),
             keys,
             values,
