@@ -13,7 +13,7 @@
 // beside it and meet them in the second-level cache. Nothing rebuilt leaves the multiprocessor while decoding.
 //
 // FLOPs a position and layer: to rebuild 2 rank_k d a KV head (of a joint basis; its group's span of others), to score 2 d a line (absorbed:
-// 2 span_k), to sum 2 span_v a line. 8 KV heads of 128, rank 208, 4 bits: 229 bytes and 426 kFLOP: the tensor cores bind, at 1900 FLOP a byte
+// 2 span_k), to sum 2 span_v a line. 8 KV heads of 128, ranks 208, 4 bits: 212 bytes and 447 kFLOP: the tensor cores bind, at 2100 FLOP a byte
 // ten times a Hopper's ridge. A warp rebuilds 32 positions by 32 channels: 256 bytes out of shared memory for each product of 16 x 8 x 16,
 // so that shared memory holds it to half of a Hopper's rate, and to an Ampere's whole; spreading takes some 3 operations a code beside it.
 // Absorbed, memory binds at 8 and 16 bits, and issue beside it below.

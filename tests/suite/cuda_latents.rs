@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use strait::compress::{Group, KeyMap, LayerCompression, Projection};
+use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
 use strait::ids::PageAddr;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser, SealedLayer, Size};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::config::ModelConfig;
 use strait::model::decoder::ReadyProfile;
 use strait::ops::cuda::Device;
-use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps};
+use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, Unserved, serves};
 use strait::ops::cuda::prefill::Prefill;
 use strait::ops::cuda::seal::{DownMaps, SealedJob, seal};
 use strait::ops::reference::Reference;
-use strait::ops::{AttendRow, Heads};
+use strait::ops::{AttendRow, Heads, LayerView};
 
 use crate::cuda::{attend, device, in_lockstep, rms};
 use crate::ops::{Cache, LAYER, Sequence, assert_same, heads, turned};
@@ -253,4 +253,54 @@ fn the_demo_model_says_the_same_over_rebuilt_and_over_affine_latents() {
     let mut off = in_lockstep(checkpoint, profiles, &[first, again], 160, false);
     off.sort_by(f64::total_cmp);
     assert!(off[off.len() / 2] < 0.01, "{off:?}");
+}
+
+#[test]
+fn what_blocks_have_room_for_is_served_and_the_rest_is_refused_by_name() {
+    // Shared memory of a block: of an Ada or a small Blackwell, an Ampere, a Hopper.
+    const SIZES: [usize; 3] = [101_376, 166_912, 232_448];
+    let serves_at = |shape: Heads, basis: BasisKind, share: f64, bits: u32, shared: usize| {
+        let Heads { heads, kv_heads, head_dim, .. } = shape;
+        let demo = strait::demo::checkpoint().unwrap().config;
+        let config = ModelConfig { heads, kv_heads, head_dim, layers: 1, ..demo };
+        let cskv = Cskv::shares((share, share), bits, (64, 4), basis);
+        let layout = PageLayout::new(&config, ExactType::Bf16, &Profile { name: "p".into(), cskv: Some(cskv) }, None);
+        let (channels, groups, sealed) = (config.kv_channels(), basis.blocks(kv_heads), layout.sealed[0]);
+        // Only their shapes are asked for.
+        let even = |rank: usize| Projection {
+            mean: vec![0.0; channels],
+            groups: (0..groups)
+                .map(|g| {
+                    let part = |n: usize| g * (n / groups)..(g + 1) * (n / groups);
+                    Group { channels: part(channels), ranks: part(rank), down: vec![], up: vec![] }
+                })
+                .collect(),
+        };
+        let keys = match basis {
+            BasisKind::Frequency => {
+                let frequencies = vec![0; sealed.keys.rank / 2];
+                KeyMap::Frequencies(FrequencyMap { kv_heads, half: head_dim / 2, frequencies, down: vec![], up: vec![], rotation: None })
+            }
+            _ => KeyMap::Channels(even(sealed.keys.rank)),
+        };
+        let compression = LayerCompression { keys, values: even(sealed.values.rank) };
+        serves(&LayerView { layer: 0, layout: &layout, compression: Some(&compression) }, shape, shared)
+    };
+    let (grouped, many) = (heads(32, 8, 128), heads(32, 32, 128));
+    for shared in SIZES {
+        for (shape, basis, share, bits) in [
+            (grouped, BasisKind::Joint, 0.2, 4),
+            (grouped, BasisKind::Joint, 0.5, 16),
+            (grouped, BasisKind::Grouped(2), 0.5, 8),
+            (grouped, BasisKind::Frequency, 0.5, 8),
+            (many, BasisKind::Joint, 0.2, 4),
+            (many, BasisKind::Joint, 0.5, 16),
+            (many, BasisKind::Grouped(4), 0.5, 4),
+        ] {
+            serves_at(shape, basis, share, bits, shared).unwrap_or_else(|e| panic!("{basis:?} {share} {bits} in {shared}: {e}"));
+        }
+    }
+    let refused = serves_at(many, BasisKind::Frequency, 0.5, 16, SIZES[0]).unwrap_err();
+    assert!(matches!(refused, Unserved::Shared { ranks: [2048, 2048], .. }), "{refused}");
+    assert!(refused.to_string().contains("choose lower ranks"), "{refused}");
 }
