@@ -21,8 +21,10 @@ WHEELS = [
     "nvidia-cuda-runtime==13.0.96",
 ]
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
-# Where a register in memory would cost what the kernel is for: both sides in 4 bits, spread latents, exact pages, decode's products, prefill.
-HOT = re.compile(r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_exact_b16_.*|linear_.*|prefill_.*|merge|absorb|attend_absorbed|attend_rebuilt")
+# Where a register in memory would cost what the kernel is for: both sides in 4 bits, spread latents, exact pages, products, adapters, prefill.
+HOT = re.compile(
+    r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_absorbed|attend_rebuilt|attend_exact_b16_.*|linear_.*|lora_.*|prefill_.*|merge|absorb"
+)
 # Bytes a hot kernel may keep in memory, outside its loops.
 SPILL = 16
 

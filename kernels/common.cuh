@@ -84,6 +84,7 @@ static inline u32 in_register(u32 x) { return x; }
 static inline int any_of_block(int p) { return emu::any_of_block(p); }
 static inline float ex2(float x) { return exp2f(x); }
 static inline float lg2(float x) { return log2f(x); }
+static inline float product(float a, float b) { volatile float r = a * b; return r; }
 template <class T> static inline T ld_once(const T* p) { return *p; }
 static inline void prefetch(const void*) {}
 static inline void grid_wait() {}
@@ -132,6 +133,8 @@ __device__ __forceinline__ u32 in_register(u32 x) { u32 r; asm volatile("mov.u32
 __device__ __forceinline__ int any_of_block(int p) { return __syncthreads_or(p); }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+// A product that is rounded by itself: the compiler makes no sum that follows part of it.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 // A load of what no one reads twice and no one writes while the kernel runs.
 __device__ __forceinline__ uint4 ld_once(const uint4* p) { uint4 v; asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
 __device__ __forceinline__ uint2 ld_once(const uint2* p) { uint2 v; asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); return v; }

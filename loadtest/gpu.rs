@@ -14,15 +14,19 @@ use half::{bf16, f16};
 use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
 use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser};
+use strait::model::choices::Choices;
 use strait::model::config::{ModelConfig, Rope, RopeScaling};
 use strait::model::cuda::{CudaDecoder, CudaRefusal};
 use strait::model::decoder::{LogitsSink, ReadyProfile};
+use strait::model::delta::{Delta, Factors, HeldAs, Site, SiteDelta};
+use strait::model::draw::{Answer, Ask, Draw, NotFinite};
 use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
 use strait::ops::cuda::linear::{Job, Linears, Mode};
 use strait::ops::cuda::prefill::Prefill;
 use strait::ops::cuda::{CudaError, Device, Memory};
 use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
+use strait::request::Sampling;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
 #[path = "../tests/suite/emulated.rs"]
@@ -41,10 +45,14 @@ struct Sizes {
     /// Products: outputs and inputs; rows.
     matrices: Vec<(usize, usize)>,
     rows: Vec<usize>,
+    /// Sampling: logits and rows.
+    sampled: Vec<(usize, usize)>,
     /// A whole model; context and batch of exact and of compressed pages.
     model: ModelConfig,
     exact: Vec<(usize, usize)>,
     compressed: Vec<(usize, usize)>,
+    /// Rows that wear adapters.
+    wearers: [usize; 2],
     /// Bytes that data fills at least, over all its sets, so that no cache holds it; bytes the ceiling is measured on.
     spread: usize,
     ceiling: usize,
@@ -62,9 +70,11 @@ impl Sizes {
             chunks: vec![(2048, 1), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)],
             matrices: vec![(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)],
             rows: vec![1, 4, 8, 16, 32, 64, 512],
+            sampled: vec![(128_256, 1), (128_256, 16), (128_256, 64)],
             model: model(32),
             exact: vec![(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)],
             compressed,
+            wearers: [1, 16],
             spread: 600 << 20,
             ceiling: 4 << 30,
             times: 20,
@@ -79,9 +89,11 @@ impl Sizes {
             chunks: vec![(64, 2), (192, 1)],
             matrices: vec![(128, 256), (192, 512)],
             rows: vec![1, 8, 80],
+            sampled: vec![(512, 2), (5000, 1)],
             model: ModelConfig { hidden: 256, intermediate: 512, vocab: 512, ..model(2) },
             exact: vec![(64, 2), (256, 1)],
             compressed: vec![(256, 2)],
+            wearers: [1, 3],
             spread: 1 << 20,
             ceiling: 1 << 20,
             times: 1,
@@ -113,8 +125,15 @@ fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     let device = Device::open(0)?;
     let ceiling = ceiling(&device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
-    let tables: [(&str, Table); 5] =
-        [("attention", attention), ("prefill", prefill), ("prefix hit", prefix_hit), ("linear", linear), ("decode", decode)];
+    let tables: [(&str, Table); 7] = [
+        ("attention", attention),
+        ("prefill", prefill),
+        ("prefix hit", prefix_hit),
+        ("linear", linear),
+        ("sample", sample),
+        ("decode", decode),
+        ("adapters", adapters),
+    ];
     for (title, table) in tables {
         if words.is_empty() || words.iter().any(|w| title.contains(w.as_str())) {
             println!("{title}");
@@ -545,24 +564,75 @@ fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
     Ok(())
 }
 
-/// Takes logits and does nothing with them.
-struct Deaf(usize);
+/// Tokens from logits, as the output head leaves them.
+fn sample(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    println!("  tokens of f32 logits, all launches of a step together; times in us; floor: the logits, read once");
+    println!(
+        "  {:>7} {:>5} {:>9} | {:>9} {:>9} | {:>9} | {:>9} {:>9} | {:>9}",
+        "vocab", "rows", "floor", "predicted", "greedy", "drawn", "predicted", "k and p", "20 best"
+    );
+    let rng = &mut Rng(9);
+    let greedy = Sampling::greedy();
+    let drawn = Sampling { temperature: 0.8, seed: 1, ..Sampling::greedy() };
+    let cut = Sampling { top_k: 50, top_p: 0.95, ..drawn.clone() };
+    for &(vocab, rows) in &sizes.sampled {
+        // Distributions with a few likely tokens.
+        let logits: Vec<f32> = (0..rows * vocab).map(|i| 3.0 * rng.normal() + if i % 997 == 0 { 6.0 } else { 0.0 }).collect();
+        let logits = device.upload(&logits)?;
+        let us = |sampling: &Sampling, logprobs: Option<u32>| -> Result<f64, CudaError> {
+            let mut choices = Choices::new(device, vocab)?;
+            for index in 0..rows as u32 {
+                choices.push(&Ask::Token(Draw { sampling, index, occurrences: None, banned: &[], logprobs }));
+            }
+            choices.set()?;
+            let ms = device.time(sizes.times, || choices.launch(logits.part(0, rows * vocab)))?;
+            let answers = choices.read()?;
+            assert!((0..rows).all(|i| matches!(answers.of(i), Some(Ok(_)))), "a token for each row");
+            Ok(ms * 1e3)
+        };
+        let times = [us(&greedy, None)?, us(&drawn, None)?, us(&cut, None)?, us(&cut, Some(20))?];
+        let floor = (4 * rows * vocab) as f64 / ceiling * 1e6;
+        // Some 30 operations an element, twice, at 64 a clock and multiprocessor; launches, and the block that does the rest.
+        let weighed = (30 * rows * vocab) as f64 / (64.0 * device.processors as f64 * 1755.0);
+        let predicted = [floor + 6.0, floor + 2.0 * weighed.max(floor) + 20.0];
+        println!(
+            "  {vocab:>7} {rows:>5} {floor:>9.1} | {:>9.1} {:>9.1} | {:>9.1} | {:>9.1} {:>9.1} | {:>9.1}",
+            predicted[0], times[0], times[1], predicted[1], times[2], times[3]
+        );
+    }
+    Ok(())
+}
+
+/// Asks for the likeliest tokens and does nothing with them.
+struct Deaf {
+    sampling: Sampling,
+    tokens: usize,
+}
 
 impl LogitsSink for Deaf {
-    fn logits(&mut self, _: usize, _: u32, logits: &mut [f32]) {
-        assert!(logits[0].is_finite(), "logits of a whole model");
-        self.0 += 1;
+    fn logits(&mut self, _: usize, _: u32, _: &mut [f32]) {
+        unreachable!("no logits are asked for");
+    }
+
+    fn ask(&mut self, _: usize, _: u32) -> Ask<'_> {
+        Ask::Token(Draw { sampling: &self.sampling, index: 0, occurrences: None, banned: &[], logprobs: None })
+    }
+
+    fn answer(&mut self, _: usize, _: u32, answer: Result<Answer, NotFinite>) {
+        assert!(answer.is_ok(), "logits of a whole model");
+        self.tokens += 1;
     }
 }
 
-/// Whole steps of an 8B Llama with random weights: all that the server's engine waits for, logits on the host included.
-fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
-    let rng = &mut Rng(3);
-    let c: &'static ModelConfig = Box::leak(Box::new(sizes.model.clone()));
-    // All matrices borrow the same numbers on the host; on the device each has its own.
+/// Numbers that all matrices of a model borrow on the host; on the device each has its own.
+fn numbers_of(c: &ModelConfig, rng: &mut Rng) -> Vec<bf16> {
     let block: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(rng.normal() * 0.03)).collect();
     let most = c.vocab.max(c.intermediate).max(c.q_channels());
-    let numbers: Vec<bf16> = block.iter().copied().cycle().take(most * c.hidden).collect();
+    block.iter().copied().cycle().take(most * c.hidden).collect()
+}
+
+/// A model of these numbers, and the bytes of weights that a step reads.
+fn weights_of<'a>(c: &ModelConfig, numbers: &'a [bf16]) -> (ModelWeights<'a>, usize) {
     let weight =
         |out: usize, inputs: usize| Weight { out_features: out, in_features: inputs, data: Data::Bf16((&numbers[..out * inputs]).into()) };
     let projection = |out: usize, inputs: usize| weights::Projection { weight: weight(out, inputs), inner: None, bias: None };
@@ -589,6 +659,15 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
     let read: usize =
         all.layers.iter().map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|p| p.weight.bytes()).sum::<usize>()).sum();
     let read = read + all.head().bytes();
+    (all, read)
+}
+
+/// Whole steps of an 8B Llama with random weights: all that the server's engine waits for, logits on the host included.
+fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    let rng = &mut Rng(3);
+    let c: &'static ModelConfig = Box::leak(Box::new(sizes.model.clone()));
+    let numbers = numbers_of(c, rng);
+    let (all, read) = weights_of(c, &numbers);
     let rope = RopeTable::new(c, 131_073);
     println!(
         "  {} layers, {:.2} GB of weights read a step; times in ms; floor: weights and cache over {:.0} GB/s",
@@ -611,7 +690,7 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
         };
         let arena_bytes = shapes.iter().map(bytes).max().unwrap_or(0);
         let ready = vec![ReadyProfile { layout: layout.clone(), compression }];
-        let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, (arena_bytes as u64, 512)) {
+        let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, (arena_bytes as u64, 0, 512)) {
             Ok(on) => on,
             Err(CudaRefusal::Device(e)) => {
                 println!("  {:<20} does not fit: {e}", profile.name);
@@ -654,12 +733,12 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
                     logits: Logits::Last,
                 });
             }
-            let sink = &mut Deaf(0);
+            let sink = &mut Deaf { sampling: Sampling::greedy(), tokens: 0 };
             // The second time it is recorded.
-            (0..3).try_for_each(|_| on.forward(&plan, sink))?;
+            (0..3).try_for_each(|_| on.forward(&plan, &[], sink))?;
             let times = 8;
             let start = std::time::Instant::now();
-            (0..times).try_for_each(|_| on.forward(&plan, sink))?;
+            (0..times).try_for_each(|_| on.forward(&plan, &[], sink))?;
             let ms = start.elapsed().as_secs_f64() * 1e3 / f64::from(times);
             let floor = (read + bytes(shape)) as f64 / ceiling * 1e3;
             println!(
@@ -688,4 +767,98 @@ fn sealed_pages_of(layout: &PageLayout, pages: usize, rng: &mut Rng) -> Vec<u8> 
         }
     }
     block
+}
+
+/// Steps of the same model whose rows wear LoRAs on all linear layers: none, one for all, each its own.
+fn adapters(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
+    const CONTEXT: usize = 64;
+    let rng = &mut Rng(4);
+    let c: &'static ModelConfig = Box::leak(Box::new(sizes.model.clone()));
+    let numbers = numbers_of(c, rng);
+    let (all, read) = weights_of(c, &numbers);
+    let rope = RopeTable::new(c, CONTEXT + 1);
+    let profile = Profile { name: "full".into(), cskv: None };
+    let layout = PageLayout::new(c, ExactType::Bf16, &profile, None);
+    let page = layout.sizes().exact as usize;
+    let floats: Vec<f32> = (0..1 << 20).map(|_| rng.normal() * 0.03).collect();
+    let some = |n: usize| floats.iter().copied().cycle().take(n).collect::<Vec<f32>>();
+    let lora = |rank: usize| {
+        let mut delta = Delta::new(c.layers);
+        for layer in &mut delta.layers {
+            for site in Site::ALL {
+                let (out, inputs) = site.shape(c);
+                let factors = Some(Factors::new((&some(rank * inputs), &some(out * rank)), rank, HeldAs::Bf16));
+                layer.sites[site as usize] = Some(Box::new(SiteDelta { factors, ..SiteDelta::default() }));
+            }
+        }
+        Arc::new(delta)
+    };
+    println!("  {} layers, `full`, {CONTEXT} positions; times in ms; floor: weights and factors over {:.0} GB/s", c.layers, ceiling / 1e9);
+    println!(
+        "  {:>5} {:>5} {:<14} {:>9} {:>9} {:>7} {:>8} {:>10}",
+        "rank", "batch", "rows wear", "floor", "step", "%floor", "of bare", "upload"
+    );
+    for rank in [16, 64] {
+        let one = lora(rank);
+        let batches = sizes.wearers;
+        let most = batches[1];
+        let deltas: Vec<(AdapterGeneration, Arc<Delta>)> =
+            (0..most as u64).map(|i| (AdapterGeneration(i + 1), Arc::new((*one).clone()))).collect();
+        let given: Vec<_> = deltas.iter().map(|(id, delta)| (*id, delta)).collect();
+        let ready = vec![ReadyProfile { layout: layout.clone(), compression: vec![] }];
+        let memory = ((most * page) as u64, one.bytes() * most as u64 * 17 / 16, 512);
+        let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, memory) {
+            Ok(on) => on,
+            Err(CudaRefusal::Device(e)) => {
+                println!("  {rank:>5} does not fit: {e}");
+                continue;
+            }
+            Err(e) => panic!("{e}"),
+        };
+        fill_part(on.arena(), 0, most * page, &random_bf16(4 << 20))?;
+        for batch in batches {
+            let mut bare = 0.0;
+            for (wear, distinct) in [("nothing", 0), ("one for all", 1), ("each its own", batch)] {
+                let mut plan = StepPlan::default();
+                for row in 0..batch {
+                    plan.pages.push(PageAddr((row * page / 64) as u32));
+                    plan.tokens.push(row as u32);
+                    plan.rows.push(Row {
+                        seq: SeqId(row as u64),
+                        profile: ProfileIndex(0),
+                        adapter: AdapterGeneration(if distinct == 0 { 0 } else { (row % distinct) as u64 + 1 }),
+                        positions: CONTEXT as u32 - 1..CONTEXT as u32,
+                        layers: 0..c.layers as u32,
+                        tokens: row..row + 1,
+                        sealed: 0..0,
+                        exact: row..row + 1,
+                        store: ExactStore::Exact,
+                        sinks: None,
+                        moves: 0..0,
+                        logits: Logits::Last,
+                    });
+                }
+                let sink = &mut Deaf { sampling: Sampling::greedy(), tokens: 0 };
+                // The first time copies what it wears, the second it is recorded.
+                let before = on.adapters().count();
+                let start = std::time::Instant::now();
+                on.forward(&plan, &given, sink)?;
+                let upload = start.elapsed().as_secs_f64() * 1e3 / (on.adapters().count() - before).max(1) as f64;
+                (0..2).try_for_each(|_| on.forward(&plan, &given, sink))?;
+                let times = 8;
+                let start = std::time::Instant::now();
+                (0..times).try_for_each(|_| on.forward(&plan, &given, sink))?;
+                let ms = start.elapsed().as_secs_f64() * 1e3 / f64::from(times);
+                bare = if distinct == 0 { ms } else { bare };
+                let floor = (read + batch * page + distinct * one.bytes() as usize) as f64 / ceiling * 1e3;
+                println!(
+                    "  {rank:>5} {batch:>5} {wear:<14} {floor:>9.2} {ms:>9.2} {:>7.1} {:>8.3} {:>10.2}",
+                    100.0 * floor / ms,
+                    bare / ms,
+                    if distinct == 0 { 0.0 } else { upload }
+                );
+            }
+        }
+    }
+    Ok(())
 }

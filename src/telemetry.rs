@@ -101,6 +101,8 @@ pub struct Snapshot {
     pub cached_bytes: u64,
     /// Bytes in use by `(profile index, branch)`.
     pub branches: Vec<(u8, Branch, u64)>,
+    /// Adapters that lie on a device, by generation, and the bytes of each there.
+    pub device_adapters: Vec<(u64, u64)>,
 }
 
 /// What there is of adapters: what gauges show.
@@ -112,9 +114,12 @@ pub struct AdapterSnapshot {
     pub pinned: usize,
     /// Resident generations that no name points to any more.
     pub retired: usize,
-    /// Name and bytes of each one in memory.
+    /// Name and bytes of each one in the host's memory, and of each one on a device.
     pub bytes: Vec<(String, u64)>,
+    pub device_bytes: Vec<(String, u64)>,
     pub budget_bytes: u64,
+    /// `None` where no device serves.
+    pub device_budget_bytes: Option<u64>,
     /// How many adapters of the usual size the budget has room for.
     pub room: usize,
     /// Names of the resident ones, and of those being read.
@@ -233,7 +238,11 @@ const fn histogram(name: &'static str, buckets: Buckets, help: &'static str) -> 
 /// Every metric the server exports; the README's table is compared with it.
 pub const METRICS: &[Metric] = &[
     counter("http_requests_total", &["path", "method", "status"], "HTTP replies begun, by route (or `unmatched`), method and status."),
-    gauge("strait:adapter_budget_bytes", &[], "Bytes that all adapters in memory together may take."),
+    gauge(
+        "strait:adapter_budget_bytes",
+        &["tier"],
+        "Bytes that all adapters together may take in the memory of the host, and of the device.",
+    ),
     gauge("strait:adapter_bytes", &["adapter", "tier"], "Bytes of each adapter in memory; one that lost its name goes by its generation."),
     counter("strait:adapter_evictions_total", &[], "Adapters taken out of memory to make room for others."),
     histogram("strait:adapter_load_seconds", Buckets::Step, "Reading an adapter and making it ready."),
@@ -319,6 +328,7 @@ pub struct Telemetry {
     cache_config: IntGaugeVec,
     adapters: IntGaugeVec,
     adapter_bytes: IntGaugeVec,
+    adapter_budget: IntGaugeVec,
     lora_info: IntGaugeVec,
     bytes_per_token: GaugeVec,
     histograms: Histograms,
@@ -429,6 +439,7 @@ impl Telemetry {
             cache_config: build.gauge_vec("vllm:cache_config_info"),
             adapters: build.gauge_vec("strait:adapters"),
             adapter_bytes: build.gauge_vec("strait:adapter_bytes"),
+            adapter_budget: build.gauge_vec("strait:adapter_budget_bytes"),
             lora_info: build.gauge_vec("vllm:lora_requests_info"),
             histograms: Histograms {
                 ttft: build.histogram("vllm:time_to_first_token_seconds"),
@@ -559,11 +570,17 @@ impl Telemetry {
         for (state, n) in [("registered", a.registered), ("resident", a.resident), ("pinned", a.pinned), ("retired", a.retired)] {
             self.adapters.with_label_values(&[state]).set(int(n as u64));
         }
-        self.gauges["strait:adapter_budget_bytes"].set(int(a.budget_bytes));
         // What left memory, and what was the value of a label, must not stay from the last scrape.
         self.adapter_bytes.reset();
         for (name, bytes) in &a.bytes {
             self.adapter_bytes.with_label_values(&[name.as_str(), "host"]).set(int(*bytes));
+        }
+        for (name, bytes) in &a.device_bytes {
+            self.adapter_bytes.with_label_values(&[name.as_str(), "device"]).set(int(*bytes));
+        }
+        self.adapter_budget.with_label_values(&["host"]).set(int(a.budget_bytes));
+        if let Some(bytes) = a.device_budget_bytes {
+            self.adapter_budget.with_label_values(&["device"]).set(int(bytes));
         }
         self.lora_info.reset();
         let labels = [a.room.to_string(), a.running.join(","), a.waiting.join(",")];
@@ -719,6 +736,7 @@ mod tests {
             free_bytes: 500,
             cached_bytes: 250,
             branches: vec![(1, Branch::SealedKeys, 128), (1, Branch::SealedKeys, 2), (0, Branch::Window, 64)],
+            ..Snapshot::default()
         };
         telemetry.set_snapshot(&snapshot);
         let text = telemetry.render();
@@ -746,6 +764,9 @@ mod tests {
             resident: 2,
             room: 40,
             bytes: vec![("a".into(), 5), ("b".into(), 6)],
+            device_bytes: vec![("a".into(), 7)],
+            budget_bytes: 20,
+            device_budget_bytes: Some(10),
             running: vec!["a".into(), "b".into()],
             waiting: vec!["c".into()],
             now: 17,
@@ -761,7 +782,10 @@ mod tests {
             r#"vllm:lora_requests_info{engine="0",max_lora="40",model_name="demo",running_lora_adapters="a",waiting_lora_adapters="c"} 17"#;
         assert_eq!(info, [want]);
         let bytes: Vec<&str> = text.lines().filter(|l| l.starts_with("strait:adapter_bytes{")).collect();
-        assert_eq!(bytes, [r#"strait:adapter_bytes{adapter="a",tier="host"} 5"#]);
+        assert_eq!(bytes, [r#"strait:adapter_bytes{adapter="a",tier="device"} 7"#, r#"strait:adapter_bytes{adapter="a",tier="host"} 5"#]);
+        for line in [r#"strait:adapter_budget_bytes{tier="device"} 10"#, r#"strait:adapter_budget_bytes{tier="host"} 20"#] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
         assert!(text.lines().any(|l| l == r#"strait:adapters{state="resident"} 2"#), "{text}");
     }
 

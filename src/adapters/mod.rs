@@ -245,6 +245,8 @@ pub enum AdapterError {
     Rank { rank: usize, limit: usize },
     #[error("the adapter takes {bytes} bytes and all adapters together may take {budget}; raise --lora-memory-bytes")]
     NeverFits { bytes: u64, budget: u64 },
+    #[error("the adapter takes {bytes} bytes and adapters may take {budget} on the device; raise --lora-device-memory-bytes")]
+    NeverFitsDevice { bytes: u64, budget: u64 },
     #[error("adapters in use or pinned take {held} of {budget} bytes and this one needs {bytes}; try again, or raise --lora-memory-bytes")]
     Busy { bytes: u64, held: u64, budget: u64 },
     #[error("adapters push each other out of {budget} bytes faster than they are used; try again, or raise --lora-memory-bytes")]
@@ -300,6 +302,7 @@ impl AdapterError {
             | E::NotServed { .. }
             | E::Rank { .. }
             | E::NeverFits { .. }
+            | E::NeverFitsDevice { .. }
             | E::NameTaken { .. }
             | E::Name { .. }
             | E::Loaded { .. }
@@ -317,7 +320,7 @@ impl AdapterError {
             E::Io { .. } | E::TooLarge { .. } | E::Header { .. } | E::Config { .. } | E::Tensor { .. } => "adapter_invalid",
             E::NotServed { .. } | E::Base { .. } | E::Refused { .. } => "adapter_not_served",
             E::Rank { .. } => "adapter_rank",
-            E::NeverFits { .. } | E::Busy { .. } | E::Thrashing { .. } => "adapter_memory",
+            E::NeverFits { .. } | E::NeverFitsDevice { .. } | E::Busy { .. } | E::Thrashing { .. } => "adapter_memory",
             E::NameTaken { .. } | E::Name { .. } => "adapter_name",
             E::Loaded { .. } => "adapter_already_loaded",
             E::Changed { .. } | E::FilesChanged { .. } => "adapter_changed",

@@ -40,6 +40,8 @@ const NAME_MAX: usize = 256;
 pub struct Limits {
     /// Of all resident adapters.
     pub bytes: u64,
+    /// Of all that lie on a device at once, where one serves: none is larger.
+    pub device_bytes: Option<u64>,
     /// Of any update of an adapter as stored.
     pub rank: usize,
     /// Where clients may have adapters loaded from; without it they may not.
@@ -142,6 +144,8 @@ pub struct State {
     pub generations: Vec<GenerationState>,
     pub resident_bytes: u64,
     pub budget_bytes: u64,
+    /// `None` where no device serves.
+    pub device_budget_bytes: Option<u64>,
     pub max_rank: usize,
     /// Names whose adapters are being read for their first use.
     pub loading: Vec<String>,
@@ -277,6 +281,9 @@ impl Shared {
     /// Puts what was read into the books, unless it is there already; makes room first.
     fn admit(&self, ready: Ready) -> Verdict {
         let mut gone = Vec::new();
+        if let Some(budget) = self.limits.device_bytes.filter(|budget| ready.facts.bytes > *budget) {
+            return Err(AdapterError::NeverFitsDevice { bytes: ready.facts.bytes, budget });
+        }
         let verdict = self.lock().admit(ready, self.limits.bytes, &mut gone);
         gone.iter().for_each(|_| (self.tell)(Happened::Evicted));
         verdict
@@ -670,6 +677,7 @@ impl Registry {
             generations,
             resident_bytes: books.resident_bytes,
             budget_bytes: self.shared.limits.bytes,
+            device_budget_bytes: self.shared.limits.device_bytes,
             max_rank: self.shared.limits.rank,
             loading: {
                 let mut names: Vec<String> = books.loading.keys().cloned().collect();

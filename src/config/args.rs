@@ -510,6 +510,9 @@ pub struct ServeFlags {
     /// Bytes that adapters may take in memory together [default: an eighth of free memory].
     #[arg(long, env = "STRAIT_LORA_MEMORY_BYTES")]
     pub lora_memory_bytes: Option<Bytes>,
+    /// Bytes that adapters may take on a device together [default: an eighth of what the weights leave free there].
+    #[arg(long, env = "STRAIT_LORA_DEVICE_MEMORY_BYTES")]
+    pub lora_device_memory_bytes: Option<Bytes>,
     /// Largest rank of an adapter [default: 256].
     #[arg(long, env = "STRAIT_MAX_LORA_RANK")]
     pub max_lora_rank: Option<usize>,
@@ -557,6 +560,7 @@ impl ServeFlags {
             lora_root: self.lora_root.or(other.lora_root),
             lora_discover: self.lora_discover.or(other.lora_discover),
             lora_memory_bytes: self.lora_memory_bytes.or(other.lora_memory_bytes),
+            lora_device_memory_bytes: self.lora_device_memory_bytes.or(other.lora_device_memory_bytes),
             max_lora_rank: self.max_lora_rank.or(other.max_lora_rank),
             cache_dir: self.cache_dir.or(other.cache_dir),
             log_format: self.log_format.or(other.log_format),

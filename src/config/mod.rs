@@ -50,6 +50,7 @@ pub struct AdapterSettings {
     pub root: Option<PathBuf>,
     pub discover: bool,
     pub memory_bytes: Option<u64>,
+    pub device_memory_bytes: Option<u64>,
     pub max_rank: usize,
     /// Where decompositions of the base are kept; `None` where there is no such place.
     pub cache_dir: Option<PathBuf>,
@@ -159,6 +160,7 @@ impl Settings {
             modules: lora_modules(&flags.lora_modules)?,
             discover: flags.lora_discover.unwrap_or(false),
             memory_bytes: flags.lora_memory_bytes.map(|Bytes(n)| n),
+            device_memory_bytes: flags.lora_device_memory_bytes.map(|Bytes(n)| n),
             // As most trainers go: PiSSA's habit is 128, and converting doubles it.
             max_rank: flags.max_lora_rank.unwrap_or(256),
             cache_dir: flags.cache_dir.or_else(cache_dir),

@@ -1,57 +1,17 @@
-//! Logits to tokens. The draw of a sequence's `i`-th token is a pure function of its logits, its settings and
-//! `(seed, i)`: the same whatever else runs, on any number of threads, after any preemption.
-
-use std::collections::HashMap;
+//! Logits to tokens, on the host. The draw of a sequence's `i`-th token is a pure function of its logits, its settings and
+//! `(seed, i)`: the same whatever else runs, on any number of threads, after any preemption, and on a device.
 
 use crate::ids::TokenId;
+use crate::model::draw::{Draw, NotFinite, distance, log_sum_exp, mul_high, reach_of_min_p, scale, share_of_top_p, uniform, weight};
 use crate::request::{Sampling, TokenLogprob};
 
 /// Scratch of the sampler, reused from token to token.
 #[derive(Default)]
 pub struct Sampler {
-    candidates: Vec<(f32, TokenId)>,
+    /// Tokens in the lower half, and above them what they are ordered by: steps below the best logit, or the logit itself turned
+    /// around. So the best come first, and equals by id.
+    candidates: Vec<u64>,
 }
-
-/// How often each token occurred, kept per sequence only while a penalty needs it.
-#[derive(Default, Clone, Debug)]
-pub struct Occurrences {
-    /// Token to (is in the prompt, times in the output).
-    counts: HashMap<TokenId, (bool, u32)>,
-}
-
-impl Occurrences {
-    /// Counts a prompt.
-    pub fn of_prompt(prompt: &[TokenId]) -> Self {
-        Occurrences { counts: prompt.iter().map(|&t| (t, (true, 0))).collect() }
-    }
-
-    /// Counts one generated token.
-    pub fn add(&mut self, token: TokenId) {
-        self.counts.entry(token).or_default().1 += 1;
-    }
-}
-
-/// Whether any penalty of these settings depends on what was said before.
-pub fn has_penalties(s: &Sampling) -> bool {
-    s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0
-}
-
-/// Everything about one draw but the logits.
-pub struct Draw<'a> {
-    pub sampling: &'a Sampling,
-    /// Index of the token in the sequence's output.
-    pub index: u32,
-    /// Present when [`has_penalties`].
-    pub occurrences: Option<&'a Occurrences>,
-    /// Tokens that must not be chosen yet (EOS and stop tokens before `min_new_tokens`).
-    pub banned: &'a [TokenId],
-    /// As `GenerateRequest::logprobs`.
-    pub logprobs: Option<u32>,
-}
-
-/// Logits that no token can be chosen from: NaN, positive infinity, or all of them minus infinity.
-#[derive(Debug, PartialEq, Eq, Clone, Copy)]
-pub struct NotFinite;
 
 impl Sampler {
     /// Chooses the next token. `logits: [vocab]` are changed in place.
@@ -60,20 +20,18 @@ impl Sampler {
     /// O(vocab), and O(vocab log vocab) only when top-p keeps a large part of it.
     ///
     /// # Errors
-    /// [`NotFinite`] when the model's logits are broken.
+    /// [`NotFinite`] when the model's logits are broken, or bans leave none.
     pub fn sample(&mut self, logits: &mut [f32], draw: &Draw<'_>) -> Result<(TokenId, Option<TokenLogprob>), NotFinite> {
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if !best.is_finite() || logits.iter().any(|l| l.is_nan()) {
-            return Err(NotFinite);
-        }
+        let best = greatest(logits)?;
         // Measured before the logits are bent.
-        let raw = draw.logprobs.map(|n| (log_sum_exp(logits, best), self.best_of(logits, n as usize)));
-        let chosen_logits = raw.is_some().then(|| logits.to_vec());
-        bend(logits, draw);
-        let token = if draw.sampling.temperature == 0.0 { greedy(logits) } else { self.draw(logits, draw.sampling, draw.index) };
-        let logprob = raw.zip(chosen_logits).map(|((total, top), raw)| TokenLogprob {
+        let raw = draw.logprobs.map(|n| (sum_of(logits, best), self.best_of(logits, n as usize), logits.to_vec()));
+        draw.bend(logits);
+        let best = greatest(logits)?;
+        let token =
+            if draw.sampling.temperature == 0.0 { greedy(logits, best) } else { self.draw(logits, best, draw.sampling, draw.index) };
+        let logprob = raw.map(|(total, top, raw)| TokenLogprob {
             logprob: raw[token as usize] - total,
-            top: top.into_iter().map(|(l, id)| (id, l - total)).collect(),
+            top: top.into_iter().map(|id| (id, raw[id as usize] - total)).collect(),
         });
         Ok((token, logprob))
     }
@@ -83,140 +41,100 @@ impl Sampler {
     /// # Errors
     /// [`NotFinite`] when the model's logits are broken.
     pub fn score(&mut self, logits: &[f32], token: TokenId, n: u32) -> Result<TokenLogprob, NotFinite> {
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if !best.is_finite() || logits.iter().any(|l| l.is_nan()) {
-            return Err(NotFinite);
-        }
-        let total = log_sum_exp(logits, best);
-        let top = self.best_of(logits, n as usize).into_iter().map(|(l, id)| (id, l - total)).collect();
+        let total = sum_of(logits, greatest(logits)?);
+        let top = self.best_of(logits, n as usize).into_iter().map(|id| (id, logits[id as usize] - total)).collect();
         Ok(TokenLogprob { logprob: logits[token as usize] - total, top })
     }
 
-    /// The `n` best logits, best first, equal ones by id.
-    fn best_of(&mut self, logits: &[f32], n: usize) -> Vec<(f32, TokenId)> {
+    /// The tokens of the `n` best logits, best first, equal ones by id.
+    fn best_of(&mut self, logits: &[f32], n: usize) -> Vec<TokenId> {
         if n == 0 {
             return Vec::new();
         }
-        self.load(logits);
-        self.keep_best(n);
-        self.candidates.clone()
-    }
-
-    fn load(&mut self, logits: &[f32]) {
         self.candidates.clear();
-        self.candidates.extend(logits.iter().zip(0..).map(|(&l, id)| (l, id)));
+        self.candidates.extend(logits.iter().zip(0u64..).map(|(&l, id)| u64::from(turned_around(l)) << 32 | id));
+        self.keep_first(n);
+        self.candidates.sort_unstable();
+        self.candidates.iter().map(|&c| c as TokenId).collect()
     }
 
-    /// Keeps the `n` best candidates, sorted.
-    fn keep_best(&mut self, n: usize) {
+    /// Keeps the first `n` candidates, in no order.
+    fn keep_first(&mut self, n: usize) {
         if n < self.candidates.len() {
-            self.candidates.select_nth_unstable_by(n - 1, order);
+            self.candidates.select_nth_unstable(n - 1);
             self.candidates.truncate(n);
         }
-        self.candidates.sort_unstable_by(order);
     }
 
-    fn draw(&mut self, logits: &[f32], s: &Sampling, index: u32) -> TokenId {
-        let vocab = logits.len();
-        self.load(logits);
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weight = |l: f32| f64::from((l - best) / s.temperature).exp();
+    fn draw(&mut self, logits: &[f32], best: f32, s: &Sampling, index: u32) -> TokenId {
+        let scale = scale(s.temperature);
+        let of = |c: u64| weight((c >> 32) as u32);
+        self.candidates.clear();
+        let reachable = logits.iter().zip(0u64..).filter_map(|(&l, id)| Some(u64::from(distance(l, best, scale)?) << 32 | id));
+        self.candidates.extend(reachable);
         if s.top_k > 0 {
-            self.keep_best((s.top_k as usize).min(vocab));
+            self.keep_first(s.top_k as usize);
         }
-        // Top-p is a share of what top-k left, min-p of the best token's probability (whose weight is 1).
-        let total: f64 = self.candidates.iter().map(|&(l, _)| weight(l)).sum();
-        if s.top_p < 1.0 {
-            let want = f64::from(s.top_p) * total;
-            let mut n = 256.min(self.candidates.len());
+        // Top-p is a share of what top-k left, min-p of the best token's probability.
+        if let Some(share) = share_of_top_p(s.top_p) {
+            let total: u64 = self.candidates.iter().map(|&c| of(c)).sum();
+            let want = mul_high(share, total).max(1);
+            let all = self.candidates.len();
+            let mut n = 256.min(all);
             loop {
-                let all = self.candidates.len();
-                self.candidates.select_nth_unstable_by(n - 1, order);
-                self.candidates[..n].sort_unstable_by(order);
-                let mut sum = 0.0;
-                let kept = self.candidates[..n].iter().position(|&(l, _)| {
-                    sum += weight(l);
+                self.candidates.select_nth_unstable(n - 1);
+                self.candidates[..n].sort_unstable();
+                let mut sum = 0;
+                let kept = self.candidates[..n].iter().position(|&c| {
+                    sum += of(c);
                     sum >= want
                 });
                 if let Some(last) = kept {
                     self.candidates.truncate(last + 1);
                     break;
                 }
-                if n == all {
-                    break;
-                }
+                assert!(n < all, "all weights together are no less than a share of them");
                 n = (n * 8).min(all);
             }
         }
         if s.min_p > 0.0 {
-            self.candidates.retain(|&(l, _)| weight(l) >= f64::from(s.min_p));
+            let most = u64::from(reach_of_min_p(s.min_p));
+            self.candidates.retain(|&c| c >> 32 <= most);
         }
-        let total: f64 = self.candidates.iter().map(|&(l, _)| weight(l)).sum();
-        let mut left = uniform(s.seed, index) * total;
-        for &(l, id) in &self.candidates {
-            left -= weight(l);
-            if left < 0.0 {
-                return id;
-            }
+        // Along the ids: the same sums whatever was sorted on the way.
+        if s.top_k > 0 || s.top_p < 1.0 {
+            self.candidates.sort_unstable_by_key(|&c| c as TokenId);
         }
-        // Rounding can leave a hair beyond the last weight: take the last token that can be drawn at all.
-        self.candidates.iter().rev().find(|&&(l, _)| weight(l) > 0.0).map_or_else(|| greedy(logits), |&(_, id)| id)
+        let total: u64 = self.candidates.iter().map(|&c| of(c)).sum();
+        let (target, mut sum) = (mul_high(uniform(s.seed, index), total), 0);
+        let chosen = self.candidates.iter().find(|&&c| {
+            sum += of(c);
+            sum > target
+        });
+        *chosen.expect("a share of the sum is less than the sum, and the best token has a weight") as TokenId
     }
 }
 
-/// Best logit first, equal ones by id: a total order, as no logit is NaN.
-fn order(a: &(f32, TokenId), b: &(f32, TokenId)) -> std::cmp::Ordering {
-    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+/// The greatest logit.
+fn greatest(logits: &[f32]) -> Result<f32, NotFinite> {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if best.is_finite() && !logits.iter().any(|l| l.is_nan()) { Ok(best) } else { Err(NotFinite) }
+}
+
+/// Less for a greater logit; zeros are equal.
+fn turned_around(l: f32) -> u32 {
+    let bits = (l + 0.0).to_bits();
+    if bits >> 31 == 1 { bits } else { !bits & (u32::MAX >> 1) }
 }
 
 /// The best token; of equals the one with the lowest id.
-fn greedy(logits: &[f32]) -> TokenId {
-    let mut best = 0;
-    for (i, &l) in logits.iter().enumerate() {
-        if l > logits[best] {
-            best = i;
-        }
-    }
-    best as TokenId
+fn greedy(logits: &[f32], best: f32) -> TokenId {
+    logits.iter().position(|&l| l == best).expect("the best is one of them") as TokenId
 }
 
-fn log_sum_exp(logits: &[f32], best: f32) -> f32 {
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - best).exp()).sum();
-    best + sum.ln() as f32
-}
-
-/// Bias, penalties and bans, on the logits.
-fn bend(logits: &mut [f32], draw: &Draw<'_>) {
-    let s = draw.sampling;
-    if let Some(occurrences) = draw.occurrences {
-        for (&token, &(in_prompt, times)) in &occurrences.counts {
-            let l = &mut logits[token as usize];
-            if in_prompt || times > 0 {
-                *l = if *l > 0.0 { *l / s.repetition_penalty } else { *l * s.repetition_penalty };
-            }
-            *l -= s.frequency_penalty * times as f32;
-            if times > 0 {
-                *l -= s.presence_penalty;
-            }
-        }
-    }
-    for (&token, &bias) in s.logit_bias.iter() {
-        logits[token as usize] += bias;
-    }
-    for &token in draw.banned {
-        logits[token as usize] = f32::NEG_INFINITY;
-    }
-}
-
-/// A number in `[0, 1)` from `(seed, index)`: SplitMix64's finaliser over both, twice.
-fn uniform(seed: u64, index: u32) -> f64 {
-    let mix = |mut z: u64| {
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let z = mix(mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_add(u64::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    (z >> 11) as f64 / (1u64 << 53) as f64
+fn sum_of(logits: &[f32], best: f32) -> f32 {
+    let one = scale(1.0);
+    log_sum_exp(best, logits.iter().filter_map(|&l| distance(l, best, one)).map(weight).sum())
 }
 
 #[cfg(test)]
@@ -225,6 +143,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::model::draw::Occurrences;
 
     fn draw(sampling: &Sampling, index: u32) -> Draw<'_> {
         Draw { sampling, index, occurrences: None, banned: &[], logprobs: None }
@@ -306,7 +225,7 @@ mod tests {
             ..Sampling::greedy()
         };
         let mut logits = vec![4.0, -1.0, 0.0, 1.0];
-        bend(&mut logits, &Draw { sampling: &s, index: 0, occurrences: Some(&occurrences), banned: &[3], logprobs: None });
+        Draw { sampling: &s, index: 0, occurrences: Some(&occurrences), banned: &[3], logprobs: None }.bend(&mut logits);
         assert_eq!(logits, [2.0, -3.0, 100.0, f32::NEG_INFINITY]);
     }
 
@@ -322,9 +241,29 @@ mod tests {
     }
 
     #[test]
+    fn alternatives_are_ordered_by_logit_then_id() {
+        let logits = [0.0, -0.0, -2.0, 5.0, f32::NEG_INFINITY, 5.0, -1.0];
+        assert_eq!(Sampler::default().best_of(&logits, 9), [3, 5, 0, 1, 6, 2, 4]);
+        assert_eq!(Sampler::default().best_of(&logits, 3), [3, 5, 0]);
+    }
+
+    #[test]
+    fn top_p_is_a_share_of_what_top_k_left() {
+        // Of the first two alone 0.6 is the first; of all four it is two.
+        let logits: Vec<f32> = [0.4f32, 0.25, 0.2, 0.15].iter().map(|p| p.ln()).collect();
+        let seen = |s: Sampling| sampled(&logits, &s, 500).into_iter().max().unwrap();
+        assert_eq!(seen(with(|s| (s.top_k, s.top_p) = (2, 0.6))), 0);
+        assert_eq!(seen(with(|s| s.top_p = 0.6)), 1);
+    }
+
+    #[test]
     fn broken_logits_are_refused() {
         for bad in [vec![f32::NAN, 1.0], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 2]] {
             assert_eq!(Sampler::default().sample(&mut bad.clone(), &draw(&Sampling::greedy(), 0)), Err(NotFinite), "{bad:?}");
+            assert_eq!(Sampler::default().score(&bad, 0, 1), Err(NotFinite), "{bad:?}");
         }
+        let sampling = Sampling::greedy();
+        let none_left = Draw { banned: &[0, 1], ..draw(&sampling, 0) };
+        assert_eq!(Sampler::default().sample(&mut [1.0, 2.0], &none_left), Err(NotFinite));
     }
 }

@@ -11,14 +11,16 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::adapters::registry::Lease;
-use crate::engine::sampler::{Draw, Occurrences, Sampler, has_penalties};
+use crate::engine::sampler::Sampler;
 use crate::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use crate::ids::{AdapterGeneration, SeqId, TokenId};
 use crate::kv::Arena;
 use crate::model::adapted::Adapters;
 use crate::model::cuda::CudaDecoder;
+use crate::model::cuda::adapters::Given;
 use crate::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use crate::model::delta::Delta;
+use crate::model::draw::{Answer, Ask, Draw, NotFinite, Occurrences, has_penalties};
 use crate::ops::Ops;
 use crate::ops::cuda::CudaError;
 use crate::request::{Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
@@ -69,17 +71,31 @@ impl Runner {
         }
     }
 
-    fn forward(&mut self, plan: &StepPlan, adapters: &Adapters<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+    fn forward(
+        &mut self,
+        plan: &StepPlan,
+        adapters: &[(AdapterGeneration, Arc<Delta>)],
+        sink: &mut dyn LogitsSink,
+    ) -> Result<(), CudaError> {
         match self {
             Runner::Host(host) => {
                 let Host { decoder, arena, profiles, ops } = &mut **host;
+                let adapters: &Adapters<'_> = &adapters.iter().map(|(id, delta)| (*id, &**delta)).collect::<Vec<_>>();
                 decoder.forward(&mut Pass { plan, arena, profiles, adapters, ops: &**ops, sink, observer: None });
                 Ok(())
             }
             Runner::Cuda(decoder) => {
-                assert!(adapters.is_empty(), "no lease is given out where a device serves");
-                decoder.forward(plan, sink)
+                let given: &Given<'_> = &adapters.iter().map(|(id, delta)| (*id, delta)).collect::<Vec<_>>();
+                decoder.forward(plan, given, sink)
             }
+        }
+    }
+
+    /// Adapters that lie on a device, by generation, and the bytes of each there.
+    fn device_adapters(&self) -> Vec<(u64, u64)> {
+        match self {
+            Runner::Host(_) => Vec::new(),
+            Runner::Cuda(decoder) => decoder.adapters().map(|(generation, bytes)| (generation.0, bytes)).collect(),
         }
     }
 }
@@ -339,7 +355,8 @@ impl Room {
     }
 
     fn publish(&mut self) {
-        *self.door.snapshot.write().expect("no holder panics") = Arc::new(self.scheduler.snapshot());
+        let snapshot = Snapshot { device_adapters: self.runner.device_adapters(), ..self.scheduler.snapshot() };
+        *self.door.snapshot.write().expect("no holder panics") = Arc::new(snapshot);
         self.snapshot_at = Instant::now();
     }
 
@@ -444,15 +461,16 @@ impl Room {
     fn step(&mut self, plan: &StepPlan, results: &mut Vec<RowResult>) {
         let begun = Instant::now();
         results.clear();
-        results.resize(plan.rows.len(), RowResult::Nothing);
+        // A cancelled sequence may still be in the step in flight; the scheduler drops its result.
+        let gone = || RowResult::Failed(Failure::Internal("cancelled".into()));
+        results.extend(plan.rows.iter().map(|row| if self.clients.contains_key(&row.seq) { RowResult::Nothing } else { gone() }));
         let mut logprobs = std::mem::take(&mut self.logprobs);
         logprobs.clear();
         logprobs.resize(plan.rows.len(), None);
         let deltas = self.deltas(plan);
         let computed = catch_unwind(AssertUnwindSafe(|| {
-            let adapters: Vec<_> = deltas.iter().map(|(generation, delta)| (*generation, &**delta)).collect();
             let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
-            self.runner.forward(plan, &adapters, &mut sink)
+            self.runner.forward(plan, &deltas, &mut sink)
         }));
         drop(deltas);
         self.leaving.clear();
@@ -581,7 +599,8 @@ impl Room {
     }
 }
 
-/// Chooses a token from each row's last logits, and scores prompt tokens from the others.
+/// Has a token chosen from each row's last logits, and prompt tokens scored from the others: by the sampler where logits come, or by
+/// whom it is asked.
 struct Choose<'s> {
     plan: &'s StepPlan,
     clients: &'s mut HashMap<SeqId, Client>,
@@ -590,41 +609,63 @@ struct Choose<'s> {
     logprobs: &'s mut [Option<TokenLogprob>],
 }
 
-impl LogitsSink for Choose<'_> {
-    fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]) {
-        // A cancelled sequence may still be in the step in flight; the scheduler drops its result.
-        let Some(client) = self.clients.get_mut(&self.plan.rows[row].seq) else {
-            self.results[row] = RowResult::Failed(Failure::Internal("cancelled".into()));
-            return;
-        };
-        let request = &client.request;
+impl Client {
+    /// What it wants of the logits that follow `position`.
+    fn ask(&self, position: u32) -> Ask<'_> {
+        let request = &self.request;
         let next = position as usize + 1;
         if next < request.prompt.len()
-            && let Some(n) = request.prompt_logprobs
-            && let Some(slot) = client.prompt_logprobs.get_mut(position as usize)
+            && let Some(alternatives) = request.prompt_logprobs
+            && (position as usize) < self.prompt_logprobs.len()
         {
-            match self.sampler.score(logits, request.prompt[next], n) {
-                Ok(scored) => *slot = Some(scored),
-                Err(_) => self.results[row] = RowResult::Failed(Failure::Numerical),
-            }
+            return Ask::Score { token: request.prompt[next], alternatives };
         }
-        if next != request.prompt.len() + client.generated as usize || matches!(self.results[row], RowResult::Failed(_)) {
+        if next != request.prompt.len() + self.generated as usize {
+            return Ask::Nothing;
+        }
+        Ask::Token(Draw {
+            sampling: &request.sampling,
+            index: self.generated,
+            occurrences: self.occurrences.as_ref(),
+            banned: if self.generated < request.min_new_tokens { &request.stop_tokens } else { &[] },
+            logprobs: request.logprobs,
+        })
+    }
+}
+
+impl LogitsSink for Choose<'_> {
+    fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]) {
+        let client = self.clients.get(&self.plan.rows[row].seq);
+        let answer = match client.map_or(Ask::Nothing, |c| c.ask(position)) {
+            Ask::Token(draw) => self.sampler.sample(logits, &draw).map(|(id, logprob)| Answer::Token { id, logprob }),
+            Ask::Score { token, alternatives } => self.sampler.score(logits, token, alternatives).map(Answer::Score),
+            Ask::Nothing | Ask::Logits => return,
+        };
+        self.answer(row, position, answer);
+    }
+
+    fn ask(&mut self, row: usize, position: u32) -> Ask<'_> {
+        self.clients.get(&self.plan.rows[row].seq).map_or(Ask::Nothing, |c| c.ask(position))
+    }
+
+    fn answer(&mut self, row: usize, position: u32, answer: Result<Answer, NotFinite>) {
+        let result = &mut self.results[row];
+        if matches!(result, RowResult::Failed(_)) {
             return;
         }
-        let draw = Draw {
-            sampling: &request.sampling,
-            index: client.generated,
-            occurrences: client.occurrences.as_ref(),
-            banned: if client.generated < request.min_new_tokens { &request.stop_tokens } else { &[] },
-            logprobs: request.logprobs,
-        };
-        self.results[row] = match self.sampler.sample(logits, &draw) {
-            Ok((token, logprob)) => {
+        match answer {
+            Ok(Answer::Token { id, logprob }) => {
                 self.logprobs[row] = logprob;
-                RowResult::Token(token)
+                *result = RowResult::Token(id);
             }
-            Err(_) => RowResult::Failed(Failure::Numerical),
-        };
+            Ok(Answer::Score(scored)) => {
+                let client = self.clients.get_mut(&self.plan.rows[row].seq);
+                if let Some(slot) = client.and_then(|c| c.prompt_logprobs.get_mut(position as usize)) {
+                    *slot = Some(scored);
+                }
+            }
+            Err(NotFinite) => *result = RowResult::Failed(Failure::Numerical),
+        }
     }
 }
 

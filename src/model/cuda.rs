@@ -1,25 +1,37 @@
 //! The decoder on a CUDA device: the same plan, carried out by kernels on weights and a cache that lie there.
 //!
-//! The host uploads what a step is about (tokens, positions, page tables, spans), asks for its kernels in order, and reads logits
-//! back. Rows that pass through all layers form one batch; quanta of a layer-by-layer prefill go block by block, as on the host.
+//! The host uploads what a step is about (tokens, positions, page tables, spans, who wears which adapter, how to choose), asks for its
+//! kernels in order, and reads back the tokens that were chosen; logits only where they are asked for. Rows that pass through all layers
+//! form one batch, or several where they wear more adapters than there is room for at once; quanta of a layer-by-layer prefill go block
+//! by block, as on the host. `linear` is the linear layers of a batch, `adapters` the copies of adapters on the device.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 
-use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
+use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex};
+use crate::kv::layout::PageLayout;
+use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
+use crate::model::cuda::adapters::{DeviceAdapter, DeviceAdapters, Given, head_place, place};
+use crate::model::cuda::linear::{DeviceProjection, LinearJob, LinearLayer, LinearScratch, Worn, project};
 use crate::model::decoder::{LogitsSink, ReadyProfile};
+use crate::model::delta::{Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
 use crate::ops::cuda::linear::{Job, Linears, Mode};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
+use crate::ops::cuda::sample::WIDEST;
 use crate::ops::cuda::seal::{DownMaps, SealedJob, seal};
-use crate::ops::cuda::{CudaError, Device, Memory, Pinned, Recording};
+use crate::ops::cuda::{CudaError, Device, Memory, Part, Pinned, Recording};
 use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
+
+pub mod adapters;
+mod linear;
 
 const P: usize = PAGE_TOKENS as usize;
 /// Rows whose logits are on the device at once.
@@ -28,6 +40,8 @@ const HEADS_AT_ONCE: usize = 64;
 const RECORDINGS: usize = 64;
 /// Queries of a row from which they are met as a chunk.
 const CHUNK: usize = 2;
+/// Sites whose outputs become one by SiLU, at once where no adapter changes them.
+const MLP: u8 = 1 << Site::Gate as u8 | 1 << Site::Up as u8;
 
 /// Why a model or a profile cannot be served on a device.
 #[derive(Debug, thiserror::Error)]
@@ -38,31 +52,10 @@ pub enum CudaRefusal {
     Dtype,
     #[error("a CUDA device takes widths that are multiples of 8, and this model has {what} of {width}: use --device cpu")]
     Width { what: &'static str, width: usize },
-    #[error("weights kept as products of two matrices (WeLore, Maestro) are not served on a device yet: use --device cpu")]
-    Factorised,
+    #[error("a CUDA device takes vocabularies of up to {WIDEST}, and this model's is of {vocab}: use --device cpu")]
+    Vocabulary { vocab: usize },
     #[error(transparent)]
     Device(#[from] CudaError),
-}
-
-/// One projection: weights in bf16, and a bias.
-struct DeviceProjection {
-    w: Memory<u16>,
-    bias: Option<Memory<f32>>,
-    out: usize,
-}
-
-impl DeviceProjection {
-    fn new(device: &Arc<Device>, p: &Projection<'_>) -> Result<Self, CudaError> {
-        Ok(DeviceProjection {
-            w: upload(device, &p.weight)?,
-            bias: p.bias.as_ref().map(|b| device.upload(b)).transpose()?,
-            out: p.weight.out_features,
-        })
-    }
-
-    fn job(&self, y: u64, mode: Mode) -> Job {
-        Job { w: [self.w.ptr(), 0], bias: [self.bias.as_ref().map_or(0, Memory::ptr), 0], y, out: self.out, ldy: self.out, mode }
-    }
 }
 
 /// A matrix as bf16.
@@ -107,6 +100,10 @@ struct Scratch {
     v: Memory<f32>,
     attended: Memory<u16>,
     gated: Memory<u16>,
+    /// Where they do not become one at once.
+    gate: Memory<f32>,
+    up: Memory<f32>,
+    linear: LinearScratch,
     logits: Memory<f32>,
     jobs: Memory<SealedJob>,
     sinks: Memory<SinksJob>,
@@ -151,7 +148,16 @@ pub struct CudaDecoder {
     maps: Vec<Vec<ProfileMaps>>,
     heads: Heads,
     block: usize,
+    /// Inner ranks of the linear layers of one input, at most.
+    ranks: usize,
+    adapters: DeviceAdapters,
+    /// Those of the batch at hand; who wears them, in it and among the rows that were picked of it.
+    wearing: Vec<(AdapterGeneration, Arc<DeviceAdapter>)>,
+    worn: Worn,
+    picked_worn: Worn,
     scratch: Scratch,
+    /// What is asked of the logits at hand.
+    choices: Choices,
     /// Those of the batch at hand come first.
     groups: Vec<Group>,
     used: usize,
@@ -160,8 +166,8 @@ pub struct CudaDecoder {
 }
 
 impl CudaDecoder {
-    /// Takes weights, rope and the maps of `profiles` to the device, and reserves an arena of `arena_bytes` there.
-    /// `block` bounds the scratch memory of layer-by-layer prefill.
+    /// Takes weights, rope and the maps of `profiles` to the device, and reserves an arena of `arena_bytes` there; adapters may take
+    /// `adapter_bytes` beside it. `block` bounds the scratch memory of layer-by-layer prefill.
     ///
     /// # Errors
     /// Where the model or a profile is not served on a device, or the device has no room.
@@ -171,7 +177,7 @@ impl CudaDecoder {
         weights: &ModelWeights<'_>,
         rope: &RopeTable,
         profiles: Vec<ReadyProfile>,
-        (arena_bytes, block): (u64, usize),
+        (arena_bytes, adapter_bytes, block): (u64, u64, usize),
     ) -> Result<Self, CudaRefusal> {
         check_model(config, weights)?;
         profiles.iter().try_for_each(|profile| check_profile(profile, config, &device))?;
@@ -226,14 +232,25 @@ impl CudaDecoder {
             v: d.alloc(1)?,
             attended: d.alloc(1)?,
             gated: d.alloc(1)?,
+            gate: d.alloc(1)?,
+            up: d.alloc(1)?,
+            linear: LinearScratch::new(d)?,
             logits: d.alloc(1)?,
             jobs: d.alloc(1)?,
             sinks: d.alloc(1)?,
             latents: d.alloc(1)?,
             host_logits: Pinned::new(d, 1)?,
         };
+        let ranks = layers
+            .iter()
+            .flat_map(|l: &DeviceLayer| [l.q.rank() + l.k.rank() + l.v.rank(), l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()]);
         Ok(CudaDecoder {
             config,
+            ranks: ranks.max().unwrap_or(0),
+            adapters: DeviceAdapters::new(d.clone(), adapter_bytes),
+            wearing: Vec::new(),
+            worn: Worn::new(d)?,
+            picked_worn: Worn::new(d)?,
             embed: upload(d, &weights.embed)?,
             head: weights.untied_head.as_ref().map(|h| upload(d, h)).transpose()?,
             norm: vector(&weights.norm)?,
@@ -246,6 +263,7 @@ impl CudaDecoder {
             heads,
             block: block.next_multiple_of(P),
             scratch,
+            choices: Choices::new(d, config.vocab)?,
             groups: Vec::new(),
             used: 0,
             recordings: HashMap::new(),
@@ -258,6 +276,11 @@ impl CudaDecoder {
         &self.profiles
     }
 
+    /// The facts of its model.
+    pub fn config(&self) -> &'static ModelConfig {
+        self.config
+    }
+
     /// The memory of its cache.
     pub fn arena(&mut self) -> &mut Memory<u8> {
         &mut self.arena
@@ -268,45 +291,39 @@ impl CudaDecoder {
         self.device.describe()
     }
 
-    /// Carries out a plan, as [`super::decoder::Decoder::forward`] does.
+    /// The adapters that lie on the device, and the bytes of each there.
+    pub fn adapters(&self) -> impl Iterator<Item = (AdapterGeneration, u64)> + '_ {
+        self.adapters.held()
+    }
+
+    /// Carries out a plan, as [`super::decoder::Decoder::forward`] does, under the adapters its rows name.
     ///
     /// A step that asks for the very launches of one before it, as most steps that only decode do, is one launch of what was recorded
     /// then.
     ///
     /// # Errors
     /// Where the device fails. What the plan writes is then undefined, and nothing else.
-    pub fn forward(&mut self, plan: &StepPlan, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+    ///
+    /// # Panics
+    /// When `given` lacks an adapter of a row.
+    pub fn forward(&mut self, plan: &StepPlan, given: &Given<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        self.adapters.sweep();
+        let done = self.carry_out(plan, given, sink);
+        self.wear(&[], given)?;
+        done
+    }
+
+    fn carry_out(&mut self, plan: &StepPlan, given: &Given<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
         let layers = self.config.layers;
         let mut through: Vec<usize> = (0..plan.rows.len()).filter(|&i| plan.rows[i].layers.len() == layers).collect();
-        through.sort_by_key(|&i| key(&plan.rows[i]));
-        if !through.is_empty() {
-            let mut first = 0;
-            let spans: Vec<Span> = through
-                .iter()
-                .map(|&row| {
-                    let span = Span { row, position: plan.rows[row].positions.start, n: plan.rows[row].len(), first };
-                    first += span.n;
-                    span
-                })
-                .collect();
-            let tokens = self.begin(plan, &spans)?;
-            self.take_tokens(plan, &spans)?;
-            let wanted = wanted(plan, &spans);
-            let moves = plan.rows.iter().any(|row| !row.moves.is_empty());
-            if !moves && wanted.len() <= HEADS_AT_ONCE {
-                self.pick(&wanted)?;
-                self.recorded(tokens, wanted.len())?;
-                self.tell(&wanted, sink)?;
-            } else {
-                self.embed(tokens)?;
-                for layer in 0..layers {
-                    self.layer(layer, tokens)?;
-                    self.moves(plan, &through, layer)?;
-                }
-                self.emit(&wanted, sink)?;
-            }
+        through.sort_by_key(|&i| (key(&plan.rows[i]), plan.rows[i].adapter));
+        for rows in self.batches(plan, &through, given) {
+            let named: Vec<_> = rows.iter().map(|&row| plan.rows[row].adapter).collect();
+            self.wear(&named, given)?;
+            self.batch(plan, rows, sink)?;
         }
         for (index, row) in plan.rows.iter().enumerate().filter(|(_, row)| row.layers.len() < layers) {
+            self.wear(&[row.adapter], given)?;
             for layer in row.layers.clone() {
                 self.quantum(plan, (index, row), layer as usize, sink)?;
                 self.moves(plan, &[index], layer as usize)?;
@@ -315,7 +332,73 @@ impl CudaDecoder {
         self.device.wait()
     }
 
-    /// All launches of a batch that moves nothing, from embeddings to the logits of `wanted` rows: as recorded, when the same were asked
+    /// Rows that pass through all layers, in batches whose adapters fit the device together.
+    fn batches<'r>(&self, plan: &StepPlan, rows: &'r [usize], given: &Given<'_>) -> Vec<&'r [usize]> {
+        let (mut batches, mut first, mut bytes) = (Vec::new(), 0, 0);
+        let mut worn: Vec<AdapterGeneration> = Vec::new();
+        for (at, &row) in rows.iter().enumerate() {
+            let adapter = plan.rows[row].adapter;
+            let Some((_, delta)) = given.iter().find(|(known, _)| *known == adapter) else { continue };
+            if worn.contains(&adapter) {
+                continue;
+            }
+            if !worn.is_empty() && bytes + delta.bytes() > self.adapters.budget() {
+                batches.push(&rows[first..at]);
+                (first, bytes) = (at, 0);
+                worn.clear();
+            }
+            worn.push(adapter);
+            bytes += delta.bytes();
+        }
+        batches.push(&rows[first..]);
+        batches.retain(|rows| !rows.is_empty());
+        batches
+    }
+
+    /// Takes the adapters that the rows of a batch name to the device, where they are not there.
+    fn wear(&mut self, named: &[AdapterGeneration], given: &Given<'_>) -> Result<(), CudaError> {
+        // What is no longer worn may make room.
+        self.wearing.clear();
+        self.worn.clear();
+        self.picked_worn.clear();
+        let worn = |id: AdapterGeneration| named.contains(&id);
+        let all_given = named.iter().all(|id| *id == AdapterGeneration::default() || given.iter().any(|(known, _)| known == id));
+        assert!(all_given, "a pass brings the adapters of its rows");
+        let wanted: Vec<_> = given.iter().filter(|(id, _)| worn(*id)).copied().collect();
+        self.wearing = self.adapters.ready(&wanted)?;
+        Ok(())
+    }
+
+    /// Rows that pass through all layers, at once.
+    fn batch(&mut self, plan: &StepPlan, rows: &[usize], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        let mut first = 0;
+        let spans: Vec<Span> = rows
+            .iter()
+            .map(|&row| {
+                let span = Span { row, position: plan.rows[row].positions.start, n: plan.rows[row].len(), first };
+                first += span.n;
+                span
+            })
+            .collect();
+        let tokens = self.begin(plan, &spans)?;
+        self.take_tokens(plan, &spans)?;
+        let wanted = wanted(plan, &spans);
+        let moves = rows.iter().any(|&row| !plan.rows[row].moves.is_empty());
+        if !moves && wanted.len() <= HEADS_AT_ONCE {
+            self.pick(plan, &wanted, sink)?;
+            self.recorded(tokens, wanted.len())?;
+            return self.tell(&wanted, sink);
+        }
+        self.embed(tokens)?;
+        for layer in 0..self.config.layers {
+            self.layer(layer, tokens)?;
+            self.moves(plan, rows, layer)?;
+        }
+        self.emit(plan, &wanted, sink)
+    }
+
+    /// All launches of a batch that moves nothing, from embeddings to what is chosen from the logits of `wanted` rows: as recorded, when the
+    /// same were asked
     /// for before.
     fn recorded(&mut self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
@@ -323,11 +406,16 @@ impl CudaDecoder {
         key.extend([&s.x, &s.picked_x, &s.q, &s.k, &s.v, &s.logits].map(Memory::ptr));
         key.extend([&s.tokens, &s.positions, &s.pages, &s.picked].map(Memory::ptr));
         key.extend([&s.normed, &s.attended, &s.gated].map(Memory::ptr));
+        key.extend([&s.gate, &s.up].map(Memory::ptr));
+        s.linear.key(&mut key);
+        self.worn.key(&mut key);
+        self.picked_worn.key(&mut key);
         for g in &self.groups[..self.used] {
             key.extend([u64::from(g.profile.0), u64::from(g.store == ExactStore::Workspace), g.first as u64, g.n as u64]);
             g.work.key(&mut key);
             g.prefill.key(&mut key);
         }
+        self.choices.key(&mut key);
         match self.recordings.get(&key) {
             Some(Some(recording)) => return recording.launch(),
             // Asked for a second time: likely to be again.
@@ -359,7 +447,8 @@ impl CudaDecoder {
     fn launch(&self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         self.embed(tokens)?;
         (0..self.config.layers).try_for_each(|layer| self.layer(layer, tokens))?;
-        self.head(wanted)
+        self.head(wanted)?;
+        self.choose(wanted)
     }
 
     /// One layer of one row of a layer-by-layer prefill, block by block.
@@ -380,7 +469,7 @@ impl CudaDecoder {
             }
             self.layer(layer, n)?;
             if layer + 1 == self.config.layers {
-                self.emit(&wanted(plan, &spans), sink)?;
+                self.emit(plan, &wanted(plan, &spans), sink)?;
             } else {
                 let at = (self.scratch.pages.part(0, n), self.scratch.positions.part(0, n));
                 self.device.hidden(&self.arena, at, offset, self.scratch.x.part(0, x), true)?;
@@ -415,6 +504,14 @@ impl CudaDecoder {
         s.v.reserve(tokens * c.kv_channels())?;
         s.attended.reserve(tokens * c.q_channels())?;
         s.gated.reserve(tokens * c.intermediate)?;
+        let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
+        let wearing = &self.wearing;
+        self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
+        if self.ranks > 0 || self.worn.touches(MLP) {
+            s.gate.reserve(tokens * c.intermediate)?;
+            s.up.reserve(tokens * c.intermediate)?;
+        }
+        s.linear.reserve(if self.worn.adapts == 0 { 0 } else { tokens * c.hidden }, tokens * self.ranks)?;
 
         let mut used = 0;
         for some in spans.chunk_by(|a, b| key(&plan.rows[a.row]) == key(&plan.rows[b.row])) {
@@ -476,17 +573,49 @@ impl CudaDecoder {
     /// The embeddings of a batch's tokens.
     fn embed(&self, tokens: usize) -> Result<(), CudaError> {
         let (s, hidden) = (&self.scratch, self.config.hidden);
-        self.device.embed(s.tokens.part(0, tokens), &self.embed, hidden, s.x.part(0, tokens * hidden))
+        self.device.embed(s.tokens.part(0, tokens), self.embed.all(), hidden, s.x.part(0, tokens * hidden))?;
+        for (adapter, rows) in &self.worn.segments {
+            let Some((table, site)) = adapter.embed() else { continue };
+            let (tokens, x) = (s.tokens.part(rows.start, rows.len()), s.x.part(rows.start * hidden, rows.len() * hidden));
+            if let Some(table) = table {
+                self.device.embed(tokens, table, hidden, x)?;
+            }
+            if site.gain != 0 || site.rank > 0 {
+                self.device.embed_adapted(tokens, &site, hidden, x)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A norm of all rows of a batch, into `normed`; adapters may have weights of their own for it.
+    fn norm<'a>(
+        &'a self,
+        (x, rows): (&Memory<f32>, usize),
+        weight: &Memory<f32>,
+        worn: &'a Worn,
+        own: impl Fn(&'a DeviceAdapter) -> Option<Part<'a, f32>>,
+    ) -> Result<(), CudaError> {
+        let (c, to) = (self.config, &self.scratch.normed);
+        let of = |first: usize, n: usize, weight: Part<'_, f32>| {
+            let (at, n_elements) = (first * c.hidden, n * c.hidden);
+            self.device.rms_norm(x.part(at, n_elements), n, weight, c.norm_eps, to.part(at, n_elements))
+        };
+        of(0, rows, weight.all())?;
+        let own = worn.segments.iter().filter_map(|(adapter, rows)| Some((own(adapter)?, rows)));
+        own.into_iter().try_for_each(|(weight, rows)| of(rows.start, rows.len(), weight))
     }
 
     /// One decoder layer over the batch.
     fn layer(&self, layer: usize, tokens: usize) -> Result<(), CudaError> {
         let (c, s, w, device) = (self.config, &self.scratch, &self.layers[layer], &*self.device);
-        let (x, normed) = (s.x.part(0, tokens * c.hidden), s.normed.part(0, tokens * c.hidden));
-        let linears = |jobs: &[Job], x: u64, inputs: usize| Linears { jobs, x, rows: tokens, inputs, ldx: inputs }.launch(device);
-        device.rms_norm(x, tokens, &w.input_norm, c.norm_eps, normed)?;
-        let jobs = [w.q.job(s.q.ptr(), Mode::F32), w.k.job(s.k.ptr(), Mode::F32), w.v.job(s.v.ptr(), Mode::F32)];
-        linears(&jobs, s.normed.ptr(), c.hidden)?;
+        let at = |site| place(layer, site);
+        let project =
+            |x: u64, inputs: usize, jobs: &[LinearJob<'_>]| project(device, (x, inputs), tokens, jobs, (&self.worn, c.layers), &s.linear);
+        self.norm((&s.x, tokens), &w.input_norm, &self.worn, |a| a.norm(layer, Norm::Input))?;
+        let to = |of: &DeviceProjection, site, y| LinearJob { of: of.layer(), place: at(site), y, add: false };
+        let (q, kv) = (tokens * c.q_channels(), tokens * c.kv_channels());
+        let jobs = [to(&w.q, Site::Q, s.q.part(0, q)), to(&w.k, Site::K, s.k.part(0, kv)), to(&w.v, Site::V, s.v.part(0, kv))];
+        project(s.normed.ptr(), c.hidden, &jobs)?;
         for group in &self.groups[..self.used] {
             let profile = &self.profiles[group.profile.0 as usize];
             let layout = &profile.layout;
@@ -494,25 +623,9 @@ impl CudaDecoder {
                 ExactStore::Exact => layer * layout.exact_layer_bytes(),
                 ExactStore::Workspace => 0,
             };
-            let (qs, kvs) = (c.q_channels(), c.kv_channels());
-            let q = s.q.part(group.first * qs, group.n * qs);
-            let rope = Rope {
-                q,
-                k: s.k.part(group.first * kvs, group.n * kvs),
-                v: s.v.part(group.first * kvs, group.n * kvs),
-                q_norm: w.q_norm.as_ref(),
-                k_norm: w.k_norm.as_ref(),
-                eps: c.norm_eps,
-                cos: &self.cos,
-                sin: &self.sin,
-                positions: s.positions.part(group.first, group.n),
-                pages: s.pages.part(group.first, group.n),
-                arena: &self.arena,
-                offset,
-                exact: layout.exact,
-            };
-            device.rope_append(&rope, self.heads)?;
-            let out = s.attended.part(group.first * qs, group.n * qs);
+            self.rope_append(layer, group, (layout, offset))?;
+            let qs = c.q_channels();
+            let (q, out) = (s.q.part(group.first * qs, group.n * qs), s.attended.part(group.first * qs, group.n * qs));
             let of = AttendLayer {
                 view: LayerView { layer, layout, compression: profile.compression.get(layer) },
                 shape: self.heads,
@@ -528,18 +641,63 @@ impl CudaDecoder {
             group.prefill.attend(device, &of)?;
             group.work.attend(device, &of)?;
         }
-        linears(&[w.o.job(s.x.ptr(), Mode::Add)], s.attended.ptr(), c.q_channels())?;
-        device.rms_norm(x, tokens, &w.post_norm, c.norm_eps, normed)?;
-        let gated = Job {
-            w: [w.gate.w.ptr(), w.up.w.ptr()],
-            bias: [&w.gate, &w.up].map(|p| p.bias.as_ref().map_or(0, Memory::ptr)),
-            y: s.gated.ptr(),
-            out: c.intermediate,
-            ldy: c.intermediate,
-            mode: Mode::Gated,
+        let x = s.x.part(0, tokens * c.hidden);
+        project(s.attended.ptr(), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
+        self.norm((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post))?;
+        if w.gate.rank() + w.up.rank() > 0 || self.worn.touches(MLP) {
+            let n = tokens * c.intermediate;
+            let (gate, up) = (s.gate.part(0, n), s.up.part(0, n));
+            project(s.normed.ptr(), c.hidden, &[to(&w.gate, Site::Gate, gate), to(&w.up, Site::Up, up)])?;
+            device.silu_mul(gate, up, c.intermediate, s.gated.part(0, n))?;
+        } else {
+            let gated = Job {
+                w: [w.gate.w.ptr(), w.up.w.ptr()],
+                bias: [&w.gate, &w.up].map(|p| p.bias.as_ref().map_or(0, Memory::ptr)),
+                y: s.gated.ptr(),
+                out: c.intermediate,
+                ldy: c.intermediate,
+                mode: Mode::Gated,
+            };
+            Linears { jobs: &[gated], x: s.normed.ptr(), rows: tokens, inputs: c.hidden, ldx: c.hidden }.launch(device)?;
+        }
+        project(s.gated.ptr(), c.intermediate, &[LinearJob { of: w.down.layer(), place: at(Site::Down), y: x, add: true }])
+    }
+
+    /// Queries of a group turned, its keys and values into their pages.
+    fn rope_append(&self, layer: usize, group: &Group, (layout, offset): (&PageLayout, usize)) -> Result<(), CudaError> {
+        let (c, s, w) = (self.config, &self.scratch, &self.layers[layer]);
+        let (qs, kvs) = (c.q_channels(), c.kv_channels());
+        let of = |rows: Range<usize>, adapter: Option<&DeviceAdapter>| {
+            let own = |norm| adapter.and_then(|a| a.norm(layer, norm));
+            let rope = Rope {
+                q: s.q.part(rows.start * qs, rows.len() * qs),
+                k: s.k.part(rows.start * kvs, rows.len() * kvs),
+                v: s.v.part(rows.start * kvs, rows.len() * kvs),
+                q_norm: own(Norm::Query).or(w.q_norm.as_ref().map(Memory::all)),
+                k_norm: own(Norm::Key).or(w.k_norm.as_ref().map(Memory::all)),
+                eps: c.norm_eps,
+                cos: &self.cos,
+                sin: &self.sin,
+                positions: s.positions.part(rows.start, rows.len()),
+                pages: s.pages.part(rows.start, rows.len()),
+                arena: &self.arena,
+                offset,
+                exact: layout.exact,
+            };
+            self.device.rope_append(&rope, self.heads)
         };
-        linears(&[gated], s.normed.ptr(), c.hidden)?;
-        linears(&[w.down.job(s.x.ptr(), Mode::Add)], s.gated.ptr(), c.intermediate)
+        // What is turned is turned in place: rows with norms of their own are left out of the others.
+        let mut next = group.first;
+        let end = group.first + group.n;
+        for (adapter, rows) in &self.worn.segments {
+            let rows = rows.start.max(group.first)..rows.end.min(end);
+            if !rows.is_empty() && [Norm::Query, Norm::Key].iter().any(|&n| adapter.norm(layer, n).is_some()) {
+                of(next..rows.start, None)?;
+                of(rows.clone(), Some(adapter))?;
+                next = rows.end;
+            }
+        }
+        of(next..end, None)
     }
 
     /// Carries out the moves of `rows` in one layer.
@@ -586,19 +744,25 @@ impl CudaDecoder {
         Ok(())
     }
 
-    /// Final norm, output head and logits of the wanted positions of a batch, a bounded number at a time.
-    fn emit(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+    /// Final norm, output head and what is chosen from the logits of the wanted positions of a batch, a bounded number at a time.
+    fn emit(&mut self, plan: &StepPlan, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
         for some in wanted.chunks(HEADS_AT_ONCE) {
-            self.pick(some)?;
+            self.pick(plan, some, sink)?;
             self.head(some.len())?;
+            self.choose(some.len())?;
             self.tell(some, sink)?;
         }
         Ok(())
     }
 
-    /// Takes to the device which rows of the batch are wanted, and makes room for them.
-    fn pick(&mut self, wanted: &[Wanted]) -> Result<(), CudaError> {
+    /// Takes to the device which rows of the batch are wanted, and what for, and makes room for them.
+    fn pick(&mut self, plan: &StepPlan, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
+        self.choices.clear();
+        wanted.iter().for_each(|w| self.choices.push(&sink.ask(w.row, w.position)));
+        self.choices.set()?;
         let (c, s, n) = (self.config, &mut self.scratch, wanted.len());
+        let wearing = &self.wearing;
+        self.picked_worn.set(wanted.iter().map(|w| (of_row(wearing, &plan.rows[w.row]), 1)), &[(c.hidden, 1)])?;
         s.picked.reserve(n)?;
         s.picked.write(0, &wanted.iter().map(|w| w.at).collect::<Vec<u32>>())?;
         s.picked_x.reserve(n * c.hidden)?;
@@ -614,19 +778,37 @@ impl CudaDecoder {
         let (c, s) = (self.config, &self.scratch);
         let x = s.picked_x.part(0, n * c.hidden);
         self.device.pick(s.x.part(0, s.x.len()), s.picked.part(0, n), c.hidden, x)?;
-        self.device.rms_norm(x, n, &self.norm, c.norm_eps, s.normed.part(0, n * c.hidden))?;
-        let head = self.head.as_ref().unwrap_or(&self.embed);
-        let job = Job { w: [head.ptr(), 0], bias: [0; 2], y: s.logits.ptr(), out: c.vocab, ldy: c.vocab, mode: Mode::F32 };
-        Linears { jobs: &[job], x: s.normed.ptr(), rows: n, inputs: c.hidden, ldx: c.hidden }.launch(&self.device)
+        self.norm((&s.picked_x, n), &self.norm, &self.picked_worn, DeviceAdapter::final_norm)?;
+        let head = LinearLayer::plain(self.head.as_ref().unwrap_or(&self.embed), (c.vocab, c.hidden));
+        let job = LinearJob { of: head, place: head_place(c.layers), y: s.logits.part(0, n * c.vocab), add: false };
+        project(&self.device, (s.normed.ptr(), c.hidden), n, &[job], (&self.picked_worn, c.layers), &s.linear)
     }
 
-    /// Reads the logits and hands them out.
+    /// Tokens and scores of the logits of the rows that were picked.
+    fn choose(&self, n: usize) -> Result<(), CudaError> {
+        self.choices.launch(self.scratch.logits.part(0, n * self.config.vocab))
+    }
+
+    /// Reads what was asked for and hands it out: tokens and scores, or the logits themselves.
     fn tell(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
-        let (vocab, n, s) = (self.config.vocab, wanted.len(), &mut self.scratch);
-        s.host_logits.reserve(n * vocab)?;
-        let host = &mut s.host_logits.as_mut_slice()[..n * vocab];
-        s.logits.read(0, host)?;
-        wanted.iter().zip(host.chunks_exact_mut(vocab)).for_each(|(w, logits)| sink.logits(w.row, w.position, logits));
+        let (vocab, s) = (self.config.vocab, &mut self.scratch);
+        // Neighbours whose logits are asked for come in one piece.
+        let raw: Vec<usize> = (0..wanted.len()).filter(|&i| self.choices.wants_logits(i)).collect();
+        s.host_logits.reserve(raw.len() * vocab)?;
+        let mut host = s.host_logits.as_mut_slice();
+        for some in raw.chunk_by(|a, b| a + 1 == *b) {
+            let (part, rest) = host.split_at_mut(some.len() * vocab);
+            s.logits.read(some[0] * vocab, part)?;
+            let rows = some.iter().map(|&i| &wanted[i]);
+            rows.zip(part.chunks_exact_mut(vocab)).for_each(|(w, logits)| sink.logits(w.row, w.position, logits));
+            host = rest;
+        }
+        let answers = self.choices.read()?;
+        for (i, w) in wanted.iter().enumerate() {
+            if let Some(answer) = answers.of(i) {
+                sink.answer(w.row, w.position, answer);
+            }
+        }
         Ok(())
     }
 }
@@ -655,6 +837,11 @@ fn wanted(plan: &StepPlan, spans: &[Span]) -> Vec<Wanted> {
     spans.iter().flat_map(of).collect()
 }
 
+/// The adapter of a row, on the device.
+fn of_row(wearing: &[(AdapterGeneration, Arc<DeviceAdapter>)], row: &Row) -> Option<Arc<DeviceAdapter>> {
+    wearing.iter().find(|(id, _)| *id == row.adapter).map(|(_, adapter)| adapter.clone())
+}
+
 /// What rows share that are met by one launch.
 fn key(row: &Row) -> (u8, bool) {
     (row.profile.0, row.store == ExactStore::Workspace)
@@ -668,10 +855,10 @@ pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(
     fn all<'l, 'w>(l: &'l LayerWeights<'w>) -> [&'l Projection<'w>; 7] {
         [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
     }
-    if weights.layers.iter().flat_map(all).any(|p| p.inner.is_some()) {
-        return Err(CudaRefusal::Factorised);
+    if config.vocab > WIDEST {
+        return Err(CudaRefusal::Vocabulary { vocab: config.vocab });
     }
-    let of_layer = |l: &LayerWeights<'_>| all(l).iter().any(|p| is_f32(&p.weight));
+    let of_layer = |l: &LayerWeights<'_>| all(l).iter().any(|p| is_f32(&p.weight) || p.inner.as_ref().is_some_and(is_f32));
     if is_f32(&weights.embed) || is_f32(weights.head()) || weights.layers.iter().any(of_layer) {
         return Err(CudaRefusal::Dtype);
     }

@@ -11,6 +11,7 @@ use crate::kv::layout::PageLayout;
 use crate::model::adapted::{self, Adapters, NormPlace, Normed, Place, Worn};
 use crate::model::config::ModelConfig;
 use crate::model::delta::{Delta, Norm, Site};
+use crate::model::draw::{Answer, Ask, NotFinite};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::{Append, AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, append};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
@@ -105,10 +106,23 @@ struct Part {
     first: usize,
 }
 
-/// Takes the logits a plan asked for.
+/// Takes the logits a plan asked for, or what it wants to know of them.
+///
+/// The host always hands out logits. A device asks first: it hands out those of which [`Ask::Logits`] is said, and chooses and scores
+/// tokens where the logits are.
 pub trait LogitsSink {
     /// Logits `[vocab]` that follow `position` of a plan row; the slice is scratch, free to be changed.
     fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]);
+
+    /// What is wanted of the logits that follow `position` of a plan row.
+    fn ask(&mut self, _row: usize, _position: u32) -> Ask<'_> {
+        Ask::Logits
+    }
+
+    /// What became of an ask for a token or a score.
+    fn answer(&mut self, row: usize, position: u32, _answer: Result<Answer, NotFinite>) {
+        unreachable!("row {row} asked for no more than logits after {position}");
+    }
 }
 
 /// One forward pass: the plan, the cache it works on, and who carries it out.

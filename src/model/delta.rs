@@ -263,6 +263,11 @@ impl EmbedFactors {
         EmbedFactors { rank, down, up }
     }
 
+    /// The rank, `down: [vocab][rank]` and `up: [rank][hidden]`.
+    pub fn parts(&self) -> (usize, MatrixData<'_>, &[f32]) {
+        (self.rank, self.down.data(), &self.up)
+    }
+
     /// Adds what `token` gets to `x: [hidden]`.
     pub fn add(&self, token: usize, x: &mut [f32]) {
         let down = self.down.data();

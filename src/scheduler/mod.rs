@@ -452,6 +452,7 @@ impl Scheduler {
             free_bytes: bytes.free,
             cached_bytes: bytes.cached,
             branches,
+            device_adapters: Vec::new(),
         }
     }
 

@@ -26,14 +26,15 @@ use crate::model::weights::LoadDtype;
 use crate::serve::ready::Source;
 use crate::telemetry::{Event, Telemetry};
 
-/// The registry of a server, with what `--lora-modules` names loaded and what the root holds registered.
+/// The registry of a server, with what `--lora-modules` names loaded and what the root holds registered; on a device adapters may
+/// take `device_bytes`.
 ///
 /// # Errors
 /// One sentence for the first adapter that cannot be loaded, or where the root cannot be listed.
 pub fn registry(
     base: &'static Checkpoint,
     held: HeldAs,
-    settings: &AdapterSettings,
+    (settings, device_bytes): (&AdapterSettings, Option<u64>),
     (names, telemetry): (&[String], &Arc<Telemetry>),
 ) -> anyhow::Result<Registry> {
     let bytes = match settings.memory_bytes {
@@ -41,8 +42,14 @@ pub fn registry(
         // What a few adapters take, where nobody says how much is free.
         None => super::available_memory().map_or(1 << 30, |free| (free / 8).max(64 << 20)),
     };
-    let limits =
-        Limits { bytes, rank: settings.max_rank, root: settings.root.clone(), discover: settings.discover, reserved: names.to_vec() };
+    let limits = Limits {
+        bytes,
+        device_bytes,
+        rank: settings.max_rank,
+        root: settings.root.clone(),
+        discover: settings.discover,
+        reserved: names.to_vec(),
+    };
     let telemetry = telemetry.clone();
     let tell = move |happened| {
         telemetry.emit(match happened {
@@ -70,15 +77,12 @@ pub fn registry(
     Ok(registry)
 }
 
-/// Refuses settings of adapters where none are served.
-///
-/// # Errors
-/// Where there are any.
-pub fn none_wanted(settings: &AdapterSettings) -> anyhow::Result<()> {
+/// Bytes of a device that adapters may take, where `free` are left beside the weights: none where none can be loaded.
+pub fn device_bytes(settings: &AdapterSettings, free: u64) -> u64 {
     if settings.modules.is_empty() && settings.root.is_none() {
-        return Ok(());
+        return 0;
     }
-    bail!("adapters are not served on a device yet; use --device cpu, or leave out --lora-modules and --lora-root")
+    settings.device_memory_bytes.unwrap_or(free / 8)
 }
 
 /// `strait adapter`.
@@ -223,6 +227,10 @@ fn table(told: &Value) -> String {
     let number = |key: &str| told[key].as_u64().unwrap_or(0);
     let retired = told["generations"].as_array().into_iter().flatten().filter(|g| g["retired"].as_bool() == Some(true)).count();
     out += &format!("{} of {} in use", mib(number("resident_bytes")), mib(number("max_bytes")));
+    if let Some(most) = told["max_device_bytes"].as_u64() {
+        let copies = told["generations"].as_array().into_iter().flatten().filter_map(|g| g["device_bytes"].as_u64());
+        out += &format!(", {} of {} on the device", mib(copies.sum()), mib(most));
+    }
     if retired > 0 {
         out += &format!(", {retired} earlier generations among them");
     }

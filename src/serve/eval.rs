@@ -344,7 +344,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let telemetry = Arc::new(Telemetry::new("eval"));
     let mut ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
     check_known(&ask.asked, &ready.profile_specs)?;
-    let lease = ready.adapters.as_ref().and_then(|a| a.resident(WORN));
+    let lease = ready.adapters.resident(WORN);
     let delta = lease.as_ref().map(Lease::delta);
     let names: Vec<String> = ready.profile_specs.iter().map(|p| p.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();

@@ -163,7 +163,7 @@ struct Ready {
     weight_bytes: u64,
     profile_specs: Vec<crate::kv::layout::Profile>,
     prefix_caching: bool,
-    adapters: Option<Registry>,
+    adapters: Registry,
 }
 
 /// What the banner tells.
@@ -221,17 +221,25 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     }
 
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
-    let arena_bytes = match (settings.kv_cache_memory_bytes, &device) {
+    // Of a device: weights in bf16, and what a step computes with, are taken; of the rest some is left to the driver.
+    let device_free = match &device {
+        Some(device) => Some((device.memory()?.0 as u64).saturating_sub(weight_bytes + STEP_BYTES) / 20 * 19),
+        None => None,
+    };
+    let device_adapters = device_free.map(|free| adapters::device_bytes(&settings.adapters, free));
+    if device.is_none() && settings.adapters.device_memory_bytes.is_some() {
+        tracing::warn!("--lora-device-memory-bytes has no effect: the CPU serves");
+    }
+    let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
         (Some(bytes), _) => bytes,
         (None, None) => {
             let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
             default_arena(free / 2, &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
         }
-        (None, Some(device)) => {
-            // Weights in bf16, and what a step computes with; of the rest some is left to the driver.
-            let taken = weight_bytes + STEP_BYTES;
-            let free = (device.memory()?.0 as u64).saturating_sub(taken) / 20 * 19;
-            default_arena(free, &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
+        (None, Some(free)) => {
+            // Copies of adapters are a little larger than what they are counted as: tables, and tensors that are aligned.
+            let taken = device_adapters.map_or(0, |bytes| bytes + bytes / 16);
+            default_arena(free.saturating_sub(taken), &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
         }
     };
     let config = scheduler::Config {
@@ -257,12 +265,8 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         );
     }
     let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
-    let adapters = if device.is_none() {
-        Some(adapters::registry(checkpoint, HeldAs::of(&decoder.weights().embed), &settings.adapters, (&names, telemetry))?)
-    } else {
-        adapters::none_wanted(&settings.adapters)?;
-        None
-    };
+    let held = HeldAs::of(&decoder.weights().embed);
+    let adapters = adapters::registry(checkpoint, held, (&settings.adapters, device_adapters), (&names, telemetry))?;
     let runner = match device {
         None => {
             let arena = Arena::new(arena_bytes)
@@ -272,7 +276,16 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         Some(device) => {
             let block = settings.max_num_batched_tokens as usize;
             let (weights, rope) = (decoder.weights(), decoder.rope());
-            Runner::Cuda(Box::new(CudaDecoder::new(device, model, weights, rope, profiles, (arena_bytes, block))?))
+            let for_adapters = device_adapters.unwrap_or(0);
+            let memory = (arena_bytes, for_adapters, block);
+            let on = CudaDecoder::new(device.clone(), model, weights, rope, profiles, memory)?;
+            let left = device.memory()?.0 as u64;
+            if left < for_adapters {
+                bail!(
+                    "adapters may take {for_adapters} bytes on the device and {left} are left there beside weights and cache; lower --lora-device-memory-bytes or --kv-cache-memory-bytes"
+                );
+            }
+            Runner::Cuda(Box::new(on))
         }
     };
     let backend = match &runner {
@@ -382,7 +395,7 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
         profiles: (0..layouts.len())
             .map(|i| (profile_specs[i].name.clone(), layouts[i].bytes_per_token(), u64::from(longest(i)), i == default_profile))
             .collect(),
-        adapters: adapters.as_ref().map(Registry::state).filter(|a| !a.aliases.is_empty()),
+        adapters: Some(adapters.state()).filter(|a| !a.aliases.is_empty()),
     };
     server.telemetry.describe(Facts {
         profiles: summary.profiles.iter().map(|p| (p.0.clone(), p.1)).collect(),
@@ -421,7 +434,7 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
             },
             // A client that waits longer has given up in all but name.
             queue_timeout: std::time::Duration::from_secs(600),
-            adapters: adapters.clone().map(|a| Arc::new(a) as Arc<dyn admission::Adapters>),
+            adapters: Some(Arc::new(adapters.clone())),
         },
         adapters,
         engine,
@@ -460,7 +473,9 @@ fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
     if let Some(a) = &s.adapters {
         let few: Vec<&str> = a.aliases.iter().take(4).map(|a| a.alias.as_str()).collect();
         let more = if a.aliases.len() > few.len() { format!(" and {} more", a.aliases.len() - few.len()) } else { String::new() };
-        line(format!("  adapters {}{more} ({:.1} of {:.1} MiB in memory)", few.join(", "), mib(a.resident_bytes), mib(a.budget_bytes)));
+        let device = a.device_budget_bytes.map_or_else(String::new, |bytes| format!(", up to {:.1} MiB on the device", mib(bytes)));
+        let (held, most) = (mib(a.resident_bytes), mib(a.budget_bytes));
+        line(format!("  adapters {}{more} ({held:.1} of {most:.1} MiB in memory{device})", few.join(", ")));
     }
     line(format!("  chat     {url}/        dashboard {url}/dashboard        metrics {url}/metrics"));
     line("Try:".into());

@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use super::error::ErrorBody;
 use super::openai::{AdapterCard, AdapterFacts, AdapterGenerationCard, AdapterList, AdapterLoaded, AdapterUnloaded};
 use super::{ApiError, Loaded, Server};
-use crate::adapters::registry::{self, Load, Registry};
+use crate::adapters::registry::{self, GenerationState, Load, Registry};
 use crate::adapters::{AdapterError, BaseChoice, Facts};
 use crate::admission::json::{self, Fields};
 use crate::admission::wire::{LoadLora, RollbackLora, UnloadLora};
@@ -110,7 +110,9 @@ pub async fn rollback(State(server): State<Arc<Server>>, request: Request) -> Re
 )]
 pub async fn list(State(server): State<Arc<Server>>) -> Result<Json<AdapterList>, ApiError> {
     let loaded = server.loaded()?;
-    let state = served(loaded)?.state();
+    let state = loaded.adapters.state();
+    let engine = loaded.engine.snapshot();
+    let on_device = |id: AdapterGeneration| engine.device_adapters.iter().find(|(known, _)| *known == id.0).map(|(_, bytes)| *bytes);
     let data = state.aliases.into_iter().map(|a| AdapterCard {
         id: a.alias,
         object: "lora_adapter",
@@ -130,6 +132,7 @@ pub async fn list(State(server): State<Arc<Server>>) -> Result<Json<AdapterList>
         aliases: g.aliases,
         rank: g.rank,
         bytes: g.bytes,
+        device_bytes: on_device(g.generation),
         retired: g.retired,
         active_leases: g.leases,
     });
@@ -139,6 +142,7 @@ pub async fn list(State(server): State<Arc<Server>>) -> Result<Json<AdapterList>
         generations: generations.collect(),
         resident_bytes: state.resident_bytes,
         max_bytes: state.budget_bytes,
+        max_device_bytes: state.device_budget_bytes,
         max_rank: state.max_rank,
     }))
 }
@@ -149,27 +153,32 @@ impl admission::Adapters for Registry {
     }
 }
 
-/// What metrics tell of adapters; `None` where none are served.
-pub fn snapshot(loaded: &Loaded, now: u64) -> Option<AdapterSnapshot> {
-    let state = loaded.adapters.as_ref()?.state();
+/// What metrics tell of adapters, of which so many bytes lie `on_device`, by generation.
+pub fn snapshot(loaded: &Loaded, on_device: &[(u64, u64)], now: u64) -> AdapterSnapshot {
+    let state = loaded.adapters.state();
+    let named = |g: &GenerationState| g.aliases.first().cloned().unwrap_or_else(|| hex(g.generation));
     let resident = || state.aliases.iter().filter(|a| a.resident);
     let largest = state.generations.iter().map(|g| g.bytes).max().unwrap_or(0).max(state.usual_bytes).max(1);
-    Some(AdapterSnapshot {
+    AdapterSnapshot {
         registered: state.aliases.len(),
         resident: resident().count(),
         pinned: state.aliases.iter().filter(|a| a.pinned).count(),
         retired: state.generations.iter().filter(|g| g.retired).count(),
-        bytes: state.generations.iter().map(|g| (g.aliases.first().cloned().unwrap_or_else(|| hex(g.generation)), g.bytes)).collect(),
+        bytes: state.generations.iter().map(|g| (named(g), g.bytes)).collect(),
+        device_bytes: on_device
+            .iter()
+            .map(|&(id, bytes)| {
+                let known = state.generations.iter().find(|g| g.generation.0 == id);
+                (known.map_or_else(|| hex(AdapterGeneration(id)), named), bytes)
+            })
+            .collect(),
         budget_bytes: state.budget_bytes,
+        device_budget_bytes: state.device_budget_bytes,
         room: usize::try_from(state.budget_bytes / largest).unwrap_or(usize::MAX).max(resident().count()).max(1),
         running: resident().map(|a| a.alias.clone()).collect(),
         waiting: state.loading,
         now,
-    })
-}
-
-fn served(loaded: &Loaded) -> Result<&Registry, ApiError> {
-    loaded.adapters.as_ref().ok_or_else(ApiError::no_adapters)
+    }
 }
 
 /// The model, the body as `read` takes it, and whether the caller wants JSON back.
@@ -179,7 +188,6 @@ async fn asked<T>(
     read: impl FnOnce(Fields) -> Result<T, Refusal>,
 ) -> Result<(Arc<Loaded>, T, bool), ApiError> {
     let loaded = server.accepting()?.clone();
-    served(&loaded)?;
     let json = wants_json(request.headers());
     let body = server.read_body(request).await?;
     Ok((loaded, read(Fields::body(json::parse(&body)?))?, json))
@@ -196,7 +204,7 @@ async fn blocking<T: Send + 'static>(
     loaded: &Arc<Loaded>,
     job: impl FnOnce(&Registry) -> Result<T, AdapterError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let adapters = served(loaded)?.clone();
+    let adapters = loaded.adapters.clone();
     match tokio::task::spawn_blocking(move || job(&adapters)).await {
         Ok(done) => done.map_err(ApiError::from),
         Err(error) => {

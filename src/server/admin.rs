@@ -86,11 +86,10 @@ pub async fn version() -> Json<Version> {
 #[utoipa::path(get, path = "/metrics", tag = "Operations", responses((status = 200, body = String, content_type = "text/plain")))]
 pub async fn metrics(State(server): State<Arc<Server>>) -> Response {
     if let Ok(loaded) = server.loaded() {
-        server.telemetry.set_snapshot(&loaded.engine.snapshot());
+        let engine = loaded.engine.snapshot();
+        server.telemetry.set_snapshot(&engine);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        if let Some(adapters) = super::adapters::snapshot(loaded, now) {
-            server.telemetry.set_adapters(&adapters);
-        }
+        server.telemetry.set_adapters(&super::adapters::snapshot(loaded, &engine.device_adapters, now));
     }
     let mut response = server.telemetry.render().into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
@@ -107,8 +106,7 @@ pub async fn metrics(State(server): State<Arc<Server>>) -> Response {
 pub async fn models(State(server): State<Arc<Server>>) -> Result<Json<ModelList>, ApiError> {
     let loaded = server.loaded()?;
     let mut data: Vec<ModelCard> = loaded.model.names.iter().map(|name| card(loaded, name)).collect();
-    let adapters = loaded.adapters.iter().flat_map(|a| a.state().aliases);
-    data.extend(adapters.map(|a| adapter_card(loaded, &a)));
+    data.extend(loaded.adapters.state().aliases.iter().map(|a| adapter_card(loaded, a)));
     Ok(Json(ModelList { object: "list", data }))
 }
 
@@ -127,8 +125,8 @@ pub async fn model(State(server): State<Arc<Server>>, id: Result<Path<String>, P
     if !is_adapter {
         return Ok(Json(card(loaded, &name)));
     }
-    let state = loaded.adapters.iter().find_map(|a| a.alias(&name));
-    Ok(Json(adapter_card(loaded, &state.ok_or(Refusal::UnknownModel)?)))
+    let state = loaded.adapters.alias(&name).ok_or(Refusal::UnknownModel)?;
+    Ok(Json(adapter_card(loaded, &state)))
 }
 
 fn adapter_card(loaded: &Loaded, adapter: &AliasState) -> ModelCard {

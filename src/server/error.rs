@@ -99,12 +99,6 @@ impl ApiError {
         ApiError { hopeless: true, ..Self::new(StatusCode::NOT_IMPLEMENTED, INVALID, "not_implemented", message) }
     }
 
-    /// Adapters, on a server that serves none.
-    pub fn no_adapters() -> Self {
-        let message = "adapters are not served on a device yet; start the server with --device cpu";
-        ApiError { hopeless: true, ..Self::new(StatusCode::NOT_IMPLEMENTED, INVALID, "not_implemented", message) }
-    }
-
     /// No key, or one we do not know. The same for all of them.
     pub fn invalid_api_key() -> Self {
         let message = "a valid API key is needed: send it as `Authorization: Bearer KEY`";

@@ -126,13 +126,13 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
         Kind::Text => model.admit_completion(&body, entropy),
     };
     let Admitted { prompts, requests, reply } = server.text(&loaded, admit).await?;
-    let lease = match (&reply.adapter, &loaded.adapters) {
+    let lease = match &reply.adapter {
         // Reading it is part of waiting for a first token.
-        (Some(alias), Some(adapters)) => {
-            let leased = tokio::time::timeout(loaded.model.queue_timeout, adapters.acquire(alias)).await;
+        Some(alias) => {
+            let leased = tokio::time::timeout(loaded.model.queue_timeout, loaded.adapters.acquire(alias)).await;
             Some(leased.map_err(|_| ApiError::from(&Failure::QueueTimeout))??)
         }
-        _ => None,
+        None => None,
     };
     // Reading and tokenising may have taken long enough for the drain to begin.
     server.accepting()?;

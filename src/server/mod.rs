@@ -162,8 +162,7 @@ pub struct Loaded {
     /// Bytes of cache a request of so many positions needs at its largest: the scheduler's own arithmetic, not
     /// decreasing in the number of positions.
     pub need: Arc<dyn Fn(ProfileIndex, u32) -> u64 + Send + Sync>,
-    /// `None` where adapters are not served.
-    pub adapters: Option<Registry>,
+    pub adapters: Registry,
 }
 
 /// Where the server is in its life. It only moves forward.

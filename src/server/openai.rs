@@ -360,6 +360,8 @@ pub struct AdapterGenerationCard {
     pub aliases: Vec<String>,
     pub rank: usize,
     pub bytes: u64,
+    /// Of its copy on the device; null where there is none.
+    pub device_bytes: Option<u64>,
     /// No name points to it any more.
     pub retired: bool,
     pub active_leases: usize,
@@ -373,6 +375,8 @@ pub struct AdapterList {
     pub generations: Vec<AdapterGenerationCard>,
     pub resident_bytes: u64,
     pub max_bytes: u64,
+    /// Null where no device serves.
+    pub max_device_bytes: Option<u64>,
     pub max_rank: usize,
 }
 

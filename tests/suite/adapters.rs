@@ -78,6 +78,15 @@ fn expected(name: &str) -> Expected {
     serde_json::from_str(&std::fs::read_to_string(folder(name).join("expected.json")).unwrap()).unwrap()
 }
 
+/// Prompts with the logits after them.
+type Prompted = Vec<(Vec<u32>, Vec<f32>)>;
+
+/// Adapters that PEFT or an independent implementation was asked about: name, base, and prompts with the logits after them.
+pub(crate) fn golden_cases() -> impl Iterator<Item = (String, String, Prompted)> {
+    let served = listed().into_iter().map(|l| (expected(&l.name), l)).filter(|(want, _)| want.refused.is_none());
+    served.map(|(want, l)| (l.name, l.base, want.cases.into_iter().map(|c| (c.prompt, c.logits)).collect()))
+}
+
 pub(crate) fn ready(base: &Checkpoint, path: &Path, choice: &BaseChoice, held: HeldAs) -> Result<Ready, AdapterError> {
     let bounds = Bounds { root: None, bytes: 64 << 20 };
     Reader { base, spectra: &Spectra::new(None, base), bounds, rank: 64 }.ready(path, choice, held)

@@ -8,12 +8,13 @@ use std::time::Duration;
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::engine::thread::{Broken, EngineThread, Parts, Runner, start};
 use strait::engine::{EngineHandle, TokenStream};
-use strait::ids::{PageAddr, SeqId};
+use strait::ids::{AdapterGeneration, PageAddr, SeqId};
 use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
+use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, serves, span};
@@ -42,6 +43,11 @@ pub(crate) fn device() -> Arc<Device> {
         Device::open(0).map_err(|e| e.to_string())
     };
     DEVICE.get_or_init(open).clone().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same with a stream of its own: for what records launches, which must not be those of another test.
+pub(crate) fn own_device() -> Arc<Device> {
+    Device::open(device().ordinal()).unwrap()
 }
 
 /// Attention of the last `n` positions of each sequence on the device.
@@ -239,7 +245,7 @@ fn spans_are_whole_tiles_that_follow_from_the_length() {
 
 /// Logits of a pass, by plan row and position.
 #[derive(Default)]
-struct Kept(BTreeMap<(usize, u32), Vec<f32>>);
+pub(crate) struct Kept(pub(crate) BTreeMap<(usize, u32), Vec<f32>>);
 
 impl LogitsSink for Kept {
     fn logits(&mut self, row: usize, position: u32, logits: &mut [f32]) {
@@ -247,7 +253,7 @@ impl LogitsSink for Kept {
     }
 }
 
-fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
+pub(crate) fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSizes>) -> scheduler::Config {
     scheduler::Config {
         max_num_seqs: 8,
         max_num_batched_tokens: budget,
@@ -263,7 +269,7 @@ fn settings(layers: u32, budget: u32, arena_bytes: u64, profiles: Vec<ProfileSiz
     }
 }
 
-fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest {
+pub(crate) fn request(prompt: &[u32], new: u32, profile: u8) -> GenerateRequest {
     GenerateRequest { logprobs: None, ..engine::request(prompt, new, profile) }
 }
 
@@ -279,6 +285,27 @@ pub(crate) fn in_lockstep(
     budget: u32,
     own: bool,
 ) -> Vec<f64> {
+    worn_in_lockstep(checkpoint, profiles, waves, budget, own, &Wardrobe::default())
+}
+
+/// What requests wear: the first the first of `wears`, and so on; the model alone where there are none.
+#[derive(Default)]
+pub(crate) struct Wardrobe {
+    pub(crate) adapters: Vec<(AdapterGeneration, Arc<Delta>)>,
+    pub(crate) wears: Vec<AdapterGeneration>,
+    /// Bytes of adapters that fit the device at once.
+    pub(crate) bytes: u64,
+}
+
+/// As [`in_lockstep`], under adapters.
+pub(crate) fn worn_in_lockstep(
+    checkpoint: &'static Checkpoint,
+    profiles: Vec<ReadyProfile>,
+    waves: &[&[(u64, usize, u32, u8)]],
+    budget: u32,
+    own: bool,
+    wardrobe: &Wardrobe,
+) -> Vec<f64> {
     const POSITIONS: usize = 1024;
     let config = &checkpoint.config;
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
@@ -287,8 +314,11 @@ pub(crate) fn in_lockstep(
     let mut host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), POSITIONS, 64);
     let mut arena = Arena::new(arena_bytes).unwrap();
     let rope = host.rope().clone();
-    let mut on = CudaDecoder::new(device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, 64)).unwrap();
+    let mut on =
+        CudaDecoder::new(own_device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, wardrobe.bytes, 64)).unwrap();
     let ops = Cpu::new(2);
+    let worn: Vec<_> = wardrobe.adapters.iter().map(|(id, delta)| (*id, &**delta)).collect();
+    let given: Vec<_> = wardrobe.adapters.iter().map(|(id, delta)| (*id, delta)).collect();
     let (mut all, mut now) = (Vec::new(), Duration::ZERO);
     let (mut plan, mut outcomes) = (StepPlan::default(), Vec::new());
     let mut seqs = 0..;
@@ -301,7 +331,9 @@ pub(crate) fn in_lockstep(
                     (seed >> 33) as u32 % config.vocab as u32
                 })
                 .collect();
-            scheduler.enqueue(SeqId(seqs.next().unwrap()), request(&prompt, new, profile), now).unwrap();
+            let seq: u64 = seqs.next().unwrap();
+            let adapter = wardrobe.wears.get(seq as usize).copied().unwrap_or_default();
+            scheduler.enqueue(SeqId(seq), GenerateRequest { adapter, ..request(&prompt, new, profile) }, now).unwrap();
         }
         while !scheduler.is_idle() {
             now += Duration::from_millis(1);
@@ -311,12 +343,15 @@ pub(crate) fn in_lockstep(
                 plan: &plan,
                 arena: &mut arena,
                 profiles: &profiles,
-                adapters: &[],
+                adapters: &worn,
                 ops: &ops,
                 sink: &mut a,
                 observer: None,
             });
-            on.forward(&plan, &mut b).unwrap();
+            on.forward(&plan, &given, &mut b).unwrap();
+            let (held, largest) =
+                (on.adapters().map(|(_, bytes)| bytes).sum::<u64>(), worn.iter().map(|(_, d)| d.bytes()).max().unwrap_or(0));
+            assert!(held <= wardrobe.bytes.max(largest) * 17 / 16 + 4096, "{held} bytes of adapters on the device");
             assert_eq!(a.0.keys().collect::<Vec<_>>(), b.0.keys().collect::<Vec<_>>(), "{plan}");
             for (at, want) in &a.0 {
                 let off = rms(&b.0[at], want);
@@ -351,7 +386,7 @@ pub(crate) fn in_lockstep(
 }
 
 /// The demo model in bf16 with a `full` cache and the smallest that comes with it.
-fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
+pub(crate) fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(strait::demo::checkpoint().unwrap()));
     let config = &checkpoint.config;
     let artifact = Artifact::from_bytes(strait::demo::ARTIFACT, config, Fingerprint(checkpoint.digest())).unwrap();
@@ -406,13 +441,13 @@ fn the_image_is_of_these_sources() {
 }
 
 /// An engine that serves the demo model on a device of its own.
-fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
+pub(crate) fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
     let (checkpoint, profiles) = demo();
     let config = &checkpoint.config;
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
     let arena_bytes = 40 * profiles[0].layout.sizes().exact;
     let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
-    let on = CudaDecoder::new(device, config, host.weights(), host.rope(), profiles, (arena_bytes, 64)).unwrap();
+    let on = CudaDecoder::new(device, config, host.weights(), host.rope(), profiles, (arena_bytes, 16 << 20, 64)).unwrap();
     start(Parts {
         runner: Runner::Cuda(Box::new(on)),
         scheduler: settings(config.layers as u32, 256, arena_bytes, sizes),
@@ -421,7 +456,7 @@ fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
     .unwrap()
 }
 
-fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
+pub(crate) fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
     let mut tokens = vec![];
     loop {
         match stream.events.blocking_recv().expect("the engine says how it ends") {
@@ -435,7 +470,7 @@ fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
 
 #[test]
 fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
-    let own = Device::open(device().ordinal()).unwrap();
+    let own = own_device();
     let stream = own.stream().cu_stream() as usize;
     let (engine, thread) = engine_on(own);
     let prompt: Vec<u32> = (0..90).map(|i| 20 + i * 7 % 900).collect();

@@ -368,6 +368,17 @@ impl<T> Part<'_, T> {
     }
 }
 
+impl Memory<u8> {
+    /// `n` elements of another type from `byte` on.
+    ///
+    /// # Panics
+    /// Beyond its end, or where they would not be aligned.
+    pub fn view<T: Pod>(&self, byte: usize, n: usize) -> Part<'_, T> {
+        assert!(byte + n * size_of::<T>() <= self.n && byte.is_multiple_of(align_of::<T>()), "{n} elements at byte {byte} of {}", self.n);
+        Part { at: self.at + byte as u64, n, of: PhantomData }
+    }
+}
+
 impl<T: Pod> Memory<T> {
     /// `n` elements from `first` on.
     ///
@@ -376,6 +387,11 @@ impl<T: Pod> Memory<T> {
     pub fn part(&self, first: usize, n: usize) -> Part<'_, T> {
         assert!(first + n <= self.n, "{n} elements at {first} of {}", self.n);
         Part { at: self.at + (first * size_of::<T>()) as u64, n, of: PhantomData }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Part<'_, T> {
+        self.part(0, self.n)
     }
 
     /// Elements.

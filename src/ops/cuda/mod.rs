@@ -7,8 +7,10 @@ pub mod attend;
 pub mod driver;
 mod latents;
 pub mod linear;
+pub mod lora;
 pub mod prefill;
 pub mod rows;
+pub mod sample;
 pub mod seal;
 
 pub use driver::{Device, Memory, Part, Pinned, Recording};

@@ -54,6 +54,16 @@ struct AppendArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+struct SiluArgs {
+    gate: u64,
+    up: u64,
+    out: u64,
+    stride: u32,
+    width: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 struct HiddenArgs {
     arena: u64,
     pages: u64,
@@ -101,8 +111,8 @@ pub struct Rope<'a> {
     pub k: Part<'a, f32>,
     pub v: Part<'a, f32>,
     /// `[d]`, on each head before rope.
-    pub q_norm: Option<&'a Memory<f32>>,
-    pub k_norm: Option<&'a Memory<f32>>,
+    pub q_norm: Option<Part<'a, f32>>,
+    pub k_norm: Option<Part<'a, f32>>,
     pub eps: f32,
     /// `[positions][d / 2]`.
     pub cos: &'a Memory<f32>,
@@ -124,7 +134,7 @@ impl Device {
     ///
     /// # Panics
     /// Where shapes do not fit. Tokens must be rows of the table, which the caller has checked.
-    pub fn embed(&self, tokens: Part<'_, u32>, table: &Memory<u16>, width: usize, x: Part<'_, f32>) -> Result<(), CudaError> {
+    pub fn embed(&self, tokens: Part<'_, u32>, table: Part<'_, u16>, width: usize, x: Part<'_, f32>) -> Result<(), CudaError> {
         assert!(x.len() >= tokens.len() * width, "{} rows of {width} in {}", tokens.len(), x.len());
         let args = EmbedArgs { tokens: tokens.ptr(), table: table.ptr(), x: x.ptr(), width: width as u32 };
         // SAFETY: shapes were checked.
@@ -138,12 +148,27 @@ impl Device {
     ///
     /// # Panics
     /// Where shapes do not fit.
-    pub fn rms_norm(&self, x: Part<'_, f32>, rows: usize, weight: &Memory<f32>, eps: f32, out: Part<'_, u16>) -> Result<(), CudaError> {
+    pub fn rms_norm(&self, x: Part<'_, f32>, rows: usize, weight: Part<'_, f32>, eps: f32, out: Part<'_, u16>) -> Result<(), CudaError> {
         let width = weight.len();
         assert!(x.len() >= rows * width && out.len() >= rows * width, "{rows} rows of {width}");
         let args = NormArgs { x: x.ptr(), weight: weight.ptr(), out: out.ptr(), width: width as u32, eps };
         // SAFETY: shapes were checked.
         unsafe { self.launch("rms_norm", [rows, 1, 1], 256, 32, &args) }
+    }
+
+    /// `out[i] = bf16(silu(gate[i]) * up[i])`, rows of `width`.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    ///
+    /// # Panics
+    /// Where shapes do not fit.
+    pub fn silu_mul(&self, gate: Part<'_, f32>, up: Part<'_, f32>, width: usize, out: Part<'_, u16>) -> Result<(), CudaError> {
+        let rows = out.len() / width;
+        assert!(gate.len() >= out.len() && up.len() >= out.len() && out.len() == rows * width, "{rows} rows of {width}");
+        let args = SiluArgs { gate: gate.ptr(), up: up.ptr(), out: out.ptr(), stride: width as u32, width: width as u32 };
+        // SAFETY: shapes were checked.
+        unsafe { self.launch("silu_mul", [width.div_ceil(1024), rows, 1], 256, 0, &args) }
     }
 
     /// See [`Rope`].
@@ -158,7 +183,7 @@ impl Device {
         let rows = a.positions.len();
         assert!(a.q.len() >= rows * heads * d && a.k.len() >= rows * kv_heads * d && a.v.len() >= rows * kv_heads * d, "{rows} rows");
         assert_eq!(a.pages.len(), rows, "a page for each row");
-        let norm = |n: Option<&Memory<f32>>| {
+        let norm = |n: Option<Part<'_, f32>>| {
             n.map_or(0, |n| {
                 assert_eq!(n.len(), d, "a norm of another head");
                 n.ptr()

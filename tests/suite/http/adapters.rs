@@ -1,6 +1,7 @@
 //! Adapters over HTTP, as vLLM's clients and the Kubernetes sidecar call them; bad input, and what it leaves behind.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use strait::adapters::base::Spectra;
 use strait::adapters::registry::{Limits, Registry};
@@ -47,12 +48,29 @@ impl Drop for Root {
 }
 
 pub(crate) fn limits(root: Option<&Path>, bytes: u64) -> Limits {
-    Limits { bytes, rank: 64, root: root.map(Path::to_owned), discover: false, reserved: vec!["demo".into(), "org/demo".into()] }
+    Limits {
+        bytes,
+        device_bytes: None,
+        rank: 64,
+        root: root.map(Path::to_owned),
+        discover: false,
+        reserved: vec!["demo".into(), "org/demo".into()],
+    }
 }
 
 pub(crate) fn registry(base: &str, limits: Limits) -> Registry {
-    let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&crate::golden::folder(base)).expect("a golden model")));
-    Registry::new((checkpoint, HeldAs::F32), Spectra::new(None, checkpoint), limits, Box::new(|_| ()))
+    let checkpoint = Box::leak(Box::new(Checkpoint::open(&crate::golden::folder(base)).expect("a golden model")));
+    registry_of(checkpoint, HeldAs::F32, limits)
+}
+
+pub(crate) fn registry_of(checkpoint: &'static Checkpoint, held: HeldAs, limits: Limits) -> Registry {
+    Registry::new((checkpoint, held), Spectra::new(None, checkpoint), limits, Box::new(|_| ()))
+}
+
+/// A registry without adapters.
+pub(crate) fn none() -> Registry {
+    static NONE: OnceLock<Registry> = OnceLock::new();
+    NONE.get_or_init(|| registry("llama-linear", limits(None, 1 << 20))).clone()
 }
 
 /// An app that serves adapters of `llama-linear`; its engine says `ok` to everything.
@@ -63,7 +81,7 @@ fn serving(registry: &Registry) -> App {
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let model = Model { adapters: Some(Arc::new(registry.clone())), ..model() };
     let need = Arc::new(|_, tokens: u32| u64::from(tokens));
-    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: Some(registry.clone()) });
+    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: registry.clone() });
     App { router: server.router(), server, fake }
 }
 

@@ -207,7 +207,7 @@ async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
         let done = Event::Done { reason: FinishReason::Stop, usage: Usage::default() };
         let engine = EngineHandle::new(Arc::new(Raw(Mutex::new(vec![token(0xc3), token(0xa9), done]))));
         let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: None });
+        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
         let app = App { router: server.router(), server, fake: Fake::new(vec![]) };
         let logprobs = if path == TEXT { json!(2) } else { json!(true) };
         let prompt = if path == TEXT { json!("x") } else { hello()["messages"].clone() };

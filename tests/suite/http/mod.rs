@@ -278,7 +278,15 @@ impl Engine for Fake {
     }
     fn snapshot(&self) -> Arc<Snapshot> {
         let branches = vec![(1, Branch::SealedKeys, 100)];
-        Arc::new(Snapshot { running: 1, waiting: 2, arena_bytes: 100_000, free_bytes: 30_000, cached_bytes: 20_000, branches })
+        Arc::new(Snapshot {
+            running: 1,
+            waiting: 2,
+            arena_bytes: 100_000,
+            free_bytes: 30_000,
+            cached_bytes: 20_000,
+            branches,
+            ..Snapshot::default()
+        })
     }
     fn heartbeat_age(&self) -> Duration {
         *self.heartbeat.lock().expect("no test panics while it holds this")
@@ -318,7 +326,7 @@ fn install(server: &Server, fake: &Arc<Fake>) {
     let profiles = model().profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: None });
+    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none() });
 }
 
 struct App {
