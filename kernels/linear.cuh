@@ -6,9 +6,10 @@
 //   linear_few_m1_n{N}    16                  1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m2_n{N}    32, gated 16        1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m4_n{N}    64, gated 32        1 ..= 8 N    256       131072 + 4096 N         N = 4, 8
+//   linear_worn_m{1,2}_n{N}  as linear_few, with adapters' updates      65536 + 4608 N      N = 1, 2, 4, 8
 //   linear_many           128, gated 64       any          256       65536
 //
-// All take one parameter, a Linears by value (192 bytes). tiles = sum over jobs of ceil(out / outputs of a tile).
+// All take one parameter, a Linears by value (192 bytes), linear_worn_* a LinearsWorn (248). tiles = sum over jobs of ceil(out / outputs of a tile).
 //   linear_few_*:  grid = (min(tiles, multiprocessors * B)), B = 1 for n8 and m4, 3 for n1 and n2 where shared memory has room, else 2. Any grid gives the same bits.
 //   linear_many:   grid = (ceil(rows / 128), tiles).
 // The host must raise MAX_DYNAMIC_SHARED_SIZE_BYTES, and had best ask for a carve-out of B blocks and no more: x lives in what is left
@@ -18,7 +19,7 @@
 //
 // A row's bits depend on that row, W and `in` alone, within linear_few_* and within linear_many; the two differ from one another.
 #pragma once
-#include "common.cuh"
+#include "lora.cuh"
 
 // What becomes of a sum. GATED: y = silu(sum of w[0]) * (sum of w[1]), in bf16.
 constexpr int LINEAR_F32 = 0, LINEAR_BF16 = 1, LINEAR_ADD = 2, LINEAR_GATED = 3;
@@ -35,7 +36,19 @@ struct Linears {
     const u16* x;
     int jobs, rows, in, ldx;
 };
-static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 192, "the host lays these out too");
+// What adapters add to some jobs, shrunk already (lora_shrink): no segment has more than 64 rows, so segments are its items.
+struct LinearsWorn {
+    Linears linears;
+    const lora::Worn* worn;
+    const u16* high;
+    const u16* low;
+    u32 segments, stride;
+    // Of each job, of a gated one two: the place in adapters' tables, and which of lora_shrink's targets; NOBODY where there is none.
+    u16 place[3][2];
+    u16 target[3][2];
+};
+static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 192 && sizeof(LinearsWorn) == 248, "the host lays these out too");
+constexpr u16 UNTOUCHED = 0xffff;
 
 template <int PLAIN> __device__ __forceinline__ int linear_tiles(const Linear& j) {
     return j.mode == LINEAR_GATED ? (j.out + PLAIN / 2 - 1) / (PLAIN / 2) : (j.out + PLAIN - 1) / PLAIN;
@@ -53,6 +66,43 @@ template <int PLAIN> __device__ __forceinline__ int linear_find(const Linears& p
 }
 __device__ __forceinline__ float linear_gate(float gate, float up) { return gate / (1.0f + ex2(gate * -1.44269504f)) * up; }
 
+// Of 16 outputs from `o` of a job: what adapters add, into the slot of it. A warp takes every eighth segment, all ranks of it in order,
+// so the sum of a row does not depend on the others. Bytes: 2 rank 16 of `up` a segment; bound by the latency of reading it once.
+template <int NT> __device__ __forceinline__ void linear_update(const LinearsWorn& w, int job, int half, int o, float* extra) {
+    if (w.target[job][half] == UNTOUCHED) return;
+    const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    for (u32 segment = threadIdx.x >> 5; segment < w.segments; segment += 8) {
+        const lora::Worn worn = w.worn[segment];
+        const lora::Site& site = worn.sites[w.place[job][half]];
+        const u32 rank = site.rank, pairs = (rank + 1) / 2;
+        if (rank == 0) continue;
+        const u32* up = site.up + ((size_t)(o >> 6) * pairs + t) * 64 + (o & 63) + g;
+        const size_t of_segment = ((size_t)w.target[job][half] * w.segments + segment) * lora::ROWS * w.stride + t * 2;
+#pragma unroll
+        for (u32 n = 0; n < NT; n++) {
+            if (n * 8 + 8 <= worn.first || n * 8 >= worn.first + worn.rows) continue;
+            const bool mine = n * 8 + g - worn.first < worn.rows;
+            const size_t row = of_segment + (mine ? n * 8 + g - worn.first : 0) * w.stride;
+            float acc[4] = {};
+#pragma unroll 2
+            for (u32 k = 0; k < rank; k += 16) {
+                u32 a[4], b[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) a[i] = k / 2 + (i >> 1) * 4 + t < pairs ? up[(k / 2 + (i >> 1) * 4) * 64 + (i & 1) * 8] : 0;
+                if (mine) {
+                    b[0] = *reinterpret_cast<const u32*>(w.low + row + k), b[1] = *reinterpret_cast<const u32*>(w.low + row + k + 8);
+                    b[2] = *reinterpret_cast<const u32*>(w.high + row + k), b[3] = *reinterpret_cast<const u32*>(w.high + row + k + 8);
+                }
+                mma_b(acc, a, b[0], b[1]);
+                mma_b(acc, a, b[2], b[3]);
+            }
+#pragma unroll
+            for (u32 c = 0; c < 4; c++)
+                if (n * 8 + t * 2 + (c & 1) - worn.first < worn.rows) extra[(n * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[c];
+        }
+    }
+}
+
 // Decode: rows <= 8 NT.
 //
 // Shapes: x[rows][in], W[out][in], y[rows][out]. Bytes: 2 in out of W, once; x comes from the caches, 2 in rows for each tile.
@@ -69,13 +119,17 @@ __device__ __forceinline__ float linear_gate(float gate, float up) { return gate
 //
 // k is permuted alike in both operands: lane 4 g + t takes the 8 k from 8 t of a half chunk as its share of two products, which makes
 // every access one of 16 bytes.
-template <int MT, int NT> __device__ __forceinline__ void linear_few(const Linears& p) {
+template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(const Linears& p, const LinearsWorn* w) {
     constexpr int S = MT == 4 ? 8 : 4, UNIT = 2048, STEP = 8 * 64;
     static_assert((S & (S - 1)) == 0 && S % MT == 0, "");
     SHARED(u8, shared);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
     float* sums = reinterpret_cast<float*>(shared + 8 * S * UNIT);
     const int in = p.in, rows = p.rows, k0 = warp * 64;
+    // What adapters add, a slot like a warp's; zeros but between the two barriers of a tile's end.
+    float* extra = sums + 8 * NT * 128;
+    if (WORN)
+        for (int i = tid; i < NT * 128; i += 256) extra[i] = 0.0f;
     int tiles = 0;
     for (int j = 0; j < p.jobs; j++) tiles += linear_tiles<MT * 16>(p.job[j]);
 
@@ -165,6 +219,7 @@ template <int MT, int NT> __device__ __forceinline__ void linear_few(const Linea
         int at = tile;
         const Linear& j = p.job[linear_find<MT * 16>(p, at)];
         const bool pair = MT > 1 && j.mode == LINEAR_GATED;
+        const int job = (int)(&j - p.job);
         constexpr int PER = (NT * 128 + 255) / 256;
         float held[PER] = {};
         // sums[warp][n][c % 2][t][output]: 4 t apart by banks of 8, hence the exchange of halves.
@@ -175,21 +230,27 @@ template <int MT, int NT> __device__ __forceinline__ void linear_few(const Linea
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) sums[((warp * NT + n) * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[m][n][c];
+            if (WORN) linear_update<NT>(*w, job, pair ? m & 1 : 0, at + (pair ? m >> 1 : m) * 16, extra);
             __syncthreads();
 #pragma unroll
             for (int e = 0; e < PER; e++) {
                 const int i = tid + e * 256, place = i >> 4;
                 const int row = (place >> 3) * 8 + (place & 3) * 2 + (place >> 2 & 1);
                 const int o = at + (pair ? m >> 1 : m) * 16 + ((i & 15) ^ ((place >> 1 & 1) << 3));
-                if ((NT > 1 || tid < 128) && row < rows && o < j.out) {
+                if (NT == 1 && tid >= 128) continue;
+                float update = 0.0f;
+                if (WORN) update = extra[i], extra[i] = 0.0f;
+                if (row < rows && o < j.out) {
                     float v = sums[i];
 #pragma unroll
                     for (int w = 1; w < 8; w++) v += sums[w * NT * 128 + i];
                     const float* bias = j.bias[pair ? m & 1 : 0];
                     if (bias) v += bias[o];
                     const size_t y = (size_t)row * j.ldy + o;
-                    if (j.mode == LINEAR_F32) static_cast<float*>(j.y)[y] = v;
-                    else if (j.mode == LINEAR_ADD) static_cast<float*>(j.y)[y] += v;
+                    if (j.mode == LINEAR_ADD) v += static_cast<float*>(j.y)[y];
+                    // Last, as where it is added apart.
+                    if (WORN) v += update;
+                    if (j.mode == LINEAR_F32 || j.mode == LINEAR_ADD) static_cast<float*>(j.y)[y] = v;
                     else if (j.mode == LINEAR_BF16) static_cast<u16*>(j.y)[y] = of_b(v);
                     else if (m & 1) static_cast<u16*>(j.y)[y] = of_b(linear_gate(held[e], v));
                     else held[e] = v;
@@ -198,7 +259,8 @@ template <int MT, int NT> __device__ __forceinline__ void linear_few(const Linea
         }
     }
 }
-#define LINEAR_FEW(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_few_m##M##_n##N)(const __grid_constant__ Linears p) { linear_few<M, N>(p); }
+#define LINEAR_FEW(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_few_m##M##_n##N)(const __grid_constant__ Linears p) { linear_few<M, N, false>(p, nullptr); }
+#define LINEAR_WORN(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_worn_m##M##_n##N)(const __grid_constant__ LinearsWorn p) { linear_few<M, N, true>(p.linears, &p); }
 LINEAR_FEW(1, 1, 2)
 LINEAR_FEW(1, 2, 2)
 LINEAR_FEW(1, 4, 2)
@@ -209,7 +271,16 @@ LINEAR_FEW(2, 4, 2)
 LINEAR_FEW(2, 8, 1)
 LINEAR_FEW(4, 4, 1)
 LINEAR_FEW(4, 8, 1)
+LINEAR_WORN(1, 1, 2)
+LINEAR_WORN(1, 2, 2)
+LINEAR_WORN(1, 4, 2)
+LINEAR_WORN(1, 8, 1)
+LINEAR_WORN(2, 1, 2)
+LINEAR_WORN(2, 2, 2)
+LINEAR_WORN(2, 4, 2)
+LINEAR_WORN(2, 8, 1)
 #undef LINEAR_FEW
+#undef LINEAR_WORN
 
 // Prefill: y = x . W^T by tiles of 128 rows by 128 outputs.
 //

@@ -8,18 +8,20 @@
 // name            grid                                            block  dynamic shared bytes
 // lora_shrink     (items, splits or 1, targets * rank tiles)      128    20480
 // lora_expand     (any, items, targets)                           128    34816
+// linear_worn_*   (linear.cuh): few rows are expanded where their products are summed
 // adapt_rows      ((width + 1023) / 1024, rows)                   256    0
 // embed_adapted   (rows)                                          256    0
 //
 // Neighbouring rows that wear one adapter are a Worn; an item is up to 64 of its rows. Factors are as the host's backend has them
-// (ops::LowRank): down[rank][in], up in tiles [out / 64][rank][64], bf16, 16-byte aligned, `in` a multiple of 8. Each adapter has a
+// (ops::LowRank), down[rank][in], but for pairs of ranks side by side, up[out / 64][rank / 2][64][2]; bf16, 16-byte aligned, `in` a multiple of 8. Each adapter has a
 // table of what it does at each place of the model; where it does nothing the rank is 0 and blocks leave at once.
 //
 // Bytes of an adapter and a place: 2 rank (in + out), once for up to 64 rows. FLOPs: 2 rows rank (in + out). Few rows are bound by
 // their launch and by reading factors, many by reading x from the second-level cache once for every 16 ranks.
 //
 // A row's bits depend on that row and its adapter alone: a product has a column for each row, splits are of 512 k whoever sums them,
-// and are added in order. What was shrunk is summed in f32 and meets `up` as two bf16 numbers, which keep 16 bits of it.
+// and are added in order, by the last block to end where several sum. What was shrunk meets `up` as two bf16 numbers, which keep 16 bits
+// of it.
 // No kernel writes factors or tables, so both are read before the wait for the launch ahead.
 #pragma once
 #include "common.cuh"
@@ -31,7 +33,7 @@ constexpr u32 ROWS = 64, RANKS = 16, SPLIT = 512, CHUNK = 64, NOBODY = ~0u;
 // What an adapter does at one place; null and 0 where it does nothing. 48 bytes.
 struct Site {
     const u16* down;
-    const u16* up;
+    const u32* up;          // pairs of ranks, the lower first
     const float* gain;
     const float* bias;
     const float* own_bias;  // that of the weights which stand in for the model's own, where `replaced`
@@ -49,7 +51,10 @@ struct ShrinkArgs {
     const lora::Worn* worn;
     const lora::Item* items;
     const u16* x;           // bf16 [rows][in]
-    float* out;             // [gridDim.y][targets][items * 64][stride]
+    u16* high;              // bf16 [targets][items * 64][stride], and what it leaves over
+    u16* low;
+    float* partials;        // [gridDim.y] as these, where gridDim.y > 1
+    u32* ended;             // [targets * tiles][items], zeros before and after
     u32 place[3];
     u32 in, stride, tiles;  // stride a multiple of 16, as many as the widest adapter has ranks; tiles of 16 ranks
 };
@@ -117,25 +122,61 @@ KERNEL(128, 4, lora_shrink)(const __grid_constant__ ShrinkArgs p) {
         }
         __syncthreads();
     }
-    float* to = p.out + (((size_t)blockIdx.y * (gridDim.z / p.tiles) + target) * gridDim.x + blockIdx.x) * ROWS * p.stride + first + tid % 16;
+    const size_t all = (size_t)(gridDim.z / p.tiles) * gridDim.x * ROWS * p.stride;
+    const size_t at = ((size_t)target * gridDim.x + blockIdx.x) * ROWS * p.stride + tid / 16 * p.stride + first + tid % 16;
+    if (gridDim.y > 1) {
+        // The last block of an item and a tile adds them up.
+#pragma unroll
+        for (u32 i = 0; i < 8; i++)
+            if (tid / 16 + 8 * i < rows) p.partials[blockIdx.y * all + at + i * 8 * p.stride] = total[i];
+        __threadfence();
+        __syncthreads();
+        u32* ended = p.ended + blockIdx.z * gridDim.x + blockIdx.x;
+        const bool last = any_of_block(tid == 0 && atomicAdd(ended, 1u) == gridDim.y - 1);
+        if (!last) return;
+        __threadfence();
+        if (tid == 0) *ended = 0;
+        const float* from = p.partials + at;
+        if (rows <= 8) {
+            if (tid / 16 < rows) {
+                float v = ld_fresh(from);
+#pragma unroll 8
+                for (u32 i = 1; i < gridDim.y; i++) v += ld_fresh(from + i * all);
+                total[0] = v;
+            }
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) total[i] = tid / 16 + 8 * i < rows ? ld_fresh(from + i * 8 * p.stride) : 0.0f;
+#pragma unroll 2
+            for (u32 k = 1; k < gridDim.y; k++)
+#pragma unroll
+                for (u32 i = 0; i < 8; i++)
+                    if (tid / 16 + 8 * i < rows) total[i] += ld_fresh(from + k * all + i * 8 * p.stride);
+        }
+    }
 #pragma unroll
     for (u32 i = 0; i < 8; i++)
-        if (tid / 16 + 8 * i < rows) to[(tid / 16 + 8 * i) * p.stride] = total[i];
+        if (tid / 16 + 8 * i < rows) {
+            const u16 h = of_b(total[i]);
+            p.high[at + i * 8 * p.stride] = h;
+            p.low[at + i * 8 * p.stride] = of_b(total[i] - b_of(h));
+        }
 }
 
 struct ExpandArgs {
     const lora::Worn* worn;
     const lora::Item* items;
-    const float* shrunk;    // as lora_shrink leaves it: [partials][targets][items * 64][stride]
+    const u16* high;        // as lora_shrink leaves them
+    const u16* low;
     float* y[3];            // [rows][out]
     u32 place[3], out[3];
-    u32 partials, stride;
+    u32 stride;
 };
 // Tiles of 64 outputs, 16 a warp; 64 ranks at a time. Blocks of one item take every so many-th tile.
 KERNEL(128, 4, lora_expand)(const __grid_constant__ ExpandArgs p) {
     using namespace lora;
     SHARED(u8, shared);
-    constexpr u32 TILE = CHUNK * 128, LINE = CHUNK + 8;
+    constexpr u32 TILE = CHUNK * 128, LINE = CHUNK + 8;  // a line of a tile: 64 outputs of two ranks, 256 bytes
     u16* high = reinterpret_cast<u16*>(shared + 2 * TILE);  // [64 rows][72]
     u16* low = high + ROWS * LINE;
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, target = blockIdx.z;
@@ -149,36 +190,31 @@ KERNEL(128, 4, lora_expand)(const __grid_constant__ ExpandArgs p) {
         return;
     }
     const u32 rows = rows_of(worn, item), steps = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x * chunks;
-    // A line of 128 bytes, 64 outputs of one rank, keeps its eight pieces exchanged by its number, so that any 8 lines offer one piece
-    // without a conflict.
+    // A line keeps its outputs exchanged by eights and its number, so that a product's four lines lie in banks of their own.
     auto feed = [&](u32 step) {
         if (step < steps) {
-            const u32 tile = blockIdx.x + step / chunks * gridDim.x, at = step % chunks * CHUNK, ranks = min(CHUNK, (rank - at + 15) & ~15u);
+            const u32 tile = blockIdx.x + step / chunks * gridDim.x, at = step % chunks * CHUNK, pairs = min(CHUNK, (rank - at + 15) & ~15u) / 2;
             u8* to = shared + (step & 1) * TILE;
-            const u16* from = site.up + ((size_t)tile * rank + at) * 64;
-            for (u32 e = tid; e < ranks * 8; e += 128) cp16_if(to + (e >> 3) * 128 + (((e & 7) ^ (e >> 3 & 7)) << 4), from + (size_t)e * 8, at + (e >> 3) < rank);
+            const u32* from = site.up + ((size_t)tile * ((rank + 1) / 2) + at / 2) * 64;
+            for (u32 e = tid; e < pairs * 16; e += 128)
+                cp16_if(to + (e >> 4) * 256 + (((e & 15) ^ (e >> 4 & 3) << 1) << 4), from + (size_t)e * 4, at + (e >> 4) * 2 < rank);
         }
         cp_commit();
     };
     feed(0);
     grid_wait();
     grid_go();
-    const size_t apart = (size_t)gridDim.z * gridDim.y * ROWS * p.stride;
-    const float* shrunk = p.shrunk + ((size_t)target * gridDim.y + blockIdx.y) * ROWS * p.stride;
+    const size_t of_item = ((size_t)target * gridDim.y + blockIdx.y) * ROWS * p.stride;
     float acc[8][4];
     for (u32 step = 0; step < steps; step++) {
         const u32 at = step % chunks * CHUNK, ranks = min(CHUNK, (rank - at + 15) & ~15u);
         feed(step + 1);
         if (step == 0 || chunks > 1) {
-            for (u32 e = tid; e < rows * ranks; e += 128) {
-                const u32 row = e / ranks, j = e % ranks;
-                const float* from = shrunk + row * p.stride + at + j;
-                float v = from[0];
-#pragma unroll 4
-                for (u32 i = 1; i < p.partials; i++) v += from[i * apart];
-                const u16 h = of_b(v);
-                high[row * LINE + j] = h;
-                low[row * LINE + j] = of_b(v - b_of(h));
+            for (u32 e = tid; e < rows * ranks / 8; e += 128) {
+                const u32 row = e / (ranks / 8), j = e % (ranks / 8) * 8;
+                const size_t from = of_item + row * p.stride + at + j;
+                *reinterpret_cast<uint4*>(high + row * LINE + j) = *reinterpret_cast<const uint4*>(p.high + from);
+                *reinterpret_cast<uint4*>(low + row * LINE + j) = *reinterpret_cast<const uint4*>(p.low + from);
             }
         }
         cp_wait<1>();
@@ -190,9 +226,8 @@ KERNEL(128, 4, lora_expand)(const __grid_constant__ ExpandArgs p) {
                 for (int c = 0; c < 4; c++) acc[n][c] = 0.0f;
         const u8* tile = shared + (step & 1) * TILE;
         for (u32 k = 0; k < ranks; k += 16) {
-            const u32 line = k + (lane >> 4) * 8 + (lane & 7), piece = warp * 2 + (lane >> 3 & 1);
-            u32 a[4];
-            ldsm4<true>(a, tile + line * 128 + ((piece ^ (line & 7)) << 4));
+            const u32 *pair = reinterpret_cast<const u32*>(tile) + (k / 2 + t) * 64, o = warp * 16 + g ^ t << 3;
+            const u32 a[4] = {pair[o], pair[o ^ 8], pair[256 + o], pair[256 + (o ^ 8)]};
 #pragma unroll
             for (u32 n = 0; n < 8; n++) {
                 if (n * 8 >= rows) continue;

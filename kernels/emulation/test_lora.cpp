@@ -1,7 +1,7 @@
-// lora.cuh against sums in f64: ragged ranks and shapes, several adapters in one batch, places where one does nothing, poisoned and
+// lora.cuh, and what linear.cuh does with it, against sums in f64: ragged ranks and shapes, several adapters in one batch, places where one does nothing, poisoned and
 // forbidden memory, shuffled threads, and a row's bits among others and however sums are split. A crash is a read past an input.
 // g++ -O2 -march=x86-64-v3 -std=c++17 -DSTRAIT_EMULATED -I.. test_lora.cpp && ./a.out
-#include "lora.cuh"
+#include "linear.cuh"
 #include <algorithm>
 #include <cmath>
 #include <sys/mman.h>
@@ -28,21 +28,25 @@ template <class T> struct Guarded {
 // One adapter at one place, rank 0 where it does nothing there.
 struct Update {
     u32 rank, in, out;
-    Guarded<u16> down, up;
-    Update(u32 rank, u32 in, u32 out) : rank(rank), in(in), out(out), down(std::max(rank * in, 1u)), up(std::max((out + 63) / 64 * rank * 64, 1u)) {
+    Guarded<u16> down;
+    Guarded<u32> up;
+    u16* half(u32 o, u32 j) { return (u16*)(up.at() + (o / 64 * ((rank + 1) / 2) + j / 2) * 64 + o % 64) + j % 2; }
+    Update(u32 rank, u32 in, u32 out) : rank(rank), in(in), out(out), down(std::max(rank * in, 1u)), up(std::max((out + 63) / 64 * ((rank + 1) / 2) * 64, 1u)) {
+        memset(up.at(), 0, up.n * 4);
         for (u32 i = 0; i < rank * in; i++) down.at()[i] = of_b(uniform());
-        for (u32 t = 0; t < (out + 63) / 64; t++)
-            for (u32 j = 0; j < rank; j++)
-                for (u32 c = 0; c < 64; c++) up.at()[(t * rank + j) * 64 + c] = t * 64 + c < out ? of_b(uniform()) : 0;
+        for (u32 o = 0; o < out; o++)
+            for (u32 j = 0; j < rank; j++) *half(o, j) = of_b(uniform());
     }
-    double at(u32 o, u32 j) { return b_of(up.at()[(o / 64 * rank + j) * 64 + o % 64]); }
+    double at(u32 o, u32 j) { return b_of(*half(o, j)); }
 };
 
 struct Segment { u32 first, rows, adapter; };
 
-// Runs both kernels over a batch; `whole` sums all splits in one block.
+enum How { EXPANDED, FUSED_1, FUSED_2 };
+
+// Runs both kernels over a batch; `whole` sums all splits in one block. Fused, what products with zeros are added to.
 static std::vector<std::vector<float>> run(std::vector<std::vector<Update>>& adapters, std::vector<Segment> segments, Guarded<u16>& x, u32 rows, u32 in, std::vector<u32> outs,
-                                           bool whole, u32 blocks, u64 seed) {
+                                           bool whole, u32 blocks, u64 seed, How how = EXPANDED) {
     const u32 targets = (u32)outs.size(), splits = whole ? 1 : (in + lora::SPLIT - 1) / lora::SPLIT;
     std::vector<std::vector<lora::Site>> tables;
     u32 widest = 1;
@@ -61,21 +65,44 @@ static std::vector<std::vector<float>> run(std::vector<std::vector<Update>>& ada
         worn.push_back({tables[s.adapter].data(), s.first, s.rows});
     }
     const u32 stride = (widest + 15) & ~15u, tiles = stride / 16;
-    Guarded<float> shrunk((size_t)splits * targets * items.size() * 64 * stride);
+    const size_t all = targets * items.size() * 64 * stride;
+    Guarded<float> partials(splits * all);
+    Guarded<u16> high(all), low(all);
+    std::vector<u32> ended(targets * tiles * items.size(), 0);
     std::vector<Guarded<float>> y;
     ExpandArgs e;
     memset(&e, 0, sizeof e);
     ShrinkArgs s;
     memset(&s, 0, sizeof s);
-    s.worn = e.worn = worn.data(); s.items = e.items = items.data(); s.x = x.at(); s.out = shrunk.at(); e.shrunk = shrunk.at();
-    s.in = in; s.stride = e.stride = stride; s.tiles = tiles; e.partials = splits;
+    s.worn = e.worn = worn.data(); s.items = e.items = items.data(); s.x = x.at(); s.partials = partials.at(); s.ended = ended.data();
+    s.high = high.at(); s.low = low.at(); e.high = high.at(); e.low = low.at();
+    s.in = in; s.stride = e.stride = stride; s.tiles = tiles;
     for (u32 t = 0; t < targets; t++) {
         y.emplace_back((size_t)rows * outs[t]);
         for (u32 i = 0; i < rows * outs[t]; i++) y.back().at()[i] = (float)(i % 7) - 3;
         s.place[t] = e.place[t] = t; e.y[t] = y[t].at(); e.out[t] = outs[t];
     }
     emu::launch(dim3((unsigned)items.size(), splits, targets * tiles), dim3(128), 20480, [&] { lora_shrink(s); }, seed);
-    emu::launch(dim3(blocks, (unsigned)items.size(), targets), dim3(128), 34816, [&] { lora_expand(e); }, seed);
+    if (std::any_of(ended.begin(), ended.end(), [](u32 n) { return n != 0; })) FAIL("counts are left");
+    if (how == EXPANDED) {
+        emu::launch(dim3(blocks, (unsigned)items.size(), targets), dim3(128), 34816, [&] { lora_expand(e); }, seed);
+    } else {
+        LinearsWorn p;
+        memset(&p, 0, sizeof p);
+        p.worn = worn.data(); p.high = high.at(); p.low = low.at(); p.segments = (u32)worn.size(); p.stride = stride;
+        p.linears.x = x.at(); p.linears.jobs = (int)targets; p.linears.rows = (int)rows; p.linears.in = p.linears.ldx = (int)in;
+        std::vector<std::vector<u16>> zeros;
+        for (u32 t = 0; t < targets; t++) {
+            zeros.emplace_back((size_t)outs[t] * in, 0);
+            p.linears.job[t].w[0] = zeros[t].data(); p.linears.job[t].y = y[t].at();
+            p.linears.job[t].out = p.linears.job[t].ldy = (int)outs[t]; p.linears.job[t].mode = LINEAR_ADD;
+            p.place[t][0] = p.target[t][0] = (u16)t; p.place[t][1] = p.target[t][1] = UNTOUCHED;
+        }
+        const u32 n = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+        auto kernel = how == FUSED_1 ? (n == 1 ? linear_worn_m1_n1 : n == 2 ? linear_worn_m1_n2 : n == 4 ? linear_worn_m1_n4 : linear_worn_m1_n8)
+                                     : (n == 1 ? linear_worn_m2_n1 : n == 2 ? linear_worn_m2_n2 : n == 4 ? linear_worn_m2_n4 : linear_worn_m2_n8);
+        emu::launch(dim3(blocks), dim3(256), 65536 + 4608 * n, [&] { kernel(p); }, seed);
+    }
     std::vector<std::vector<float>> got;
     for (u32 t = 0; t < targets; t++) got.emplace_back(y[t].at(), y[t].at() + (size_t)rows * outs[t]);
     return got;
@@ -112,6 +139,19 @@ static void check(std::vector<u32> ranks, u32 in, std::vector<u32> outs, std::ve
     // The same bits however sums are split, blocks share tiles, and threads run.
     for (auto again : {run(adapters, segments, x, rows, in, outs, true, 1, 3), run(adapters, segments, x, rows, in, outs, false, 64, 4)})
         if (again != got) FAIL("in %u, %zu segments: other bits", in, segments.size());
+    if (rows <= 64) {
+        // Where products are summed, in every width of tile; again alone.
+        auto fused = run(adapters, segments, x, rows, in, outs, false, 2, 5, FUSED_1);
+        if (run(adapters, segments, x, rows, in, outs, false, 1, 6, FUSED_2) != fused) FAIL("in %u: other bits in wider tiles", in);
+        for (u32 t = 0; t < outs.size(); t++)
+            for (size_t i = 0; i < got[t].size(); i++)
+                if (!(std::fabs(fused[t][i] - got[t][i]) <= 1e-5 * (1 + std::fabs(got[t][i])))) FAIL("in %u target %u: %g fused for %g", in, t, fused[t][i], got[t][i]);
+        for (auto& s : segments) {
+            auto alone = run(adapters, {{s.first, s.rows, s.adapter}}, x, rows, in, outs, false, 3, 0, FUSED_2);
+            for (u32 t = 0; t < outs.size(); t++)
+                if (!std::equal(alone[t].begin() + s.first * outs[t], alone[t].begin() + (s.first + s.rows) * outs[t], fused[t].begin() + s.first * outs[t])) FAIL("in %u: other bits alone", in);
+        }
+    }
     // And alone.
     for (auto& s : segments) {
         auto alone = run(adapters, {{s.first + s.rows - 1, 1, s.adapter}}, x, rows, in, outs, false, 3, 0);
@@ -171,6 +211,9 @@ int main() {
     check({8, 64}, 1032, {192, 30}, {{2, 64, 1}, {66, 65, 0}}, 131, 3);
     check({65, 130}, 1544, {130}, {{0, 8, 0}, {8, 9, 1}}, 17, 4);
     check({5}, 8, {9}, {{0, 1, 0}}, 1, 5);
+    // More segments than warps; rows that wear nothing between them.
+    check({16, 33, 5}, 264, {80, 48, 20}, {{0, 1, 0}, {1, 1, 1}, {2, 3, 2}, {6, 1, 0}, {7, 9, 1}, {20, 1, 2}, {21, 1, 0}, {22, 1, 1}, {23, 1, 2}, {24, 2, 0}, {27, 4, 1}}, 33, 6);
+    check({64, 20}, 520, {200}, {{3, 40, 1}, {45, 2, 0}}, 50, 7);
     rows_of_gains();
     printf(failures ? "FAILED: %d\n" : "lora: all the same\n", failures);
     return failures != 0;

@@ -16,12 +16,12 @@ use crate::kv::layout::PageLayout;
 use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::adapters::{DeviceAdapter, DeviceAdapters, Given, head_place, place};
-use crate::model::cuda::linear::{DeviceProjection, LinearJob, LinearLayer, LinearScratch, Worn, project};
+use crate::model::cuda::linear::{DeviceProjection, LinearJob, LinearLayer, LinearScratch, Worn, gate_and_up, project};
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
-use crate::ops::cuda::linear::{Job, Linears, Mode};
+use crate::ops::cuda::linear::{Job, Mode};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
 use crate::ops::cuda::sample::WIDEST;
@@ -507,7 +507,7 @@ impl CudaDecoder {
         let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
         let wearing = &self.wearing;
         self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
-        if self.ranks > 0 || self.worn.touches(MLP) {
+        if self.ranks > 0 || self.worn.apart(MLP, tokens) {
             s.gate.reserve(tokens * c.intermediate)?;
             s.up.reserve(tokens * c.intermediate)?;
         }
@@ -644,7 +644,7 @@ impl CudaDecoder {
         let x = s.x.part(0, tokens * c.hidden);
         project(s.attended.ptr(), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
         self.norm((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post))?;
-        if w.gate.rank() + w.up.rank() > 0 || self.worn.touches(MLP) {
+        if w.gate.rank() + w.up.rank() > 0 || self.worn.apart(MLP, tokens) {
             let n = tokens * c.intermediate;
             let (gate, up) = (s.gate.part(0, n), s.up.part(0, n));
             project(s.normed.ptr(), c.hidden, &[to(&w.gate, Site::Gate, gate), to(&w.up, Site::Up, up)])?;
@@ -658,7 +658,7 @@ impl CudaDecoder {
                 ldy: c.intermediate,
                 mode: Mode::Gated,
             };
-            Linears { jobs: &[gated], x: s.normed.ptr(), rows: tokens, inputs: c.hidden, ldx: c.hidden }.launch(device)?;
+            gate_and_up(device, (s.normed.ptr(), c.hidden), tokens, gated, (&self.worn, [at(Site::Gate), at(Site::Up)], c.layers))?;
         }
         project(s.gated.ptr(), c.intermediate, &[LinearJob { of: w.down.layer(), place: at(Site::Down), y: x, add: true }])
     }

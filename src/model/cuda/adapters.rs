@@ -8,12 +8,13 @@ use std::sync::{Arc, Weak};
 
 use bytemuck::Pod;
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::ids::AdapterGeneration;
 use crate::model::delta::{Delta, Norm, Site, SiteDelta};
-use crate::ops::MatrixData;
 use crate::ops::cuda::lora::{EmbedSite, Site as DeviceSite};
 use crate::ops::cuda::{CudaError, Device, Memory, Part};
+use crate::ops::{MatrixData, UP_TILE};
 
 /// Sites of a layer.
 const SITES: usize = Site::ALL.len();
@@ -65,14 +66,39 @@ struct EmbedParts {
 }
 
 /// Bytes of a copy before they are on the device.
-struct Image(Vec<u8>);
+struct Image<'a>(&'a mut Vec<u8>);
 
-impl Image {
+impl Image<'_> {
+    /// So many zeros.
+    fn room<T: Pod>(&mut self, n: usize) -> (usize, &mut [T]) {
+        let at = self.0.len().next_multiple_of(ALIGN);
+        self.0.resize(at + n * size_of::<T>(), 0);
+        (at, bytemuck::cast_slice_mut(&mut self.0[at..]))
+    }
+
     fn put<T: Pod>(&mut self, data: &[T]) -> Span {
         self.0.resize(self.0.len().next_multiple_of(ALIGN), 0);
         let at = self.0.len();
         self.0.extend_from_slice(bytemuck::cast_slice(data));
         (at, data.len())
+    }
+
+    /// Tiles `[rank][64]` as bf16 `[rank / 2 rounded up][64][2]`.
+    fn put_up(&mut self, data: MatrixData<'_>, rank: usize) -> usize {
+        let (tile, tiles) = (rank.div_ceil(2) * UP_TILE, data.len() / (rank * UP_TILE));
+        let (at, to) = self.room::<[u16; 2]>(tiles * tile);
+        let fill = |(of, pairs): (usize, &mut [[u16; 2]])| {
+            for j in 0..rank {
+                let from = (of * rank + j) * UP_TILE;
+                let to = &mut pairs[j / 2 * UP_TILE..][..UP_TILE];
+                match data {
+                    MatrixData::Bf16(d) => to.iter_mut().zip(&d[from..]).for_each(|(pair, x)| pair[j % 2] = x.to_bits()),
+                    MatrixData::F32(d) => to.iter_mut().zip(&d[from..]).for_each(|(pair, &x)| pair[j % 2] = bf16::from_f32(x).to_bits()),
+                }
+            }
+        };
+        to.par_chunks_mut(tile).enumerate().for_each(fill);
+        at
     }
 
     /// As bf16.
@@ -85,11 +111,13 @@ impl Image {
 }
 
 impl DeviceAdapter {
-    fn new(device: &Arc<Device>, delta: &Delta) -> Result<Self, CudaError> {
+    /// A copy of `delta`, made in `bytes`.
+    fn new(device: &Arc<Device>, delta: &Delta, bytes: &mut Vec<u8>) -> Result<Self, CudaError> {
         let layers = delta.layers.len();
         let mut table = vec![DeviceSite::default(); head_place(layers) + 1];
-        let mut image = Image(Vec::with_capacity(size_of_val(&table[..]) + delta.bytes() as usize * 17 / 16));
-        image.0.resize(size_of_val(&table[..]), 0);
+        bytes.clear();
+        bytes.resize(size_of_val(&table[..]), 0);
+        let mut image = Image(bytes);
         let (mut updates, mut adapts, mut rank) = (0, 0, 0);
         let (mut replaced, mut norms) = (HashMap::new(), HashMap::new());
         let sites = delta.layers.iter().enumerate().flat_map(|(layer, l)| {
@@ -101,7 +129,7 @@ impl DeviceAdapter {
             if let Some(factors) = factors {
                 let f = factors.low_rank();
                 f.check();
-                (to.down, to.up, to.rank) = (image.put_matrix(f.down).0 as u64, image.put_matrix(f.up).0 as u64, f.rank as u32);
+                (to.down, to.up, to.rank) = (image.put_matrix(f.down).0 as u64, image.put_up(f.up, f.rank) as u64, f.rank as u32);
                 updates |= bit(at, layers);
                 rank = rank.max(f.rank);
             }
@@ -141,7 +169,7 @@ impl DeviceAdapter {
             [&mut s.down, &mut s.up, &mut s.gain, &mut s.bias, &mut s.own_bias].into_iter().for_each(address);
         }
         image.0[..size_of_val(&table[..])].copy_from_slice(bytemuck::cast_slice(&table));
-        memory.write(0, &image.0)?;
+        memory.write(0, image.0)?;
         Ok(DeviceAdapter { image: memory, rank, updates, adapts, replaced, norms, embed, layers })
     }
 
@@ -192,6 +220,8 @@ pub(super) struct DeviceAdapters {
     device: Arc<Device>,
     budget: u64,
     copies: HashMap<AdapterGeneration, Copied>,
+    /// Where copies are made: pages that are the process's already take less time than fresh ones.
+    bytes: Vec<u8>,
     clock: u64,
 }
 
@@ -204,7 +234,7 @@ struct Copied {
 impl DeviceAdapters {
     /// None; at most `budget` bytes of them, but for what one batch needs.
     pub(super) fn new(device: Arc<Device>, budget: u64) -> Self {
-        DeviceAdapters { device, budget, copies: HashMap::new(), clock: 0 }
+        DeviceAdapters { device, budget, copies: HashMap::new(), bytes: Vec::new(), clock: 0 }
     }
 
     /// How many bytes of adapters a batch may wear.
@@ -227,7 +257,7 @@ impl DeviceAdapters {
         for &(generation, delta) in adapters {
             if !self.copies.contains_key(&generation) {
                 self.make_room(delta.bytes(), adapters);
-                let adapter = Arc::new(DeviceAdapter::new(&self.device, delta)?);
+                let adapter = Arc::new(DeviceAdapter::new(&self.device, delta, &mut self.bytes)?);
                 self.copies.insert(generation, Copied { adapter, of: Arc::downgrade(delta), last_used: 0 });
             }
             let copy = self.copies.get_mut(&generation).expect("made above");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::adapters::{DeviceAdapter, bit};
 use super::upload;
 use crate::model::weights::{Projection, Weight};
-use crate::ops::cuda::linear::{Job, Linears, Mode};
+use crate::ops::cuda::linear::{Job, Linears, MANY, Mode};
 use crate::ops::cuda::lora::{Segment, Shape, Target, WornRows};
 use crate::ops::cuda::{CudaError, Device, Memory, Part};
 
@@ -121,9 +121,10 @@ impl Worn {
         (self.updates, self.adapts) = (0, 0);
     }
 
-    /// Whether any does something at one of these kinds of place.
-    pub(super) fn touches(&self, bits: u8) -> bool {
-        (self.updates | self.adapts) & bits != 0
+    /// Whether what adapters do at these kinds of place is done apart from the products of `rows`: gains, biases and other weights
+    /// always are; updates are where rows are many.
+    pub(super) fn apart(&self, bits: u8, rows: usize) -> bool {
+        self.adapts & bits != 0 || (self.updates & bits != 0 && rows >= MANY)
     }
 
     /// Adds all that launches depend on, but for what lies in device memory that tables point to.
@@ -199,6 +200,16 @@ pub(super) fn project(
             (false, false) => job.of.job(job.y.ptr(), Mode::F32),
         })
         .collect();
+    // Few rows are expanded where their products are summed.
+    let fuses = rows < MANY && jobs.iter().all(|job| job.of.inner.is_none() && !touched(worn.adapts, job));
+    if fuses && !targets.is_empty() {
+        let mut of = [[None; 2]; 3];
+        let mut next = 0..;
+        for (job, of) in jobs.iter().zip(&mut of).filter(|(job, _)| touched(worn.updates, job)) {
+            of[0] = next.next().map(|target| (job.place, target));
+        }
+        return Linears { jobs: &launched, x, rows, inputs, ldx: inputs, worn: Some(worn.rows.fused(of)) }.launch(device);
+    }
     products(device, (x, inputs), rows, (jobs, &launched), scratch)?;
     for (job, launched) in jobs.iter().zip(&launched).filter(|(job, _)| touched(worn.adapts, job)) {
         for (adapter, of) in &worn.segments {
@@ -211,13 +222,35 @@ pub(super) fn project(
                     ..*launched
                 };
                 let x = x + (of.start * inputs * 2) as u64;
-                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs }.launch(device)?;
+                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs, worn: None }.launch(device)?;
             }
         }
         let onto = if aside(job) { job.y.ptr() } else { 0 };
         worn.rows.adapt(device, rows, Target { place: job.place, y: launched.y, out: job.of.out }, onto, job.of.bias)?;
     }
-    if targets.is_empty() { Ok(()) } else { worn.rows.expand(device, inputs, &targets) }
+    if targets.is_empty() { Ok(()) } else { worn.rows.expand(device, &targets) }
+}
+
+/// Gate and up as one job, which SiLU makes one output of, under updates of adapters at these places: not where they are done
+/// [apart](Worn::apart).
+pub(super) fn gate_and_up(
+    device: &Device,
+    (x, inputs): (u64, usize),
+    rows: usize,
+    job: Job,
+    (worn, places, layers): (&Worn, [usize; 2], usize),
+) -> Result<(), CudaError> {
+    let touched = places.map(|place| worn.updates & bit(place, layers) != 0);
+    let targets: Vec<Target> =
+        places.iter().zip(touched).filter(|(_, touched)| *touched).map(|(&place, _)| Target { place, y: 0, out: job.out }).collect();
+    let mut fused = None;
+    if !targets.is_empty() {
+        worn.rows.shrink(device, (x, inputs), &targets)?;
+        let mut next = 0..;
+        let of = [0, 1].map(|i| touched[i].then(|| (places[i], next.next().expect("counts on"))));
+        fused = Some(worn.rows.fused([of, [None; 2], [None; 2]]));
+    }
+    Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused }.launch(device)
 }
 
 /// The products with the model's own weights.
@@ -245,7 +278,7 @@ fn products(
         }
     }
     for some in [&whole, &inner].into_iter().filter(|some| !some.is_empty()) {
-        Linears { jobs: some, x, rows, inputs, ldx: inputs }.launch(device)?;
+        Linears { jobs: some, x, rows, inputs, ldx: inputs, worn: None }.launch(device)?;
     }
-    outer.iter().try_for_each(|(x, rank, job)| Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank }.launch(device))
+    outer.iter().try_for_each(|(x, rank, job)| Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank, worn: None }.launch(device))
 }

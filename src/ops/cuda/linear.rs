@@ -2,6 +2,7 @@
 
 use super::CudaError;
 use super::driver::Device;
+use super::lora::Fused;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +39,8 @@ pub struct Linears<'a> {
     pub rows: usize,
     pub inputs: usize,
     pub ldx: usize,
+    /// What adapters add, for fewer rows than [`MANY`].
+    pub worn: Option<Fused>,
 }
 
 #[repr(C)]
@@ -63,8 +66,15 @@ struct LinearsArgs {
     ldx: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearsWornArgs {
+    linears: LinearsArgs,
+    worn: Fused,
+}
+
 /// Rows from which the weights are no longer all there is to wait for.
-const MANY: usize = 65;
+pub const MANY: usize = 65;
 
 impl Linears<'_> {
     /// Launches them.
@@ -73,7 +83,7 @@ impl Linears<'_> {
     /// Where the device refuses.
     ///
     /// # Panics
-    /// For more than three jobs, or inputs that 8 does not divide.
+    /// For more than three jobs, inputs that 8 does not divide, or adapters on [`MANY`] rows.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         assert!(self.jobs.len() <= 3, "{} jobs", self.jobs.len());
         assert!(self.inputs.is_multiple_of(8) && self.ldx.is_multiple_of(8), "inputs of {} in rows of {}", self.inputs, self.ldx);
@@ -100,6 +110,7 @@ impl Linears<'_> {
             self.jobs.iter().map(|job| job.out.div_ceil(if job.mode == Mode::Gated { outputs / 2 } else { outputs })).sum()
         };
         if self.rows >= MANY {
+            assert!(self.worn.is_none(), "many rows are expanded apart");
             // SAFETY: shapes as the kernel documents; the caller's memory.
             return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), tiles(128), 1], 256, 65536, &args) };
         }
@@ -109,9 +120,20 @@ impl Linears<'_> {
             _ if gated && n <= 4 => 2,
             1 | 2 | 4 if 10 * tiles(32) >= 9 * device.processors => 2,
             1 | 2 | 4 => 1,
-            _ if tiles(64) >= 2 * device.processors && device.shared >= 131_072 + 4096 * 8 => 4,
+            _ if self.worn.is_none() && tiles(64) >= 2 * device.processors && device.shared >= 131_072 + 4096 * 8 => 4,
             _ => 2,
         };
+        if let Some(worn) = self.worn {
+            let kernel = WORN[m - 1][n.trailing_zeros() as usize];
+            let blocks = match (m, n) {
+                (_, 8) => 1,
+                (1, 1 | 2) if device.shared >= 220 << 10 => 3,
+                _ => 2,
+            };
+            let args = LinearsWornArgs { linears: args, worn };
+            // SAFETY: as above; tables are of adapters that the batch holds.
+            return unsafe { device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, 65_536 + 4608 * n, &args) };
+        }
         let kernel = match (m, n) {
             (1, 1) => "linear_few_m1_n1",
             (1, 2) => "linear_few_m1_n2",
@@ -134,3 +156,9 @@ impl Linears<'_> {
         unsafe { device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, shared, &args) }
     }
 }
+
+/// By tiles of 16 outputs (1, 2) and of 8 rows (1, 2, 4, 8).
+const WORN: [[&str; 4]; 2] = [
+    ["linear_worn_m1_n1", "linear_worn_m1_n2", "linear_worn_m1_n4", "linear_worn_m1_n8"],
+    ["linear_worn_m2_n1", "linear_worn_m2_n2", "linear_worn_m2_n4", "linear_worn_m2_n8"],
+];

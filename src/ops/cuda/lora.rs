@@ -24,7 +24,7 @@ const NOBODY: u32 = u32::MAX;
 pub struct Site {
     /// bf16 `[rank][in]`.
     pub down: u64,
-    /// bf16 `[out / 64 rounded up][rank][64]`.
+    /// bf16 `[out / 64 rounded up][rank / 2 rounded up][64][2]`.
     pub up: u64,
     /// f32 `[out]` each.
     pub gain: u64,
@@ -56,7 +56,10 @@ struct ShrinkArgs {
     worn: u64,
     items: u64,
     x: u64,
-    out: u64,
+    high: u64,
+    low: u64,
+    partials: u64,
+    ended: u64,
     place: [u32; 3],
     inputs: u32,
     stride: u32,
@@ -68,11 +71,11 @@ struct ShrinkArgs {
 struct ExpandArgs {
     worn: u64,
     items: u64,
-    shrunk: u64,
+    high: u64,
+    low: u64,
     y: [u64; 3],
     place: [u32; 3],
     out: [u32; 3],
-    partials: u32,
     stride: u32,
 }
 
@@ -128,7 +131,12 @@ pub struct WornRows {
     worn: Memory<WornArgs>,
     items: Memory<Item>,
     of_row: Memory<u32>,
-    shrunk: Memory<f32>,
+    /// What is shrunk, in two parts; sums that are left to be added; how many blocks of each have ended, zero between launches.
+    high: Memory<u16>,
+    low: Memory<u16>,
+    partials: Memory<f32>,
+    ended: Memory<u32>,
+    segments: usize,
     count: usize,
     /// Ranks of the widest adapter, in whole tiles.
     stride: usize,
@@ -145,7 +153,11 @@ impl WornRows {
             worn: device.alloc(1)?,
             items: device.alloc(1)?,
             of_row: device.alloc(1)?,
-            shrunk: device.alloc(1)?,
+            high: device.alloc(1)?,
+            low: device.alloc(1)?,
+            partials: device.alloc(1)?,
+            ended: device.alloc(1)?,
+            segments: 0,
             count: 0,
             stride: 0,
             processors: device.processors,
@@ -157,7 +169,7 @@ impl WornRows {
     /// # Errors
     /// Where there is no room.
     pub fn set(&mut self, segments: &[Segment], rows: usize, shapes: &[Shape]) -> Result<(), CudaError> {
-        self.count = 0;
+        (self.count, self.segments) = (0, segments.len());
         if segments.is_empty() {
             return Ok(());
         }
@@ -172,14 +184,25 @@ impl WornRows {
         self.stride = segments.iter().map(|s| s.rank).max().unwrap_or(0).next_multiple_of(RANKS);
         // Fewer of a shape's targets may be touched, and then be split.
         let most = shapes.iter().flat_map(|&(inputs, targets)| (1..=targets).map(move |t| (inputs, t)));
-        let most = most.map(|(inputs, targets)| self.partials(inputs, targets) * targets).max().unwrap_or(0);
+        let partials =
+            most.map(|(inputs, targets)| if self.splits(inputs, targets) > 1 { self.splits(inputs, targets) * targets } else { 0 });
+        let (partials, targets) = (partials.max().unwrap_or(0), shapes.iter().map(|s| s.1).max().unwrap_or(0));
+        let each = self.count * ROWS * self.stride;
         self.worn.reserve(worn.len())?;
         self.worn.write(0, &worn)?;
         self.items.reserve(items.len())?;
         self.items.write(0, &items)?;
         self.of_row.reserve(rows)?;
         self.of_row.write(0, &of_row)?;
-        self.shrunk.reserve(most * self.count * ROWS * self.stride)
+        self.high.reserve(targets * each)?;
+        self.low.reserve(targets * each)?;
+        self.partials.reserve(partials * each)?;
+        let counts = targets * self.stride / RANKS * self.count;
+        if counts > self.ended.len() {
+            self.ended.reserve(counts)?;
+            self.ended.fill(0)?;
+        }
+        Ok(())
     }
 
     /// Whether no row of the batch wears anything.
@@ -191,12 +214,13 @@ impl WornRows {
     pub fn key(&self, key: &mut Vec<u64>) {
         key.push(self.count as u64);
         if self.count > 0 {
-            key.extend([self.stride as u64, self.worn.ptr(), self.items.ptr(), self.of_row.ptr(), self.shrunk.ptr()]);
+            key.extend([self.stride as u64, self.segments as u64, self.worn.ptr(), self.items.ptr(), self.of_row.ptr()]);
+            key.extend([self.high.ptr(), self.low.ptr(), self.partials.ptr(), self.ended.ptr()]);
         }
     }
 
-    /// Sums of a shrunk element that are left to be added: where items alone do not fill the device, its input is split.
-    fn partials(&self, inputs: usize, targets: usize) -> usize {
+    /// Blocks that share the sum of a shrunk element: where items alone do not fill the device, its input is split.
+    fn splits(&self, inputs: usize, targets: usize) -> usize {
         let blocks = self.count * targets * (self.stride / RANKS);
         if blocks >= 2 * self.processors { 1 } else { inputs.div_ceil(SPLIT) }
     }
@@ -209,20 +233,26 @@ impl WornRows {
     /// # Panics
     /// For more than three targets, or a shape that was not told of.
     pub fn shrink(&self, device: &Device, (x, inputs): (u64, usize), targets: &[Target]) -> Result<(), CudaError> {
-        let partials = self.partials(inputs, targets.len());
-        let elements = partials * targets.len() * self.count * ROWS * self.stride;
-        assert!(elements <= self.shrunk.len() && inputs.is_multiple_of(8), "{elements} sums of inputs of {inputs}");
+        let splits = self.splits(inputs, targets.len());
+        let elements = targets.len() * self.count * ROWS * self.stride;
+        let partials = if splits > 1 { splits * elements } else { 0 };
+        let room = elements <= self.high.len().min(self.low.len()) && partials <= self.partials.len();
+        assert!(room && inputs.is_multiple_of(8), "{elements} sums of inputs of {inputs}");
+        assert!(targets.len() * self.stride / RANKS * self.count <= self.ended.len(), "counts of {elements} sums");
         let args = ShrinkArgs {
             worn: self.worn.ptr(),
             items: self.items.ptr(),
             x,
-            out: self.shrunk.ptr(),
+            high: self.high.ptr(),
+            low: self.low.ptr(),
+            partials: self.partials.ptr(),
+            ended: self.ended.ptr(),
             place: three(targets, |t| t.place as u32),
             inputs: inputs as u32,
             stride: self.stride as u32,
             tiles: (self.stride / RANKS) as u32,
         };
-        let grid = [self.count, partials, targets.len() * (self.stride / RANKS)];
+        let grid = [self.count, splits, targets.len() * (self.stride / RANKS)];
         // SAFETY: memory of the shapes the kernel documents; tables are of adapters that the batch holds.
         unsafe { device.launch("lora_shrink", grid, 128, 20480, &args) }
     }
@@ -234,22 +264,41 @@ impl WornRows {
     ///
     /// # Panics
     /// For more than three targets.
-    pub fn expand(&self, device: &Device, inputs: usize, targets: &[Target]) -> Result<(), CudaError> {
+    pub fn expand(&self, device: &Device, targets: &[Target]) -> Result<(), CudaError> {
         let args = ExpandArgs {
             worn: self.worn.ptr(),
             items: self.items.ptr(),
-            shrunk: self.shrunk.ptr(),
+            high: self.high.ptr(),
+            low: self.low.ptr(),
             y: three(targets, |t| t.y),
             place: three(targets, |t| t.place as u32),
             out: three(targets, |t| t.out as u32),
-            partials: self.partials(inputs, targets.len()) as u32,
             stride: self.stride as u32,
         };
-        // Several tiles a block, once there are blocks enough: what was shrunk is summed by each.
+        // Several tiles a block, once there are blocks enough.
         let tiles = targets.iter().map(|t| t.out.div_ceil(64)).max().unwrap_or(0);
         let blocks = (8 * self.processors).div_ceil(self.count * targets.len()).clamp(1, tiles.max(1));
         // SAFETY: as above.
         unsafe { device.launch("lora_expand", [blocks, self.count, targets.len()], 128, 34816, &args) }
+    }
+
+    /// What was shrunk last, to be expanded where products are summed. `of[i]` are the places in adapters' tables and the shrunk targets
+    /// of job `i`, of a gated one two.
+    ///
+    /// # Panics
+    /// For a batch whose segments have more than 64 rows.
+    pub fn fused(&self, of: [[Option<(usize, usize)>; 2]; 3]) -> Fused {
+        assert_eq!(self.count, self.segments, "segments are items where products are few");
+        let half = |f: fn((usize, usize)) -> usize| of.map(|halves| halves.map(|h| h.map_or(u16::MAX, |h| f(h) as u16)));
+        Fused {
+            worn: self.worn.ptr(),
+            high: self.high.ptr(),
+            low: self.low.ptr(),
+            segments: self.segments as u32,
+            stride: self.stride as u32,
+            place: half(|(place, _)| place),
+            target: half(|(_, target)| target),
+        }
     }
 
     /// Gains and biases of adapters on a layer's own output `y: [rows][width]`, which has the model's `bias` in it; stays there, or is
@@ -264,6 +313,19 @@ impl WornRows {
         // SAFETY: as above.
         unsafe { device.launch("adapt_rows", [out.div_ceil(1024), rows, 1], 256, 0, &args) }
     }
+}
+
+/// What adapters add to products (the end of `LinearsWorn` in `linear.cuh`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Fused {
+    worn: u64,
+    high: u64,
+    low: u64,
+    segments: u32,
+    stride: u32,
+    place: [[u16; 2]; 3],
+    target: [[u16; 2]; 3],
 }
 
 fn three<T: Copy + Default>(targets: &[Target], of: impl Fn(&Target) -> T) -> [T; 3] {
