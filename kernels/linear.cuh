@@ -6,7 +6,7 @@
 //   linear_few_m1_n{N}    16                  1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m2_n{N}    32, gated 16        1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m4_n{N}    64, gated 32        1 ..= 8 N    256       131072 + 4096 N         N = 4, 8
-//   linear_worn_m{1,2}_n{N}  as linear_few, with adapters' updates      65536 + 4608 N      N = 1, 2, 4, 8
+//   linear_worn_m{1,2}_n{N}  as linear_few, with adapters' updates      65536 + 5120 N + 3072      N = 1, 2, 4, 8
 //   linear_many           128, gated 64       any          256       65536
 //
 // All take one parameter, a Linears by value (192 bytes), linear_worn_* a LinearsWorn (248). tiles = sum over jobs of ceil(out / outputs of a tile).
@@ -15,7 +15,8 @@
 // The host must raise MAX_DYNAMIC_SHARED_SIZE_BYTES, and had best ask for a carve-out of B blocks and no more: x lives in what is left
 // as first-level cache. m4 does not fit sm_86, sm_89 and sm_120 (99 KiB); everything else does. Gated jobs need m2, m4 or linear_many.
 // m1, m2 and m4 give the same bits: the larger m reads x more rarely, the smaller fills the device with fewer outputs.
-// Launches may ask for programmatic stream serialization: until grid_wait only W is read, so the launch ahead must not write W.
+// Launches may ask for programmatic stream serialization: until grid_wait only W and tables of adapters are read, so the launch ahead
+// must not write them.
 //
 // A row's bits depend on that row, W and `in` alone, within linear_few_* and within linear_many; the two differ from one another.
 #pragma once
@@ -66,23 +67,52 @@ template <int PLAIN> __device__ __forceinline__ int linear_find(const Linears& p
 }
 __device__ __forceinline__ float linear_gate(float gate, float up) { return gate / (1.0f + ex2(gate * -1.44269504f)) * up; }
 
-// Of 16 outputs from `o` of a job: what adapters add, into the slot of it. A warp takes every eighth segment, all ranks of it in order,
-// so the sum of a row does not depend on the others. Bytes: 2 rank 16 of `up` a segment; bound by the latency of reading it once.
-template <int NT> __device__ __forceinline__ void linear_update(const LinearsWorn& w, int job, int half, int o, float* extra) {
-    if (w.target[job][half] == UNTOUCHED) return;
+// Where what a segment adds to an output lies; the three of a segment are those of the jobs, or of the two halves of a gated one.
+struct LinearUpdate {
+    const u32* up;
+    u32 rank, first;    // 0: nothing
+};
+static_assert(sizeof(LinearUpdate) == 16, "so much shared memory is asked for");
+__device__ __forceinline__ LinearUpdate linear_update_of(const LinearsWorn& w, u32 segment, u32 i) {
+    const bool gated = w.linears.job[0].mode == LINEAR_GATED;
+    const u32 job = gated ? 0 : i, half = gated ? i : 0;
+    if (half > 1 || w.target[job][half] == UNTOUCHED) return {nullptr, 0, 0};
+    const lora::Worn worn = w.worn[segment];
+    const lora::Site& site = worn.sites[w.place[job][half]];
+    return {site.up, site.rank, worn.first << 16 | worn.rows};
+}
+// Asks for the factors of a tile that it will need when its products are summed.
+template <int MT> __device__ __forceinline__ void linear_ahead(const Linears& p, const LinearsWorn& w, const LinearUpdate* updates, int tile) {
+    const int job = linear_find<MT * 16>(p, tile);
+    const bool pair = MT > 1 && p.job[job].mode == LINEAR_GATED;
+    const u32 lane = threadIdx.x & 31;
+    for (u32 segment = threadIdx.x >> 5; segment < w.segments; segment += 8)
+        for (int h = 0; h < (pair ? 2 : 1); h++) {
+            const LinearUpdate& u = updates[segment * 3 + (pair ? h : job)];
+            const u32 pairs = (u.rank + 1) / 2;
+            // 16 outputs of two ranks are 64 bytes, 32 are a line.
+            for (u32 i = lane; i < pairs; i += 32) prefetch(u.up + ((size_t)(tile >> 6) * pairs + i) * 64 + (tile & 63));
+        }
+}
+// Of 16 outputs from `o` of a job, or of a half of a gated one: what adapters add, into the slot of it. A warp takes every eighth
+// segment, all ranks of it in order, so the sum of a row does not depend on the others. Bytes: 2 rank 16 of `up` a segment; bound by
+// the latency of reading it.
+template <int NT> __device__ __forceinline__ void linear_update(const LinearsWorn& w, const LinearUpdate* updates, u32 which, int o, float* extra) {
     const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const bool gated = w.linears.job[0].mode == LINEAR_GATED;
+    const u32 target = gated ? w.target[0][which] : w.target[which][0];
+#pragma unroll 2
     for (u32 segment = threadIdx.x >> 5; segment < w.segments; segment += 8) {
-        const lora::Worn worn = w.worn[segment];
-        const lora::Site& site = worn.sites[w.place[job][half]];
-        const u32 rank = site.rank, pairs = (rank + 1) / 2;
+        const LinearUpdate u = updates[segment * 3 + which];
+        const u32 rank = u.rank, pairs = (rank + 1) / 2, first = u.first >> 16, rows = u.first & 0xffff;
         if (rank == 0) continue;
-        const u32* up = site.up + ((size_t)(o >> 6) * pairs + t) * 64 + (o & 63) + g;
-        const size_t of_segment = ((size_t)w.target[job][half] * w.segments + segment) * lora::ROWS * w.stride + t * 2;
+        const u32* up = u.up + ((size_t)(o >> 6) * pairs + t) * 64 + (o & 63) + g;
+        const size_t of_segment = ((size_t)target * w.segments + segment) * lora::ROWS * w.stride + t * 2;
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
-            if (n * 8 + 8 <= worn.first || n * 8 >= worn.first + worn.rows) continue;
-            const bool mine = n * 8 + g - worn.first < worn.rows;
-            const size_t row = of_segment + (mine ? n * 8 + g - worn.first : 0) * w.stride;
+            if (n * 8 + 8 <= first || n * 8 >= first + rows) continue;
+            const bool mine = n * 8 + g - first < rows;
+            const size_t row = of_segment + (mine ? n * 8 + g - first : 0) * w.stride;
             float acc[4] = {};
 #pragma unroll 2
             for (u32 k = 0; k < rank; k += 16) {
@@ -98,7 +128,7 @@ template <int NT> __device__ __forceinline__ void linear_update(const LinearsWor
             }
 #pragma unroll
             for (u32 c = 0; c < 4; c++)
-                if (n * 8 + t * 2 + (c & 1) - worn.first < worn.rows) extra[(n * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[c];
+                if (n * 8 + t * 2 + (c & 1) - first < rows) extra[(n * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[c];
         }
     }
 }
@@ -126,10 +156,9 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
     float* sums = reinterpret_cast<float*>(shared + 8 * S * UNIT);
     const int in = p.in, rows = p.rows, k0 = warp * 64;
-    // What adapters add, a slot like a warp's; zeros but between the two barriers of a tile's end.
+    // What adapters add, slots like a warp's; zeros but between the barriers of a tile's end. Then where each segment's factors are.
     float* extra = sums + 8 * NT * 128;
-    if (WORN)
-        for (int i = tid; i < NT * 128; i += 256) extra[i] = 0.0f;
+    LinearUpdate* updates = reinterpret_cast<LinearUpdate*>(extra + 2 * NT * 128);
     int tiles = 0;
     for (int j = 0; j < p.jobs; j++) tiles += linear_tiles<MT * 16>(p.job[j]);
 
@@ -171,6 +200,11 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
     // Not unrolled: a short start of the code is soonest there.
 #pragma unroll 1
     for (int u = 0; u < S - 1; u++) feed(u % MT, u);
+    if (WORN) {
+        for (int i = tid; i < MT * NT * 128; i += 256) extra[i] = 0.0f;
+        for (u32 i = tid; i < w->segments * 3; i += 256) updates[i] = linear_update_of(*w, i / 3, i % 3);
+        __syncthreads();
+    }
     grid_wait();
     grid_go();
 
@@ -185,6 +219,7 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) acc[m][n][c] = 0.0f;
+        if (WORN) linear_ahead<MT>(p, *w, updates, tile);
         for (int k = k0; k < in; k += STEP) {
             uint4 b[NT][2];
 #pragma unroll
@@ -226,11 +261,13 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             __syncthreads();
+            if (WORN && m == 0) {
+                for (int h = 0; h < MT; h++) linear_update<NT>(*w, updates, pair ? h & 1 : job, at + (pair ? h >> 1 : h) * 16, extra + h * NT * 128);
+            }
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) sums[((warp * NT + n) * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[m][n][c];
-            if (WORN) linear_update<NT>(*w, job, pair ? m & 1 : 0, at + (pair ? m >> 1 : m) * 16, extra);
             __syncthreads();
 #pragma unroll
             for (int e = 0; e < PER; e++) {
@@ -239,7 +276,7 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
                 const int o = at + (pair ? m >> 1 : m) * 16 + ((i & 15) ^ ((place >> 1 & 1) << 3));
                 if (NT == 1 && tid >= 128) continue;
                 float update = 0.0f;
-                if (WORN) update = extra[i], extra[i] = 0.0f;
+                if (WORN) update = extra[m * NT * 128 + i], extra[m * NT * 128 + i] = 0.0f;
                 if (row < rows && o < j.out) {
                     float v = sums[i];
 #pragma unroll

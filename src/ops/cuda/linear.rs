@@ -127,12 +127,14 @@ impl Linears<'_> {
             let kernel = WORN[m - 1][n.trailing_zeros() as usize];
             let blocks = match (m, n) {
                 (_, 8) => 1,
-                (1, 1 | 2) if device.shared >= 220 << 10 => 3,
+                (_, 1) if device.shared >= 220 << 10 => 3,
                 _ => 2,
             };
             let args = LinearsWornArgs { linears: args, worn };
             // SAFETY: as above; tables are of adapters that the batch holds.
-            return unsafe { device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, 65_536 + 4608 * n, &args) };
+            return unsafe {
+                device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, 65_536 + 5120 * n + 3072, &args)
+            };
         }
         let kernel = match (m, n) {
             (1, 1) => "linear_few_m1_n1",
