@@ -94,41 +94,68 @@ template <int MT> __device__ __forceinline__ void linear_ahead(const Linears& p,
             for (u32 i = lane; i < pairs; i += 32) prefetch(u.up + ((size_t)(tile >> 6) * pairs + i) * 64 + (tile & 63));
         }
 }
-// Of 16 outputs from `o` of a job, or of a half of a gated one: what adapters add, into the slot of it. A warp takes every eighth
-// segment, all ranks of it in order, so the sum of a row does not depend on the others. Bytes: 2 rank 16 of `up` a segment; bound by
-// the latency of reading it.
-template <int NT> __device__ __forceinline__ void linear_update(const LinearsWorn& w, const LinearUpdate* updates, u32 which, int o, float* extra) {
+// What adapters add to a tile of MT times 16 outputs of a job, into its slots. A warp takes every eighth segment, all ranks of it in
+// order, so the sum of a row does not depend on the others; where registers allow, two segments at a time. Bytes: 2 rank 16 MT of `up`
+// a segment; bound by the latency of reading it.
+template <int MT, int NT> __device__ __forceinline__ void linear_update(const LinearsWorn& w, const LinearUpdate* updates, u32 job, bool pair, int at, float* extra) {
+    constexpr u32 TWO = NT <= 2 ? 2 : 1;
     const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const bool gated = w.linears.job[0].mode == LINEAR_GATED;
-    const u32 target = gated ? w.target[0][which] : w.target[which][0];
-#pragma unroll 2
-    for (u32 segment = threadIdx.x >> 5; segment < w.segments; segment += 8) {
-        const LinearUpdate u = updates[segment * 3 + which];
-        const u32 rank = u.rank, pairs = (rank + 1) / 2, first = u.first >> 16, rows = u.first & 0xffff;
-        if (rank == 0) continue;
-        const u32* up = u.up + ((size_t)(o >> 6) * pairs + t) * 64 + (o & 63) + g;
-        const size_t of_segment = ((size_t)target * w.segments + segment) * lora::ROWS * w.stride + t * 2;
+    for (u32 first = threadIdx.x >> 5; first < w.segments; first += 8 * TWO) {
+        // Of a segment: its rows, and the tiles of 8 rows they are in.
+        u32 rows[TWO], from[TWO], tile[TWO], tiles[TWO], most = 0;
 #pragma unroll
-        for (u32 n = 0; n < NT; n++) {
-            if (n * 8 + 8 <= first || n * 8 >= first + rows) continue;
-            const bool mine = n * 8 + g - first < rows;
-            const size_t row = of_segment + (mine ? n * 8 + g - first : 0) * w.stride;
-            float acc[4] = {};
-#pragma unroll 2
-            for (u32 k = 0; k < rank; k += 16) {
-                u32 a[4], b[4] = {0, 0, 0, 0};
+        for (u32 s = 0; s < TWO; s++) {
+            const u32 segment = first + s * 8;
+            u32 where = 0;
+            if (segment < w.segments) where = updates[segment * 3 + (pair ? 0 : job)].first | (pair ? updates[segment * 3 + 1].first : 0);
+            from[s] = where >> 16, rows[s] = where & 0xffff, tile[s] = from[s] / 8;
+            tiles[s] = rows[s] ? (from[s] + rows[s] + 7) / 8 - tile[s] : 0;
+            most = max(most, tiles[s]);
+        }
+        for (u32 n = 0; n < most; n++) {
+            float acc[TWO][MT][4] = {};
+            u32 ranks = 0;
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) a[i] = k / 2 + (i >> 1) * 4 + t < pairs ? up[(k / 2 + (i >> 1) * 4) * 64 + (i & 1) * 8] : 0;
-                if (mine) {
-                    b[0] = *reinterpret_cast<const u32*>(w.low + row + k), b[1] = *reinterpret_cast<const u32*>(w.low + row + k + 8);
-                    b[2] = *reinterpret_cast<const u32*>(w.high + row + k), b[3] = *reinterpret_cast<const u32*>(w.high + row + k + 8);
-                }
-                mma_b(acc, a, b[0], b[1]);
-                mma_b(acc, a, b[2], b[3]);
+            for (u32 s = 0; s < TWO; s++)
+                for (u32 h = 0; h < (pair ? 2 : 1); h++)
+                    if (n < tiles[s]) ranks = max(ranks, updates[(first + s * 8) * 3 + (pair ? h : job)].rank);
+            for (u32 k = 0; k < ranks; k += 16) {
+                u32 a[TWO][MT][4], b[TWO][MT][4];
+#pragma unroll
+                for (u32 s = 0; s < TWO; s++)
+#pragma unroll
+                    for (u32 m = 0; m < MT; m++) {
+                        const u32 which = pair ? m & 1 : job;
+                        LinearUpdate u = {nullptr, 0, 0};
+                        if (n < tiles[s]) u = updates[(first + s * 8) * 3 + which];
+                        const bool there = k < u.rank;
+                        const u32 pairs = there ? (u.rank + 1) / 2 : 0, o = at + (pair ? m >> 1 : m) * 16, row = (tile[s] + n) * 8 + g - from[s];
+                        const size_t up = ((size_t)(o >> 6) * pairs + k / 2 + t) * 64 + (o & 63) + g;
+                        const u32 target = pair ? w.target[0][which] : w.target[which][0];
+                        const size_t shrunk = (((size_t)target * w.segments + first + s * 8) * lora::ROWS + row) * w.stride + k + t * 2;
+                        const bool mine = there && row < rows[s];
+#pragma unroll
+                        for (u32 i = 0; i < 4; i++) {
+                            a[s][m][i] = k / 2 + (i >> 1) * 4 + t < pairs ? u.up[up + (i >> 1) * 256 + (i & 1) * 8] : 0;
+                            b[s][m][i] = mine ? *reinterpret_cast<const u32*>((i < 2 ? w.low : w.high) + shrunk + (i & 1) * 8) : 0;
+                        }
+                    }
+#pragma unroll
+                for (u32 s = 0; s < TWO; s++)
+#pragma unroll
+                    for (u32 m = 0; m < MT; m++) {
+                        mma_b(acc[s][m], a[s][m], b[s][m][0], b[s][m][1]);
+                        mma_b(acc[s][m], a[s][m], b[s][m][2], b[s][m][3]);
+                    }
             }
 #pragma unroll
-            for (u32 c = 0; c < 4; c++)
-                if (n * 8 + t * 2 + (c & 1) - first < rows) extra[(n * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[c];
+            for (u32 s = 0; s < TWO; s++)
+#pragma unroll
+                for (u32 c = 0; c < 4; c++)
+                    if (n < tiles[s] && (tile[s] + n) * 8 + t * 2 + (c & 1) - from[s] < rows[s])
+#pragma unroll
+                        for (u32 m = 0; m < MT; m++)
+                            extra[m * NT * 128 + ((tile[s] + n) * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[s][m][c];
         }
     }
 }
@@ -261,9 +288,7 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             __syncthreads();
-            if (WORN && m == 0) {
-                for (int h = 0; h < MT; h++) linear_update<NT>(*w, updates, pair ? h & 1 : job, at + (pair ? h >> 1 : h) * 16, extra + h * NT * 128);
-            }
+            if (WORN && m == 0) linear_update<MT, NT>(*w, updates, job, pair, at, extra);
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll

@@ -6,7 +6,7 @@
 //   x[row][i]      = gain[i] x[row][i] + sum over j of down[token][j] up[j][i]     embed_adapted
 //
 // name            grid                                            block  dynamic shared bytes
-// lora_shrink     (items, 1, targets * rank tiles)                512    81920
+// lora_shrink     (items, splits or 1, targets * rank tiles)      128    20480
 // lora_expand     (any, items, targets)                           128    34816
 // linear_worn_*   (linear.cuh): few rows are expanded where their products are summed
 // adapt_rows      ((width + 1023) / 1024, rows)                   256    0
@@ -19,15 +19,16 @@
 // Bytes of an adapter and a place: 2 rank (in + out), once for up to 64 rows. FLOPs: 2 rows rank (in + out). Few rows are bound by
 // their launch and by reading factors, many by reading x from the second-level cache once for every 16 ranks.
 //
-// A row's bits depend on that row and its adapter alone: a product has a column for each row, and warps' sums are added in order. What
-// was shrunk meets `up` as two bf16 numbers, which keep 16 bits of it.
+// A row's bits depend on that row and its adapter alone: a product has a column for each row, splits are of 512 k whoever sums them,
+// and are added in order, by the last block to end where several sum. What was shrunk meets `up` as two bf16 numbers, which keep 16 bits
+// of it.
 // No kernel writes factors or tables, so both are read before the wait for the launch ahead.
 #pragma once
 #include "common.cuh"
 
 namespace lora {
 
-constexpr u32 ROWS = 64, RANKS = 16, CHUNK = 64, NOBODY = ~0u;
+constexpr u32 ROWS = 64, RANKS = 16, SPLIT = 512, CHUNK = 64, NOBODY = ~0u;
 
 // What an adapter does at one place; null and 0 where it does nothing. 48 bytes.
 struct Site {
@@ -52,18 +53,17 @@ struct ShrinkArgs {
     const u16* x;           // bf16 [rows][in]
     u16* high;              // bf16 [targets][items * 64][stride], and what it leaves over
     u16* low;
+    float* partials;        // [gridDim.y] as these, where gridDim.y > 1
+    u32* ended;             // [targets * tiles][items], zeros before and after
     u32 place[3];
     u32 in, stride, tiles;  // stride a multiple of 16, as many as the widest adapter has ranks; tiles of 16 ranks
 };
-// One block a sum, so that nothing is added up through memory: that takes longer than one multiprocessor takes to read 16 ranks. Warp w
-// of 16 takes 256 k from 256 w, then from 4096 on, and so forth. `down` is the left operand, as weights are in linear.cuh, with its
-// order of k.
-KERNEL(512, 1, lora_shrink)(const __grid_constant__ ShrinkArgs p) {
+// 4 warps take 128 k of a split each. `down` is the left operand, as weights are in linear.cuh, with its order of k.
+KERNEL(128, 4, lora_shrink)(const __grid_constant__ ShrinkArgs p) {
     using namespace lora;
-    constexpr u32 WARPS = 16, EACH = 256, LINE = 20;
-    SHARED(float, sums);  // [WARPS][64][LINE]
+    SHARED(float, sums);  // [4][64][20]
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, in = p.in;
-    const u32 target = blockIdx.z / p.tiles, first = blockIdx.z % p.tiles * RANKS;
+    const u32 target = blockIdx.z / p.tiles, first = blockIdx.z % p.tiles * RANKS, splits = (in + SPLIT - 1) / SPLIT;
     const Item item = p.items[blockIdx.x];
     const Worn worn = p.worn[item.worn];
     const Site site = worn.sites[p.place[target]];
@@ -72,57 +72,95 @@ KERNEL(512, 1, lora_shrink)(const __grid_constant__ ShrinkArgs p) {
         grid_go();
         return;
     }
-    const u32 rows = rows_of(worn, item), start = warp * EACH;
+    const u32 rows = rows_of(worn, item);
     const u16* down = site.down + (size_t)(first + g) * in + t * 8;
     const bool has[2] = {first + g < site.rank, first + g + 8 < site.rank};
-    uint4 a[EACH / 32][2];
+    uint4 a[4][2];
     auto load = [&](u32 k) {
 #pragma unroll
-        for (u32 c = 0; c < EACH / 32; c++)
+        for (int c = 0; c < 4; c++)
 #pragma unroll
-            for (u32 h = 0; h < 2; h++) {
+            for (int h = 0; h < 2; h++) {
                 a[c][h] = make_uint4(0, 0, 0, 0);
                 if (has[h] && k + c * 32 + t * 8 < in) a[c][h] = ld_once(reinterpret_cast<const uint4*>(down + (size_t)h * 8 * in + k + c * 32));
             }
     };
-    load(start);
+    load(blockIdx.y * SPLIT + warp * 128);
     grid_wait();
     grid_go();
     const u16* x = p.x + (size_t)(item.row + g) * in + t * 8;
-    for (u32 k = start; k < in || k == start; k += WARPS * EACH) {
-        if (k != start) load(k);
-#pragma unroll 1
-        for (u32 n = 0; n * 8 < rows; n++) {
-            float* to = sums + (warp * ROWS + n * 8 + t * 2) * LINE + g;
+    float total[8] = {};
+    for (u32 split = blockIdx.y; split < splits; split += gridDim.y) {
+        const u32 k = split * SPLIT + warp * 128;
+        if (split != blockIdx.y) load(k);
+#pragma unroll
+        for (u32 n = 0; n < 8; n++) {
+            if (n * 8 >= rows) continue;
             float acc[4] = {};
-            if (k != start) acc[0] = to[0], acc[1] = to[LINE], acc[2] = to[8], acc[3] = to[LINE + 8];
-            uint4 b[EACH / 32];
 #pragma unroll
-            for (u32 c = 0; c < EACH / 32; c++) {
-                b[c] = make_uint4(0, 0, 0, 0);
-                if (n * 8 + g < rows && k + c * 32 + t * 8 < in) b[c] = *reinterpret_cast<const uint4*>(x + (size_t)n * 8 * in + k + c * 32);
-            }
-#pragma unroll
-            for (u32 c = 0; c < EACH / 32; c++) {
+            for (int c = 0; c < 4; c++) {
+                uint4 b = make_uint4(0, 0, 0, 0);
+                if (n * 8 + g < rows && k + c * 32 + t * 8 < in) b = *reinterpret_cast<const uint4*>(x + (size_t)n * 8 * in + k + c * 32);
                 const uint4 lo = a[c][0], hi = a[c][1];
                 const u32 a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
-                mma_b(acc, a0, b[c].x, b[c].y);
-                mma_b(acc, a1, b[c].z, b[c].w);
+                mma_b(acc, a0, b.x, b.y);
+                mma_b(acc, a1, b.z, b.w);
             }
-            to[0] = acc[0], to[LINE] = acc[1], to[8] = acc[2], to[LINE + 8] = acc[3];
+            float* to = sums + (warp * ROWS + n * 8 + t * 2) * 20 + g;
+            to[0] = acc[0], to[20] = acc[1], to[8] = acc[2], to[28] = acc[3];
+        }
+        __syncthreads();
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            const u32 at = tid / 16 + 8 * i;
+            if (at >= rows) continue;
+            const float* from = sums + at * 20 + tid % 16;
+            float v = from[0];
+#pragma unroll
+            for (u32 w = 1; w < 4; w++) v += from[w * ROWS * 20];
+            total[i] = split == blockIdx.y ? v : total[i] + v;
+        }
+        __syncthreads();
+    }
+    const size_t all = (size_t)(gridDim.z / p.tiles) * gridDim.x * ROWS * p.stride;
+    const size_t at = ((size_t)target * gridDim.x + blockIdx.x) * ROWS * p.stride + tid / 16 * p.stride + first + tid % 16;
+    if (gridDim.y > 1) {
+        // The last block of an item and a tile adds them up.
+#pragma unroll
+        for (u32 i = 0; i < 8; i++)
+            if (tid / 16 + 8 * i < rows) p.partials[blockIdx.y * all + at + i * 8 * p.stride] = total[i];
+        __threadfence();
+        __syncthreads();
+        u32* ended = p.ended + blockIdx.z * gridDim.x + blockIdx.x;
+        const bool last = any_of_block(tid == 0 && atomicAdd(ended, 1u) == gridDim.y - 1);
+        if (!last) return;
+        __threadfence();
+        if (tid == 0) *ended = 0;
+        const float* from = p.partials + at;
+        if (rows <= 8) {
+            if (tid / 16 < rows) {
+                float v = ld_fresh(from);
+#pragma unroll 8
+                for (u32 i = 1; i < gridDim.y; i++) v += ld_fresh(from + i * all);
+                total[0] = v;
+            }
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) total[i] = tid / 16 + 8 * i < rows ? ld_fresh(from + i * 8 * p.stride) : 0.0f;
+#pragma unroll 2
+            for (u32 k = 1; k < gridDim.y; k++)
+#pragma unroll
+                for (u32 i = 0; i < 8; i++)
+                    if (tid / 16 + 8 * i < rows) total[i] += ld_fresh(from + k * all + i * 8 * p.stride);
         }
     }
-    __syncthreads();
-    const size_t at = ((size_t)target * gridDim.x + blockIdx.x) * ROWS * p.stride + first;
-    for (u32 e = tid; e < rows * RANKS; e += 512) {
-        const float* from = sums + e / RANKS * LINE + e % RANKS;
-        float v = from[0];
 #pragma unroll
-        for (u32 w = 1; w < WARPS; w++) v += from[w * ROWS * LINE];
-        const u16 h = of_b(v);
-        p.high[at + e / RANKS * p.stride + e % RANKS] = h;
-        p.low[at + e / RANKS * p.stride + e % RANKS] = of_b(v - b_of(h));
-    }
+    for (u32 i = 0; i < 8; i++)
+        if (tid / 16 + 8 * i < rows) {
+            const u16 h = of_b(total[i]);
+            p.high[at + i * 8 * p.stride] = h;
+            p.low[at + i * 8 * p.stride] = of_b(total[i] - b_of(h));
+        }
 }
 
 struct ExpandArgs {

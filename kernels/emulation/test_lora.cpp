@@ -1,5 +1,5 @@
 // lora.cuh, and what linear.cuh does with it, against sums in f64: ragged ranks and shapes, several adapters in one batch, places where one does nothing, poisoned and
-// forbidden memory, shuffled threads, and a row's bits among others. A crash is a read past an input.
+// forbidden memory, shuffled threads, and a row's bits among others and however sums are split. A crash is a read past an input.
 // g++ -O2 -march=x86-64-v3 -std=c++17 -DSTRAIT_EMULATED -I.. test_lora.cpp && ./a.out
 #include "linear.cuh"
 #include <algorithm>
@@ -44,10 +44,10 @@ struct Segment { u32 first, rows, adapter; };
 
 enum How { EXPANDED, FUSED_1, FUSED_2 };
 
-// Runs both kernels over a batch; Fused, what products with zeros are added to.
+// Runs both kernels over a batch; `whole` sums all splits in one block. Fused, what products with zeros are added to.
 static std::vector<std::vector<float>> run(std::vector<std::vector<Update>>& adapters, std::vector<Segment> segments, Guarded<u16>& x, u32 rows, u32 in, std::vector<u32> outs,
-                                           u32 blocks, u64 seed, How how = EXPANDED) {
-    const u32 targets = (u32)outs.size();
+                                           bool whole, u32 blocks, u64 seed, How how = EXPANDED) {
+    const u32 targets = (u32)outs.size(), splits = whole ? 1 : (in + lora::SPLIT - 1) / lora::SPLIT;
     std::vector<std::vector<lora::Site>> tables;
     u32 widest = 1;
     for (auto& of : adapters) {
@@ -66,20 +66,24 @@ static std::vector<std::vector<float>> run(std::vector<std::vector<Update>>& ada
     }
     const u32 stride = (widest + 15) & ~15u, tiles = stride / 16;
     const size_t all = targets * items.size() * 64 * stride;
+    Guarded<float> partials(splits * all);
     Guarded<u16> high(all), low(all);
+    std::vector<u32> ended(targets * tiles * items.size(), 0);
     std::vector<Guarded<float>> y;
     ExpandArgs e;
     memset(&e, 0, sizeof e);
     ShrinkArgs s;
     memset(&s, 0, sizeof s);
-    s.worn = e.worn = worn.data(); s.items = e.items = items.data(); s.x = x.at(); s.high = high.at(); s.low = low.at(); e.high = high.at(); e.low = low.at();
+    s.worn = e.worn = worn.data(); s.items = e.items = items.data(); s.x = x.at(); s.partials = partials.at(); s.ended = ended.data();
+    s.high = high.at(); s.low = low.at(); e.high = high.at(); e.low = low.at();
     s.in = in; s.stride = e.stride = stride; s.tiles = tiles;
     for (u32 t = 0; t < targets; t++) {
         y.emplace_back((size_t)rows * outs[t]);
         for (u32 i = 0; i < rows * outs[t]; i++) y.back().at()[i] = (float)(i % 7) - 3;
         s.place[t] = e.place[t] = t; e.y[t] = y[t].at(); e.out[t] = outs[t];
     }
-    emu::launch(dim3((unsigned)items.size(), 1, targets * tiles), dim3(512), 81920, [&] { lora_shrink(s); }, seed);
+    emu::launch(dim3((unsigned)items.size(), splits, targets * tiles), dim3(128), 20480, [&] { lora_shrink(s); }, seed);
+    if (std::any_of(ended.begin(), ended.end(), [](u32 n) { return n != 0; })) FAIL("counts are left");
     if (how == EXPANDED) {
         emu::launch(dim3(blocks, (unsigned)items.size(), targets), dim3(128), 34816, [&] { lora_expand(e); }, seed);
     } else {
@@ -114,7 +118,7 @@ static void check(std::vector<u32> ranks, u32 in, std::vector<u32> outs, std::ve
     }
     Guarded<u16> x((size_t)rows * in);
     for (size_t i = 0; i < (size_t)rows * in; i++) x.at()[i] = of_b(uniform());
-    auto got = run(adapters, segments, x, rows, in, outs, 2, 0);
+    auto got = run(adapters, segments, x, rows, in, outs, false, 2, 0);
     for (u32 t = 0; t < outs.size(); t++)
         for (u32 r = 0; r < rows; r++) {
             Update* u = nullptr;
@@ -132,25 +136,25 @@ static void check(std::vector<u32> ranks, u32 in, std::vector<u32> outs, std::ve
                 if (!(std::fabs(have - want) <= 4e-5 * std::sqrt(scale)) || (low.empty() && have != (float)want)) FAIL("in %u target %u row %u output %u: %g for %g", in, t, r, o, have, want);
             }
         }
-    // The same bits however blocks share tiles and threads run.
-    for (auto again : {run(adapters, segments, x, rows, in, outs, 1, 3), run(adapters, segments, x, rows, in, outs, 64, 4)})
+    // The same bits however sums are split, blocks share tiles, and threads run.
+    for (auto again : {run(adapters, segments, x, rows, in, outs, true, 1, 3), run(adapters, segments, x, rows, in, outs, false, 64, 4)})
         if (again != got) FAIL("in %u, %zu segments: other bits", in, segments.size());
     if (rows <= 64) {
         // Where products are summed, in every width of tile; again alone.
-        auto fused = run(adapters, segments, x, rows, in, outs, 2, 5, FUSED_1);
-        if (run(adapters, segments, x, rows, in, outs, 1, 6, FUSED_2) != fused) FAIL("in %u: other bits in wider tiles", in);
+        auto fused = run(adapters, segments, x, rows, in, outs, false, 2, 5, FUSED_1);
+        if (run(adapters, segments, x, rows, in, outs, false, 1, 6, FUSED_2) != fused) FAIL("in %u: other bits in wider tiles", in);
         for (u32 t = 0; t < outs.size(); t++)
             for (size_t i = 0; i < got[t].size(); i++)
                 if (!(std::fabs(fused[t][i] - got[t][i]) <= 1e-5 * (1 + std::fabs(got[t][i])))) FAIL("in %u target %u: %g fused for %g", in, t, fused[t][i], got[t][i]);
         for (auto& s : segments) {
-            auto alone = run(adapters, {{s.first, s.rows, s.adapter}}, x, rows, in, outs, 3, 0, FUSED_2);
+            auto alone = run(adapters, {{s.first, s.rows, s.adapter}}, x, rows, in, outs, false, 3, 0, FUSED_2);
             for (u32 t = 0; t < outs.size(); t++)
                 if (!std::equal(alone[t].begin() + s.first * outs[t], alone[t].begin() + (s.first + s.rows) * outs[t], fused[t].begin() + s.first * outs[t])) FAIL("in %u: other bits alone", in);
         }
     }
     // And alone.
     for (auto& s : segments) {
-        auto alone = run(adapters, {{s.first + s.rows - 1, 1, s.adapter}}, x, rows, in, outs, 3, 0);
+        auto alone = run(adapters, {{s.first + s.rows - 1, 1, s.adapter}}, x, rows, in, outs, false, 3, 0);
         for (u32 t = 0; t < outs.size(); t++) {
             const size_t at = (size_t)(s.first + s.rows - 1) * outs[t];
             if (!std::equal(alone[t].begin() + at, alone[t].begin() + at + outs[t], got[t].begin() + at)) FAIL("in %u: a row alone has other bits", in);

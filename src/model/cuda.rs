@@ -504,8 +504,9 @@ impl CudaDecoder {
         s.v.reserve(tokens * c.kv_channels())?;
         s.attended.reserve(tokens * c.q_channels())?;
         s.gated.reserve(tokens * c.intermediate)?;
+        let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
         let wearing = &self.wearing;
-        self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), 3)?;
+        self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
         if self.ranks > 0 || self.worn.apart(MLP, tokens) {
             s.gate.reserve(tokens * c.intermediate)?;
             s.up.reserve(tokens * c.intermediate)?;
@@ -761,7 +762,7 @@ impl CudaDecoder {
         self.choices.set()?;
         let (c, s, n) = (self.config, &mut self.scratch, wanted.len());
         let wearing = &self.wearing;
-        self.picked_worn.set(wanted.iter().map(|w| (of_row(wearing, &plan.rows[w.row]), 1)), 1)?;
+        self.picked_worn.set(wanted.iter().map(|w| (of_row(wearing, &plan.rows[w.row]), 1)), &[(c.hidden, 1)])?;
         s.picked.reserve(n)?;
         s.picked.write(0, &wanted.iter().map(|w| w.at).collect::<Vec<u32>>())?;
         s.picked_x.reserve(n * c.hidden)?;

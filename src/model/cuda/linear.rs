@@ -8,7 +8,7 @@ use super::adapters::{DeviceAdapter, bit};
 use super::upload;
 use crate::model::weights::{Projection, Weight};
 use crate::ops::cuda::linear::{Job, Linears, MANY, Mode};
-use crate::ops::cuda::lora::{Segment, Target, WornRows};
+use crate::ops::cuda::lora::{Segment, Shape, Target, WornRows};
 use crate::ops::cuda::{CudaError, Device, Memory, Part};
 
 /// One projection: weights in bf16, and a bias.
@@ -91,11 +91,11 @@ impl Worn {
         Ok(Worn { rows: WornRows::new(device)?, segments: Vec::new(), updates: 0, adapts: 0 })
     }
 
-    /// Takes to the device who wears what in a batch of parts of so many rows; up to `targets` linear layers read one input.
+    /// Takes to the device who wears what in a batch of parts of so many rows; `shapes` are those of all linear layers it passes.
     pub(super) fn set(
         &mut self,
         parts: impl Iterator<Item = (Option<Arc<DeviceAdapter>>, usize)>,
-        targets: usize,
+        shapes: &[Shape],
     ) -> Result<(), CudaError> {
         self.clear();
         let mut first = 0;
@@ -112,7 +112,7 @@ impl Worn {
         (self.updates, self.adapts) = (all(&|a| a.updates), all(&|a| a.adapts));
         let on_device: Vec<Segment> =
             self.segments.iter().map(|(a, rows)| Segment { sites: a.sites(), rank: a.rank, rows: rows.clone() }).collect();
-        self.rows.set(&on_device, first, targets)
+        self.rows.set(&on_device, first, shapes)
     }
 
     /// Lets go of the adapters.

@@ -127,7 +127,7 @@ impl Linears<'_> {
             let kernel = WORN[m - 1][n.trailing_zeros() as usize];
             let blocks = match (m, n) {
                 (_, 8) => 1,
-                (_, 1) if device.shared >= 220 << 10 => 3,
+                (1, 1) if device.shared >= 220 << 10 => 3,
                 _ => 2,
             };
             let args = LinearsWornArgs { linears: args, worn };

@@ -11,8 +11,9 @@ use bytemuck::{Pod, Zeroable};
 use super::CudaError;
 use super::driver::{Device, Memory, Part};
 
-/// Rows of an item, ranks of a tile (`lora.cuh`).
+/// Rows of an item, k of a split, ranks of a tile (`lora.cuh`).
 const ROWS: usize = 64;
+const SPLIT: usize = 512;
 const RANKS: usize = 16;
 /// Of a row that wears nothing.
 const NOBODY: u32 = u32::MAX;
@@ -57,6 +58,8 @@ struct ShrinkArgs {
     x: u64,
     high: u64,
     low: u64,
+    partials: u64,
+    ended: u64,
     place: [u32; 3],
     inputs: u32,
     stride: u32,
@@ -110,6 +113,9 @@ pub struct Segment {
     pub rows: Range<usize>,
 }
 
+/// Linear layers that read the same input: how long that is, and how many they are.
+pub type Shape = (usize, usize);
+
 /// An output that updates are added to.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
@@ -125,9 +131,11 @@ pub struct WornRows {
     worn: Memory<WornArgs>,
     items: Memory<Item>,
     of_row: Memory<u32>,
-    /// What is shrunk, in two parts.
+    /// What is shrunk, in two parts; sums that are left to be added; how many blocks of each have ended, zero between launches.
     high: Memory<u16>,
     low: Memory<u16>,
+    partials: Memory<f32>,
+    ended: Memory<u32>,
     segments: usize,
     count: usize,
     /// Ranks of the widest adapter, in whole tiles.
@@ -147,6 +155,8 @@ impl WornRows {
             of_row: device.alloc(1)?,
             high: device.alloc(1)?,
             low: device.alloc(1)?,
+            partials: device.alloc(1)?,
+            ended: device.alloc(1)?,
             segments: 0,
             count: 0,
             stride: 0,
@@ -154,11 +164,11 @@ impl WornRows {
         })
     }
 
-    /// Takes the segments of a batch of `rows` to the device, and makes room for what is shrunk for up to `targets` layers at once.
+    /// Takes the segments of a batch of `rows` to the device, and makes room for what layers of `shapes` shrink.
     ///
     /// # Errors
     /// Where there is no room.
-    pub fn set(&mut self, segments: &[Segment], rows: usize, targets: usize) -> Result<(), CudaError> {
+    pub fn set(&mut self, segments: &[Segment], rows: usize, shapes: &[Shape]) -> Result<(), CudaError> {
         (self.count, self.segments) = (0, segments.len());
         if segments.is_empty() {
             return Ok(());
@@ -172,6 +182,11 @@ impl WornRows {
         }
         self.count = items.len();
         self.stride = segments.iter().map(|s| s.rank).max().unwrap_or(0).next_multiple_of(RANKS);
+        // Fewer of a shape's targets may be touched, and then be split.
+        let most = shapes.iter().flat_map(|&(inputs, targets)| (1..=targets).map(move |t| (inputs, t)));
+        let partials =
+            most.map(|(inputs, targets)| if self.splits(inputs, targets) > 1 { self.splits(inputs, targets) * targets } else { 0 });
+        let (partials, targets) = (partials.max().unwrap_or(0), shapes.iter().map(|s| s.1).max().unwrap_or(0));
         let each = self.count * ROWS * self.stride;
         self.worn.reserve(worn.len())?;
         self.worn.write(0, &worn)?;
@@ -181,6 +196,12 @@ impl WornRows {
         self.of_row.write(0, &of_row)?;
         self.high.reserve(targets * each)?;
         self.low.reserve(targets * each)?;
+        self.partials.reserve(partials * each)?;
+        let counts = targets * self.stride / RANKS * self.count;
+        if counts > self.ended.len() {
+            self.ended.reserve(counts)?;
+            self.ended.fill(0)?;
+        }
         Ok(())
     }
 
@@ -194,8 +215,14 @@ impl WornRows {
         key.push(self.count as u64);
         if self.count > 0 {
             key.extend([self.stride as u64, self.segments as u64, self.worn.ptr(), self.items.ptr(), self.of_row.ptr()]);
-            key.extend([self.high.ptr(), self.low.ptr()]);
+            key.extend([self.high.ptr(), self.low.ptr(), self.partials.ptr(), self.ended.ptr()]);
         }
+    }
+
+    /// Blocks that share the sum of a shrunk element: where items alone do not fill the device, its input is split.
+    fn splits(&self, inputs: usize, targets: usize) -> usize {
+        let blocks = self.count * targets * (self.stride / RANKS);
+        if blocks >= 2 * self.processors { 1 } else { inputs.div_ceil(SPLIT) }
     }
 
     /// Shrinks `x: [rows][inputs]` bf16 for all targets.
@@ -206,22 +233,28 @@ impl WornRows {
     /// # Panics
     /// For more than three targets, or a shape that was not told of.
     pub fn shrink(&self, device: &Device, (x, inputs): (u64, usize), targets: &[Target]) -> Result<(), CudaError> {
+        let splits = self.splits(inputs, targets.len());
         let elements = targets.len() * self.count * ROWS * self.stride;
-        assert!(elements <= self.high.len().min(self.low.len()) && inputs.is_multiple_of(8), "{elements} sums of inputs of {inputs}");
+        let partials = if splits > 1 { splits * elements } else { 0 };
+        let room = elements <= self.high.len().min(self.low.len()) && partials <= self.partials.len();
+        assert!(room && inputs.is_multiple_of(8), "{elements} sums of inputs of {inputs}");
+        assert!(targets.len() * self.stride / RANKS * self.count <= self.ended.len(), "counts of {elements} sums");
         let args = ShrinkArgs {
             worn: self.worn.ptr(),
             items: self.items.ptr(),
             x,
             high: self.high.ptr(),
             low: self.low.ptr(),
+            partials: self.partials.ptr(),
+            ended: self.ended.ptr(),
             place: three(targets, |t| t.place as u32),
             inputs: inputs as u32,
             stride: self.stride as u32,
             tiles: (self.stride / RANKS) as u32,
         };
-        let grid = [self.count, 1, targets.len() * (self.stride / RANKS)];
+        let grid = [self.count, splits, targets.len() * (self.stride / RANKS)];
         // SAFETY: memory of the shapes the kernel documents; tables are of adapters that the batch holds.
-        unsafe { device.launch("lora_shrink", grid, 512, 81_920, &args) }
+        unsafe { device.launch("lora_shrink", grid, 128, 20480, &args) }
     }
 
     /// Adds what was shrunk last, for the same targets, to each.
