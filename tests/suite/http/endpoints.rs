@@ -138,7 +138,7 @@ async fn paths_and_methods() {
         ("POST", "/v1/load_lora_adapter", "403 not_allowed -", None),
         ("POST", "/v1/unload_lora_adapter", "403 not_allowed -", None),
         ("POST", "/v1/rollback_lora_adapter", "403 not_allowed -", None),
-        ("GET", "/v1/lora_adapters", "501 not_implemented -", None),
+        ("GET", "/v1/lora_adapters", "200", None),
         ("GET", "/health", "200", None),
         ("GET", "/ready", "200", None),
         ("GET", "/version", "200", None),
