@@ -397,9 +397,8 @@ impl CudaDecoder {
         self.emit(plan, &wanted, sink)
     }
 
-    /// All launches of a batch that moves nothing, from embeddings to what is chosen from the logits of `wanted` rows: as recorded, when the
-    /// same were asked
-    /// for before.
+    /// All launches of a batch that moves nothing, from embeddings to what is chosen from the logits of `wanted` rows: as recorded, when
+    /// the same were asked for before.
     fn recorded(&mut self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
         let mut key = vec![tokens as u64, wanted as u64];

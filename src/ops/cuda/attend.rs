@@ -584,34 +584,32 @@ impl DeviceWork {
         if maps.way != Way::Words {
             return self.spread(device, layer, maps, items);
         }
-        {
-            let part = layer.view.layout.sealed[layer.view.layer];
-            let (k, v) = (part.keys, part.values);
-            let args = SealedArgs {
-                arena: layer.arena,
-                table: self.table.ptr(),
-                items: self.sealed_items.part(items.start, items.len()).ptr(),
-                fragments: self.fragments.ptr(),
-                factors: self.factors.ptr(),
-                out: self.sealed.ptr(),
-                state: self.sealed_state.ptr(),
-                key_codes: k.codes as u32,
-                key_scales: k.meta as u32,
-                value_codes: v.codes as u32,
-                value_scales: v.meta as u32,
-                end: part.end as u32,
-                rank_k: k.rank as i32,
-                rank_v: v.rank as i32,
-                bits_k: k.bits as i32,
-                bits_v: v.bits as i32,
-                tiles: tiles as i32,
-            };
-            let mt = tiles_at_once(layer.shape.heads);
-            let kernel = SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][k.bits as usize - 2][v.bits as usize - 2];
-            let shared = sealed_shared(layer.shape.heads, &part);
-            // SAFETY: as above; pages were leased by who made the work.
-            unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * WARPS, shared, &args) }?;
-        }
+        let part = layer.view.layout.sealed[layer.view.layer];
+        let (k, v) = (part.keys, part.values);
+        let args = SealedArgs {
+            arena: layer.arena,
+            table: self.table.ptr(),
+            items: self.sealed_items.part(items.start, items.len()).ptr(),
+            fragments: self.fragments.ptr(),
+            factors: self.factors.ptr(),
+            out: self.sealed.ptr(),
+            state: self.sealed_state.ptr(),
+            key_codes: k.codes as u32,
+            key_scales: k.meta as u32,
+            value_codes: v.codes as u32,
+            value_scales: v.meta as u32,
+            end: part.end as u32,
+            rank_k: k.rank as i32,
+            rank_v: v.rank as i32,
+            bits_k: k.bits as i32,
+            bits_v: v.bits as i32,
+            tiles: tiles as i32,
+        };
+        let mt = tiles_at_once(layer.shape.heads);
+        let kernel = SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][k.bits as usize - 2][v.bits as usize - 2];
+        let shared = sealed_shared(layer.shape.heads, &part);
+        // SAFETY: as above; pages were leased by who made the work.
+        unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * WARPS, shared, &args) }?;
         Ok(())
     }
 

@@ -205,11 +205,6 @@ impl WornRows {
         Ok(())
     }
 
-    /// Whether no row of the batch wears anything.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
     /// Adds all that launches depend on, but for what lies in its memory and in tables.
     pub fn key(&self, key: &mut Vec<u64>) {
         key.push(self.count as u64);
