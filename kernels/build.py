@@ -20,11 +20,11 @@ WHEELS = [
     "nvidia-cuda-cccl==13.0.85",
     "nvidia-cuda-runtime==13.0.96",
 ]
-ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 # Where a register in memory would cost what the kernel is for: both sides in 4 bits, spread latents, exact pages, products, adapters,
 # prefill, sampling.
 HOT = re.compile(
-    r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_exact_b16_.*|attend_absorbed|attend_rebuilt|linear_.*|lora_.*|prefill_.*|sample_.*|merge|absorb"
+    r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_sealed_wg_.*|attend_exact_b16_.*|attend_absorbed|attend_rebuilt|linear_.*|lora_.*|prefill_.*|sample_.*|merge|absorb"
 )
 # Bytes a hot kernel may keep in memory, outside its loops.
 SPILL = 16
@@ -66,10 +66,10 @@ def compile_to(image):
     if done.returncode:
         sys.exit(done.stderr)
     table = {}
-    for kernel, arch, rest in re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'\n(.*?)(?=ptxas info *: Compil|\Z)", done.stderr, re.S):
+    for kernel, arch, rest in re.findall(r"Compiling entry function '(\w+)' for 'sm_(\w+)'\n(.*?)(?=ptxas info *: Compil|\Z)", done.stderr, re.S):
         registers = int(re.search(r"Used (\d+) registers", rest)[1])
         spill = int(re.search(r"(\d+) bytes spill stores", rest)[1])
-        table.setdefault(kernel, {})[int(arch)] = (registers, spill)
+        table.setdefault(kernel, {})[arch] = (registers, spill)
     return table
 
 

@@ -27,6 +27,13 @@ typedef unsigned long long u64;
 #define KERNEL(threads, blocks, name) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 #endif
 
+// Whether kernels for warpgroups are compiled.
+#if defined(STRAIT_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WARPGROUPS 1
+#else
+#define WARPGROUPS 0
+#endif
+
 // Positions of a page.
 constexpr int PAGE = 64;
 // Bytes of a unit of page addresses (PageAddr::UNIT).
@@ -80,7 +87,42 @@ static inline void cp16(void* to, const void* from) { emu_cp_async(to, from, 16)
 static inline void cp16_if(void* to, const void* from, bool there) { emu_cp_async(to, there ? from : nullptr, 16); }
 static inline void cp_commit() { emu_cp_commit(); }
 template <int N> static inline void cp_wait() { emu_cp_wait(N); }
-static inline u32 in_register(u32 x) { return x; }
+// What a warpgroup multiplies from shared memory: 8 x 8 tiles of 16-bit elements, eight rows of 16 bytes each.
+struct WgTile { const u8* at; u32 next_n, next_k; };
+static inline WgTile wg_tile(const void* at, u32 next_n, u32 next_k) { return {(const u8*)at, next_n, next_k}; }
+static inline WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors * 16, t.next_n, t.next_k}; }
+// Of a pending product d is poison, and b is read when it is waited for: neither may be touched before.
+template <bool ROWS_OF_K, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) {
+    auto s = emu::deposit(~0u, a, 16, "wgmma");
+    unsigned l = emu::self().lane, g = l >> 2, t = l & 3;
+    struct Product { float a[2][16], before[N8][4]; float (*d)[4]; WgTile b; bool first; unsigned t; } p;
+    for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 16; k++) { u32 v = s[g * 4 + ((k & 7) >> 1)][(k >> 3) * 2 + half]; p.a[half][k] = h_of((u16)(k & 1 ? v >> 16 : v)); }
+    p.d = d, p.b = b, p.t = t, p.first = emu_wg_first(d);
+    if (p.first) { memcpy(p.before, d, sizeof p.before); memset(d, 0xff, sizeof p.before); }
+    emu_wg_push(d, [p] {
+        if (p.first) memcpy(p.d, p.before, sizeof p.before);
+        for (int n8 = 0; n8 < N8; n8++) for (int c = 0; c < 4; c++) {
+            float acc = p.d[n8][c];
+            for (int k = 0; k < 16; k++) {
+                int n = 2 * p.t + c % 2; u16 v;
+                memcpy(&v, p.b.at + n8 * p.b.next_n + k / 8 * p.b.next_k + (ROWS_OF_K ? k % 8 * 16 + n * 2 : n * 16 + k % 8 * 2), 2);
+                acc += p.a[c / 2][k] * h_of(v);
+            }
+            p.d[n8][c] = acc;
+        }
+    });
+}
+static inline void wg_fence() {}
+static inline void wg_commit() { emu::self().wgg++; }
+template <int LEFT> static inline void wg_wait() { emu_wg_wait(LEFT); }
+template <int N8> static inline void wg_settle(float (&)[N8][4]) {}
+template <int N> static inline void wg_settle(u32 (&)[N][4]) {}
+static inline void wg_shared_written() {}
+static inline void bulk_barrier(u64* barrier) { *barrier = 0; }
+static inline void bulk_expect(u64* barrier, u32 bytes) { emu_bulk_expect(barrier, bytes); }
+static inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu_bulk_copy(to, from, bytes, barrier); }
+static inline void bulk_wait(u64* barrier, u32 round) { emu_bulk_wait(barrier, round); }
 static inline int any_of_block(int p) { return emu::any_of_block(p); }
 static inline float ex2(float x) { return exp2f(x); }
 static inline float lg2(float x) { return log2f(x); }
@@ -128,8 +170,64 @@ __device__ __forceinline__ void cp16(void* to, const void* from) { asm volatile(
 __device__ __forceinline__ void cp16_if(void* to, const void* from, bool there) { asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory"); }
 __device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-// A constant that stays in a register: the compiler would make it anew for every use.
-__device__ __forceinline__ u32 in_register(u32 x) { u32 r; asm volatile("mov.u32 %0, %1;" : "=r"(r) : "r"(x)); return r; }
+// Products of a warpgroup, four warps on multiples of four (Hopper's own, sm_90a): d[64][8 N8] += a[64][16] b[16][8 N8]. A warp's 16 rows of
+// a and d lie in its lanes as above; b lies in shared memory, in tiles of 8 x 8 elements, 128 bytes each, `next_n` and `next_k` bytes apart;
+// a row of a tile, 16 bytes, is of one k (ROWS_OF_K) or of one n; wg_at goes on by so many 16 bytes. A product is under way until it is waited for: till then neither d nor
+// what a was made of in registers, nor b, may be written. Registers are handed over by wg_fence, shared memory by wg_shared_written and
+// a barrier.
+struct WgTile { u32 at, layout; };
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ WgTile wg_tile(const void* at, u32 next_n, u32 next_k) {
+    return {((u32)__cvta_generic_to_shared(at) & 0x3ffff) >> 4 | (next_k >> 4) << 16, next_n >> 4};
+}
+__device__ __forceinline__ WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors, t.layout}; }
+// As the matrix unit takes it: of shared memory fewer than 256 KiB, so that what is added to an address stays in its bits.
+__device__ __forceinline__ u64 wg_descriptor(WgTile t) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(t.at), "r"(t.layout)); return d; }
+template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[2][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,adds,1,1,%13; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+}
+template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[4][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},{%16,%17,%18,%19},%20,adds,1,1,%21; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+}
+__device__ __forceinline__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wg_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+// What makes these registers stays ahead of this, what reads them behind: between a wait and d's use, and before a fence.
+template <int N8> __device__ __forceinline__ void wg_settle(float (&d)[N8][4]) {
+#pragma unroll
+    for (int n = 0; n < N8; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+template <int N> __device__ __forceinline__ void wg_settle(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
+__device__ __forceinline__ void wg_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Copies into shared memory that no thread carries out. In each of its rounds a barrier is told once how many bytes will come, by one thread,
+// and then met by all who wait for them; it is made by one thread before a barrier of the block. Addresses and bytes are multiples of 16.
+__device__ __forceinline__ void bulk_barrier(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+__device__ __forceinline__ void bulk_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
+                 "r"(bytes), "r"((u32)__cvta_generic_to_shared(barrier))
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_wait(u64* barrier, u32 round) {
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"((u32)__cvta_generic_to_shared(barrier)),
+                 "r"(round & 1)
+                 : "memory");
+}
+#endif
 // A barrier of the block that tells whether any thread says so.
 __device__ __forceinline__ int any_of_block(int p) { return __syncthreads_or(p); }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }

@@ -15,41 +15,36 @@
 #pragma once
 #include "common.cuh"
 
-// Levels' magnitudes are whole numbers below 128: a byte as the low half of an f16 is the denormal magnitude * 2^-24, exactly; the
-// matrix unit takes it as it is, and one multiplication at the end makes up for it.
+// A code as the low bits of an f16 is the denormal code * 2^-24, exactly; the matrix unit takes it as it is, and one multiplication at the
+// end makes up for it. Codes that stand higher in their half of a word are masked out where they stand: what they are met with, an
+// element of the query or a position's weight, is that much smaller (`spread_shift`). Half of the largest code is taken off at the end, or
+// rather, products begin with it: a line's is the same for all positions (`offsets`), a row's for all channels.
 constexpr float DENORMAL = 16777216.0f;
 
-// The magnitudes that the eight nibbles of `index` name in the table (`low` in a register, see `low_magnitudes`), as f16: pair i holds
-// those of nibbles i and i + 4.
-__device__ __forceinline__ void magnitudes(u32 index, u32 low, u32 high, u32 (&out)[4]) {
-    const u32 a = prmt(low, high, index), b = prmt(low, high, index >> 16);
-    // A byte's sign, which no magnitude has, repeated: zero.
-    out[0] = prmt(a, b, 0xc480), out[1] = prmt(a, b, 0xd591), out[2] = prmt(a, b, 0xe6a2), out[3] = prmt(a, b, 0xf7b3);
-}
-template <int BITS> __device__ __forceinline__ u32 low_magnitudes() { return in_register(BITS == 4 ? 0x2419'0f05u : BITS == 3 ? 0x5837'1f0au : 0x3c12u); }
-__device__ __forceinline__ u32 negate(u32 pair, u32 signs) { return pair | (signs & 0x80008000u); }
-
-// The four pairs of part 0 or 1 of a word; only part 0 of 4 bits. A code is its sign, then the index of its magnitude.
+// The four pairs of part 0 or 1 of a word; only part 0 of 4 bits: pair i holds the codes of nibbles i and i + 4.
 //   4 bits: a word's nibbles are its codes.
-//   3 bits: nibbles hold indices; `third`, the word of signs moved to this word's, that of pair i at bit 8 (i / 2) + 2 (i % 2) + part.
-//   2 bits: nibbles hold sign and index, of part 0 in their lower half.
-template <int BITS> __device__ __forceinline__ void spread(u32 w, u32 third, int part, u32 low, u32 (&out)[4]) {
+//   3 bits: nibbles hold the low two bits of two parts; `third`, the word of third bits moved to this word's, that of pair i at bit
+//           8 (i / 2) + 2 (i % 2) + part.
+//   2 bits: nibbles hold two parts, part 0 in their lower half.
+template <int BITS> __device__ __forceinline__ void spread(u32 w, u32 third, int part, u32 (&out)[4]) {
+    const u32 high = w >> 8;
     if (BITS == 4) {
-        magnitudes(w & 0x77777777u, low, 0x684f'3e30u, out);
-        out[0] = negate(out[0], w << 12), out[1] = negate(out[1], w << 8), out[2] = negate(out[2], w << 4), out[3] = negate(out[3], w);
-    } else if (BITS == 3) {
-        magnitudes(w >> (2 * part) & 0x33333333u, low, 0, out);
-        out[0] = negate(out[0], third << (15 - part)), out[1] = negate(out[1], third << (13 - part));
-        out[2] = negate(out[2], third << (7 - part)), out[3] = negate(out[3], third << (5 - part));
+        out[0] = w & 0x000f000fu, out[1] = w & 0x00f000f0u, out[2] = high & 0x000f000fu, out[3] = high & 0x00f000f0u;
     } else {
-        magnitudes(w >> (2 * part) & 0x11111111u, low, 0, out);
-        out[0] = negate(out[0], w << (14 - 2 * part)), out[1] = negate(out[1], w << (10 - 2 * part));
-        out[2] = negate(out[2], w << (6 - 2 * part)), out[3] = negate(out[3], w << (2 - 2 * part));
+        const u32 even = 0x00030003u << (2 * part), odd = 0x00300030u << (2 * part);
+        out[0] = w & even, out[1] = w & odd, out[2] = high & even, out[3] = high & odd;
+        if (BITS == 3) {
+            const u32 e = 0x00040004u << (2 * part), o = 0x00400040u << (2 * part);
+            out[0] |= third << (2 + part) & e, out[1] |= third << (4 + part) & o, out[2] |= third >> (6 - part) & e, out[3] |= third >> (4 - part) & o;
+        }
     }
 }
+// How far above the lowest bits of its half the code of pair i and a part stands.
+__device__ __forceinline__ constexpr int spread_shift(int part, int i) { return 2 * part + 4 * (i % 2); }
 
-// Standard deviation in levels (quant::levels).
-__device__ __forceinline__ constexpr float unit_of(int bits) { return bits == 4 ? 38.135f : bits == 3 ? 40.893f : 39.724f; }
+// Half of the largest code, which stands for zero; and the standard deviation in codes (quant::levels, which are twice as fine).
+__device__ __forceinline__ constexpr float middle_of(int bits) { return 0.5f * (float)((1 << bits) - 1); }
+__device__ __forceinline__ constexpr float unit_of(int bits) { return bits == 4 ? 2.9833f : bits == 3 ? 1.70645f : 1.00435f; }
 
 // In place of bits: latents that are spread before they are met (rebuild.cuh), so that queries lie in their order, [lines][rank].
 constexpr int PLAIN = 16;
@@ -58,16 +53,17 @@ constexpr int PLAIN = 16;
 __device__ __forceinline__ int word_channels(int bits) { return bits == 4 ? 8 : 16; }
 __device__ __forceinline__ int key_steps(int rank, int bits) { return bits == 4 ? (rank + 31) / 32 * 2 : bits == PLAIN ? rank / 16 : (rank + 63) / 64 * 4; }
 
-// Where channel c of an absorbed query lies: the step, the lane's column t, and of its four halves (pair, half) the index.
-struct QueryPlace { int step, t, pair, half; };
+// Where channel c of an absorbed query lies: the step, the lane's column t, and of its four halves (pair, half) the index; and how far up the
+// codes it meets stand.
+struct QueryPlace { int step, t, pair, half, shift; };
 __device__ __forceinline__ QueryPlace query_place(int c, int bits) {
     QueryPlace p;
     if (bits == 4) {
         const int word = c / 8, x = c % 8, n = 2 * (x % 4) + x / 4, i = n % 4;
-        p.step = word / 4 * 2 + i / 2, p.t = word % 4, p.pair = i % 2, p.half = n / 4;
+        p.step = word / 4 * 2 + i / 2, p.t = word % 4, p.pair = i % 2, p.half = n / 4, p.shift = spread_shift(0, i);
     } else {
         const int word = c / 16, x = c % 16, quad = x / 4, n = 2 * (x % 4) + quad / 2, i = n % 4;
-        p.step = word / 4 * 4 + quad % 2 * 2 + i / 2, p.t = word % 4, p.pair = i % 2, p.half = n / 4;
+        p.step = word / 4 * 4 + quad % 2 * 2 + i / 2, p.t = word % 4, p.pair = i % 2, p.half = n / 4, p.shift = spread_shift(quad % 2, i);
     }
     return p;
 }
@@ -75,14 +71,16 @@ __device__ __forceinline__ QueryPlace query_place(int c, int bits) {
 // a[line][r] = sum over c of q[line][c] map[kv_head][c][r], scaled to f16 by its largest element, in the order of the products below.
 //
 //   q [rows][heads][d] f32 after rope; map [kv_heads][d][rank] f16, rank even (the basis and its rotation, folded);
-//   fragments [rows][line tiles][steps][32 lanes][8] f16; factors [rows][16 line tiles] f32: score = factor * scale * product.
-//   Where `bits` is PLAIN, fragments are [rows][16 line tiles][rank], and 16 divides the rank.
+//   fragments [rows][line tiles][steps][32 lanes][8] f16; factors and offsets [rows][16 line tiles] f32: score = factor * scale *
+//   (offset + product with codes). Where `bits` is PLAIN, fragments are [rows][16 line tiles][rank], 16 divides the rank, and there are no
+//   offsets.
 //   Grid (rows, kv_heads), block 512, shared 4 (4 d + 4 * 4 rank) bytes. Reads the map once a row: L2 binds, and its latency.
 struct AbsorbArgs {
     const float* q;
     const u16* map;
     u16* fragments;
     float* factors;
+    float* offsets;
     float scale;
     int heads, kv_heads, d, rank, bits;
 };
@@ -97,10 +95,17 @@ KERNEL(512, 2, absorb)(AbsorbArgs p) {
     const int row = blockIdx.x, kv_head = blockIdx.y, tid = threadIdx.x, group = p.heads / p.kv_heads;
     const int steps = key_steps(p.rank, p.bits), tiles = (p.heads + 15) / 16, half_rank = p.rank / 2;
     u16* out = p.fragments + (size_t)row * tiles * steps * 256;
-    auto place = [&](int line, int c) {
-        if (p.bits == PLAIN) return line * p.rank + c;
+    // Writes element c of a line, and gives what it is against codes that stand lowest.
+    auto put = [&](int line, int c, float x) {
+        if (p.bits == PLAIN) {
+            out[line * p.rank + c] = of_h(x);
+            return 0.0f;
+        }
         const QueryPlace at = query_place(c, p.bits);
-        return (((line / 16) * steps + at.step) * 32 + line % 8 * 4 + at.t) * 8 + (2 * at.pair + line % 16 / 8) * 2 + at.half;
+        const float high = (float)(1 << at.shift);
+        const u16 h = of_h(x / high);
+        out[(((line / 16) * steps + at.step) * 32 + line % 8 * 4 + at.t) * 8 + (2 * at.pair + line % 16 / 8) * 2 + at.half] = h;
+        return h_of(h) * high;
     };
     const u32* map = (const u32*)(p.map + (size_t)kv_head * p.d * p.rank);
     const int slice = tid / 128, lane = tid % 128, each = p.d / SLICES;
@@ -136,19 +141,33 @@ KERNEL(512, 2, absorb)(AbsorbArgs p) {
         if (tid % 32 == 0) red[tid / 32] = largest;
         __syncthreads();
         largest = fmaxf(fmaxf(red[4 * slice], red[4 * slice + 1]), fmaxf(red[4 * slice + 2], red[4 * slice + 3]));
-        const float by = largest > 0 ? 1.0f / largest : 0.0f;
+        // Against codes the largest element is some 32 to 64, which leaves room below it for what stands higher, by a power of two, so that
+        // factors of lines are powers of two of each other (warpgroup.cuh).
+        const float by = largest <= 0 ? 0.0f : p.bits == PLAIN ? 1.0f / largest : f_of((259u - max(u_of(largest) >> 23, 27u)) << 23);
+        const int head = kv_head * group + first + slice;
+        float sum = 0;
         if (slice < n) {
-            const int head = kv_head * group + first + slice;
-            for (int r = lane; r < steps * 16; r += 128) out[place(head, r)] = r < p.rank ? of_h(mine[r] * by) : (u16)0;
+            for (int r = lane; r < steps * 16; r += 128) sum += put(head, r, r < p.rank ? mine[r] * by : 0.0f);
             // Never zero, so that what is masked by infinity stays so.
-            if (lane == 0) p.factors[(size_t)row * tiles * 16 + head] = fmaxf(largest * p.scale * 1.44269504f * (p.bits == PLAIN ? 1.0f : DENORMAL / unit_of(p.bits)), 1e-30f);
+            if (lane == 0) p.factors[(size_t)row * tiles * 16 + head] = fmaxf((by > 0 ? 1.0f / by : 0.0f) * (p.scale * 1.44269504f * (p.bits == PLAIN ? 1.0f : DENORMAL / unit_of(p.bits))), 1e-30f);
+        }
+        if (p.bits != PLAIN) {
+            sum = warp_sum(sum);
+            __syncthreads();
+            if (tid % 32 == 0) red[tid / 32] = sum;
+            __syncthreads();
+            sum = red[4 * slice] + red[4 * slice + 1] + red[4 * slice + 2] + red[4 * slice + 3];
+            if (slice < n && lane == 0) p.offsets[(size_t)row * tiles * 16 + head] = -middle_of(p.bits) / DENORMAL * sum;
         }
     }
     // Lines that no head has.
     if (kv_head == p.kv_heads - 1) {
         for (int head = p.heads; head < 16 * tiles; head++) {
-            for (int r = tid; r < steps * 16; r += 512) out[place(head, r)] = 0;
-            if (tid == 0) p.factors[(size_t)row * tiles * 16 + head] = 1e-30f;
+            for (int r = tid; r < steps * 16; r += 512) put(head, r, 0.0f);
+            if (tid == 0) {
+                p.factors[(size_t)row * tiles * 16 + head] = 1e-30f;
+                if (p.bits != PLAIN) p.offsets[(size_t)row * tiles * 16 + head] = 0;
+            }
         }
     }
 }
@@ -173,6 +192,7 @@ struct SealedArgs {
     const SealedItem* items;
     const u16* fragments;
     const float* factors;
+    const float* offsets;
     // [items][16 tiles][rank_v] f16 and [items][16 tiles][4] f32: largest exponent, sum, and what the f16 are multiples of.
     u16* out;
     float* state;
@@ -199,7 +219,7 @@ template <int BITS> struct KeyWords {
 
 // s[m][j] += lines by the positions j of eight chunks, over the channels of one block. `q`: this lane's of the fragments [steps][MT][32].
 template <int MT, int BITS>
-__device__ __forceinline__ void sealed_block(float (&s)[MT][4][4], const uint4& low, const uint4& third, const uint4* q, int t, u32 table) {
+__device__ __forceinline__ void sealed_block(float (&s)[MT][4][4], const uint4& low, const uint4& third, const uint4* q, int t) {
     constexpr int STEPS = BITS == 4 ? 2 : 4;
     const u32 w[4] = {low.x, low.y, low.z, low.w}, w3[4] = {third.x, third.y, third.z, third.w};
 #pragma unroll
@@ -207,7 +227,7 @@ __device__ __forceinline__ void sealed_block(float (&s)[MT][4][4], const uint4& 
         // Fragments of two steps, of all four chunk positions.
         u32 b[4][4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) spread<BITS>(w[j], BITS == 3 ? w3[j] >> (4 * (t % 2)) : 0, part, table, b[j]);
+        for (int j = 0; j < 4; j++) spread<BITS>(w[j], BITS == 3 ? w3[j] >> (4 * (t % 2)) : 0, part, b[j]);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -223,18 +243,18 @@ __device__ __forceinline__ void sealed_block(float (&s)[MT][4][4], const uint4& 
 // Scores of 4 x 8 positions of one warp.
 // Words beyond the last are read too, where queries are zero: they are a page's next bytes, or past the last page 1 KiB that the arena has.
 template <int MT, int BITS>
-__device__ __forceinline__ void sealed_scores(float (&s)[MT][4][4], const KeyWords<BITS>& keys, const uint4* q, int t, u32 table) {
+__device__ __forceinline__ void sealed_scores(float (&s)[MT][4][4], const KeyWords<BITS>& keys, const uint4* q, int t) {
     constexpr int STEP = (BITS == 4 ? 2 : 4) * MT * 32, ROW = KeyWords<BITS>::ROW;
     const uint4 *low = keys.low, *third = keys.third;
     // Two vectors take turns, so that one is on its way while the other is met.
     uint4 one = ld_once(low), two = {};
     for (int block = 0; block < keys.blocks; block += 2, q += 2 * STEP) {
         if (block + 1 < keys.blocks) two = ld_once(low + 4 * ROW);
-        sealed_block<MT, BITS>(s, one, BITS == 3 ? ld_once(third) : uint4{}, q, t, table);
+        sealed_block<MT, BITS>(s, one, BITS == 3 ? ld_once(third) : uint4{}, q, t);
         if (block + 1 >= keys.blocks) break;
         low += 8 * ROW;
         if (block + 2 < keys.blocks) one = ld_once(low);
-        sealed_block<MT, BITS>(s, two, BITS == 3 ? ld_once(third + 2 * ROW) : uint4{}, q + STEP, t, table);
+        sealed_block<MT, BITS>(s, two, BITS == 3 ? ld_once(third + 2 * ROW) : uint4{}, q + STEP, t);
         third += 4 * ROW;
     }
 }
@@ -251,15 +271,15 @@ template <int BITS> __device__ __forceinline__ void load_values(uint4 (&v)[2], c
 // o[m][group][j] += weights of a page's positions times the values of four channels. `weights`: this lane's of the fragments
 // [4 steps][MT][32 lanes], whose even and odd lanes change places in the upper two steps.
 template <int MT, int NG, int BITS>
-__device__ __forceinline__ void sealed_values(float (&o)[MT][NG][4][4], int group, const uint4 (&v)[2], const uint4* weights, const uint4* weights_upper, int t, u32 table) {
+__device__ __forceinline__ void sealed_values(float (&o)[MT][NG][4][4], int group, const uint4 (&v)[2], const uint4* weights, const uint4* weights_upper, int t) {
     const u32 first[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, second[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
 #pragma unroll
     for (int part = 0; part < 2; part++) {
         u32 b[4][4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            if (BITS == 4) spread<4>(part == 0 ? first[j] : second[j], 0, 0, table, b[j]);
-            else spread<BITS>(first[j], BITS == 3 ? second[j] >> (4 * (t % 2)) : 0, part, table, b[j]);
+            if (BITS == 4) spread<4>(part == 0 ? first[j] : second[j], 0, 0, b[j]);
+            else spread<BITS>(first[j], BITS == 3 ? second[j] >> (4 * (t % 2)) : 0, part, b[j]);
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -282,19 +302,23 @@ __device__ __forceinline__ void sealed_values(float (&o)[MT][NG][4][4], int grou
 // Weights are taken against the largest exponent of the tiles before, as long as none exceeds it by so much that f16 could not hold
 // it: so one barrier a tile serves, and what this tile's largest is, is told with it for the next.
 //
-//   Grid (items, tiles / MT), block 32 W, shared bytes 512 MT steps + 2 (W / 2) 2048 MT + 2 * 64 MT W + 64 MT + 128.
+// A position's weight is 2^BIAS times what the largest exponent makes it, and a share of that where codes stand higher: what f16 cannot hold
+// is then below 2^-25 of the largest.
+//
+//   Grid (items, tiles / MT), block 32 W, shared bytes 512 MT steps + 2 (W / 2) 2048 MT + 2 * 64 MT W + 2 * 64 MT + 128.
 template <int MT, int NG, int W, int BITS_K, int BITS_V>
 __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
     constexpr int TP = W / 2, LINES = 16 * MT;
     constexpr int P_PAGE = 4 * MT * 32;                 // vectors of a page's weights
-    constexpr float HEADROOM = 12.0f;
+    constexpr float BIAS = 7.0f, HEADROOM = 15.0f;
     SHARED(uint4, shared);
     const int steps = key_steps(p.rank_k, BITS_K);
     uint4* q = shared;                                  // [steps][MT][32]
     uint4* weights = shared + steps * MT * 32;          // [2][TP][P_PAGE]
     float* red = (float*)(weights + 2 * TP * P_PAGE);   // [2][LINES][W]
     float* factors = red + 2 * LINES * W;               // [LINES]
-    u32* table = (u32*)(factors + LINES);               // [MOST]
+    float* offsets = factors + LINES;                   // [LINES]
+    u32* table = (u32*)(offsets + LINES);               // [MOST]
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const SealedItem item = p.items[blockIdx.x];
     const int line0 = blockIdx.y * LINES, pages = item.pages;
@@ -316,20 +340,30 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
     fetch(warp / 2);
     const uint4* from = (const uint4*)p.fragments + ((size_t)item.row * p.tiles + blockIdx.y * MT) * steps * 32;
     for (int i = tid; i < MT * steps * 32; i += 32 * W) q[(i / 32 % steps * MT + i / (steps * 32)) * 32 + i % 32] = from[i];
-    if (tid < LINES) factors[tid] = p.factors[(size_t)item.row * p.tiles * 16 + line0 + tid];
+    if (tid < LINES) {
+        factors[tid] = p.factors[(size_t)item.row * p.tiles * 16 + line0 + tid];
+        offsets[tid] = p.offsets[(size_t)item.row * p.tiles * 16 + line0 + tid];
+    }
     __syncthreads();
 
-    const u32 table_k = low_magnitudes<BITS_K>(), table_v = BITS_V == BITS_K ? table_k : low_magnitudes<BITS_V>();
     float o[MT][NG][4][4] = {};
-    // Exponents are against `base`; sums of this lane's positions.
-    float base[MT][2], sum[MT][2] = {};
+    // Exponents are against `base`; sums of this lane's positions, without and with their values' scales.
+    float base[MT][2], sum[MT][2] = {}, scaled[MT][2] = {};
 #pragma unroll
     for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;
     for (int tile = 0; tile < tiles; tile++) {
         const int index = tile * TP + warp / 2;
         fetch(index + TP);
         // Products times the keys' scales; a line's factor is left for the exponent.
-        float s[MT][4][4] = {};
+        float s[MT][4][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float offset = offsets[16 * m + 8 * r + g];
+#pragma unroll
+                for (int j = 0; j < 4; j++) s[m][j][2 * r] = s[m][j][2 * r + 1] = offset;
+            }
         uint2 scales[2] = {};
         if (index < pages) {
             const u8* page = page_at(index);
@@ -340,7 +374,7 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
             }
             if (p.rank_k > 0) {
                 const uint2 k0 = *(const uint2*)((const u16*)(page + p.key_scales) + at), k1 = *(const uint2*)((const u16*)(page + p.key_scales) + at + 32);
-                sealed_scores<MT, BITS_K>(s, KeyWords<BITS_K>(page + p.key_codes, p.rank_k, chunk, t), q + lane, t, table_k);
+                sealed_scores<MT, BITS_K>(s, KeyWords<BITS_K>(page + p.key_codes, p.rank_k, chunk, t), q + lane, t);
                 const float scale[2][4] = {{h_lo(k0.x), h_hi(k0.x), h_lo(k0.y), h_hi(k0.y)}, {h_lo(k1.x), h_hi(k1.x), h_lo(k1.y), h_hi(k1.y)}};
 #pragma unroll
                 for (int j = 0; j < 4; j++)
@@ -381,29 +415,33 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
                 for (int j = 0; j < 4; j++) x = fmaxf(x, fmaxf(s[m][j][2 * r], s[m][j][2 * r + 1]));
                 x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-                x = x * factors[16 * m + 8 * r + g] + top_scale;
-                high |= x > base[m][r] + HEADROOM;
+                x = x * factors[16 * m + 8 * r + g] + top_scale - BIAS;
+                high |= x > base[m][r] + (HEADROOM - BIAS);
                 if (t == 0) told[(16 * m + 8 * r + g) * W + warp] = x;
             }
         uint4* mine = weights + (tile % 2 * TP + warp / 2) * P_PAGE;
-        float total[MT][2];
+        float total[MT][2], total_scaled[MT][2];
         // Weights of this warp's positions, in the order the sums take them in, which is that of the words of values; lanes change
         // places so that no two of a quarter of the warp meet in a bank.
         auto weigh = [&] {
             const float scale[2][4] = {{h_lo(scales[0].x), h_hi(scales[0].x), h_lo(scales[0].y), h_hi(scales[0].y)},
                                        {h_lo(scales[1].x), h_hi(scales[1].x), h_lo(scales[1].y), h_hi(scales[1].y)}};
+            // By how high the codes of this lane's positions stand.
+            constexpr float share[4] = {1.0f, BITS_V == 4 ? 1.0f / 16 : 1.0f / 4, BITS_V == 4 ? 1.0f : 1.0f / 16, BITS_V == 4 ? 1.0f / 16 : 1.0f / 64};
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 u32 w[4][2];
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    total[m][r] = 0;
+                    total[m][r] = total_scaled[m][r] = 0;
                     const float factor = factors[16 * m + 8 * r + g];
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        const float a = ex2(s[m][j][2 * r] * factor - base[m][r]), b = ex2(s[m][j][2 * r + 1] * factor - base[m][r]);
+                        float a = ex2(s[m][j][2 * r] * factor - base[m][r]), b = ex2(s[m][j][2 * r + 1] * factor - base[m][r]);
                         total[m][r] += a + b;
-                        w[j][r] = h_pair(a * scale[0][j], b * scale[1][j]);
+                        a *= scale[0][j], b *= scale[1][j];
+                        total_scaled[m][r] += a + b;
+                        w[j][r] = h_pair(a * share[j], b * share[j]);
                     }
                 }
 #pragma unroll
@@ -430,7 +468,7 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
                     for (int i = 0; i < W / 4; i++) top = fmaxf(fmaxf(fmaxf(top, all[i].x), fmaxf(all[i].y, all[i].z)), all[i].w);
                     by[r] = ex2(base[m][r] - top);
                     base[m][r] = top;
-                    sum[m][r] *= by[r];
+                    sum[m][r] *= by[r], scaled[m][r] *= by[r];
                 }
 #pragma unroll
                 for (int group = 0; group < NG; group++)
@@ -450,7 +488,9 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
             __syncthreads();
         }
 #pragma unroll
-        for (int m = 0; m < MT; m++) sum[m][0] += total[m][0], sum[m][1] += total[m][1];
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) sum[m][r] += total[m][r], scaled[m][r] += total_scaled[m][r];
         const uint4* theirs = weights + tile % 2 * TP * P_PAGE + lane;
         const uint4* upper = weights + tile % 2 * TP * P_PAGE + (lane ^ 1);
         const int n = min(TP, pages - tile * TP);
@@ -464,7 +504,7 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
                     if (group + 1 < NG && warp + (group + 1) * W <= last_group)
                         load_values<BITS_V>(next, page_at(tile * TP + i) + p.value_codes, p.rank_v, channel + (group + 1) * W * 32, t);
                     else if (i + 1 < n) load_values<BITS_V>(next, page_at(tile * TP + i + 1) + p.value_codes, p.rank_v, channel, t);
-                    sealed_values<MT, NG, BITS_V>(o, group, v, theirs + i * P_PAGE, upper + i * P_PAGE, t, table_v);
+                    sealed_values<MT, NG, BITS_V>(o, group, v, theirs + i * P_PAGE, upper + i * P_PAGE, t);
                     v[0] = next[0], v[1] = next[1];
                 }
             }
@@ -502,6 +542,16 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
             }
     };
     over_warps(sum, true);
+    over_warps(scaled, true);
+    // Codes' middle stands for zero.
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int group = 0; group < NG; group++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) o[m][group][j][c] -= middle_of(BITS_V) / DENORMAL * scaled[m][c / 2];
     float top[MT][2] = {};
 #pragma unroll
     for (int m = 0; m < MT; m++)

@@ -48,28 +48,19 @@ struct Scales {
 };
 __device__ __forceinline__ u32 value_groups(const Part& v) { return v.span == 0 ? 0 : (v.span + 62) / 32; }
 
-// The numbers of a word in order, as pairs of f16: normal ones as levels times 2^-24 (latent.cuh), affine ones as codes.
-template <int BITS, bool AFFINE> __device__ __forceinline__ void numbers(u32 w, u32 third, u32 low, u32* out) {
-    constexpr int PARTS = BITS == 4 ? 1 : 2, QUADS = BITS == 8 ? 1 : BITS == 4 ? 2 : 4, PLANE = BITS == 3 ? 2 : BITS;
-    if constexpr (AFFINE) {
-        constexpr u32 MASK = BITS == 8 ? ~0u : BITS == 4 ? 0x0f0f0f0fu : 0x03030303u;
+// The numbers of a word in order, as pairs of f16: affine ones as codes, normal ones as codes less their middle.
+template <int BITS, bool AFFINE> __device__ __forceinline__ void numbers(u32 w, u32 third, u32* out) {
+    constexpr int QUADS = BITS == 8 ? 1 : BITS == 4 ? 2 : 4, PLANE = BITS == 3 ? 2 : BITS;
+    constexpr u32 MASK = BITS == 8 ? ~0u : BITS == 4 ? 0x0f0f0f0fu : 0x03030303u;
+    // 1024 + code and 512 + code, exactly, less 1024 and what 512 and the middle make.
+    constexpr u32 BASE = AFFINE ? 0x64646464u : 0x60606060u, LESS = AFFINE ? 0xe400e400u : BITS == 4 ? 0xe00fe00fu : BITS == 3 ? 0xe007e007u : 0xe003e003u;
 #pragma unroll
-        for (int q = 0; q < QUADS; q++) {
-            u32 codes = w >> (PLANE * q) & MASK;
-            if (BITS == 3) codes |= (third >> q & 0x01010101u) << 2;
-            // 1024 + code, exactly, less 1024.
-            out[2 * q] = h_add(prmt(codes, 0x64646464u, 0x4140), 0xe400e400u);
-            out[2 * q + 1] = h_add(prmt(codes, 0x64646464u, 0x4342), 0xe400e400u);
-        }
-    } else {
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            u32 x[4];
-            spread<BITS == 8 ? 4 : BITS>(w, third, part, low, x);
-            // Pairs 0 and 2 are quad `part`, bytes 0 and 2, then 1 and 3; pairs 1 and 3 the quad PARTS on.
-            out[2 * part] = prmt(x[0], x[2], 0x5410), out[2 * part + 1] = prmt(x[0], x[2], 0x7632);
-            out[2 * (part + PARTS)] = prmt(x[1], x[3], 0x5410), out[2 * (part + PARTS) + 1] = prmt(x[1], x[3], 0x7632);
-        }
+    for (int q = 0; q < QUADS; q++) {
+        u32 codes = w >> (PLANE * q) & MASK;
+        if (BITS == 3) codes |= (third >> q & 0x01010101u) << 2;
+        if (!AFFINE) codes <<= 1;
+        out[2 * q] = h_add(prmt(codes, BASE, 0x4140), LESS);
+        out[2 * q + 1] = h_add(prmt(codes, BASE, 0x4342), LESS);
     }
 }
 
@@ -78,14 +69,14 @@ template <int BITS, bool AFFINE>
 __device__ __forceinline__ void spread_keys(u16* tile, u32 row, const u8* page, const Part& k, u32 begin, u32 n, const u16* scales) {
     constexpr u32 UNIT_CHANNELS = BITS == 4 || BITS == 8 ? 8 : 16, WORD = BITS == 8 ? 4 : UNIT_CHANNELS;
     const u32* words = (const u32*)(page + k.codes);
-    const u32 low = AFFINE ? 0 : low_magnitudes<BITS == 8 ? 4 : BITS>(), low_words = (k.rank + WORD - 1) / WORD;
+    const u32 low_words = (k.rank + WORD - 1) / WORD;
 #pragma unroll 2
     for (u32 i = threadIdx.x; i < n / UNIT_CHANNELS * PAGE; i += THREADS) {
         const u32 position = i % PAGE, column = i / PAGE * UNIT_CHANNELS, word = (begin + column) / WORD;
         u32 x[UNIT_CHANNELS / 2], w = word < low_words ? ld_once(words + word * PAGE + position) : 0u;
         u32 third = BITS == 3 && word < low_words ? ld_once(words + (low_words + word / 2) * PAGE + position) >> (4 * (word % 2)) : 0u;
-        numbers<BITS, AFFINE>(w, third, low, x);
-        if constexpr (BITS == 8) numbers<BITS, AFFINE>(word + 1 < low_words ? ld_once(words + (word + 1) * PAGE + position) : 0u, 0, low, x + 2);
+        numbers<BITS, AFFINE>(w, third, x);
+        if constexpr (BITS == 8) numbers<BITS, AFFINE>(word + 1 < low_words ? ld_once(words + (word + 1) * PAGE + position) : 0u, 0, x + 2);
 #pragma unroll
         for (u32 j = 0; j < UNIT_CHANNELS / 8; j++) {
             if constexpr (AFFINE) {
@@ -131,7 +122,7 @@ template <int BITS, bool AFFINE>
 __device__ __forceinline__ void spread_values(u16* tile, const u8* page, const Part& v, u32 begin, u32 n, u32 there, const u16* scales, u32 first) {
     constexpr u32 COLUMNS = BITS == 2 || BITS == 3 ? 16 : 8, UNITS = PAGE / COLUMNS;
     const u32* words = (const u32*)(page + v.codes) + begin;
-    const u32 low = AFFINE ? 0 : low_magnitudes<BITS == 8 ? 4 : BITS>(), minima = value_groups(v) * PAGE;
+    const u32 minima = value_groups(v) * PAGE;
 #pragma unroll 2
     for (u32 i = threadIdx.x / 32; i < (n + 31) / 32 * UNITS; i += WARPS) {
         const u32 unit = i % UNITS, r = i / UNITS * 32 + threadIdx.x % 32;
@@ -146,11 +137,11 @@ __device__ __forceinline__ void spread_values(u16* tile, const u8* page, const P
                     x[j] = from[position_of(column) * v.rank] | (u32)from[position_of(column + 1) * v.rank] << 16;
                 }
             } else if constexpr (BITS == 8) {
-                numbers<8, true>(ld_once(words + 2 * unit * v.rank + r), 0, low, x);
-                numbers<8, true>(ld_once(words + (2 * unit + 1) * v.rank + r), 0, low, x + 2);
+                numbers<8, true>(ld_once(words + 2 * unit * v.rank + r), 0, x);
+                numbers<8, true>(ld_once(words + (2 * unit + 1) * v.rank + r), 0, x + 2);
             } else {
                 const u32 third = BITS == 3 ? ld_once(words + (4 + unit / 2) * v.rank + r) >> (4 * (unit % 2)) : 0u;
-                numbers<BITS, AFFINE>(ld_once(words + unit * v.rank + r), third, low, x);
+                numbers<BITS, AFFINE>(ld_once(words + unit * v.rank + r), third, x);
             }
             if constexpr (AFFINE) {
                 const u16* s = scales + ((begin + r) / 32 - first) * PAGE + unit * COLUMNS;
@@ -180,14 +171,14 @@ __device__ __forceinline__ void spread_values(u16* tile, const u8* page, const P
     }
 }
 
-// What levels times 2^-24 are multiplied by, beside their scale.
-__device__ __forceinline__ float denormal_by(const Part& part) { return part.bits < 16 && !part.affine ? DENORMAL / unit_of(part.bits) : 1.0f; }
+// What latents as they are spread are multiplied by, beside their scale.
+__device__ __forceinline__ float unit_by(const Part& part) { return part.bits < 16 && !part.affine ? 1.0f / unit_of(part.bits) : 1.0f; }
 
 // The scales of a page's keys that group `group` meets, whose spread latents begin at `first`.
 __device__ __forceinline__ void stage_keys(const Scales& to, const u8* page, const Part& k, u32 group, u32 first) {
     const u16* meta = (const u16*)(page + k.meta);
     const bool normal = k.bits < 16 && !k.affine && k.rank > 0;
-    const float by = denormal_by(k);
+    const float by = unit_by(k);
     if (threadIdx.x < PAGE) to.key[threadIdx.x] = normal ? h_of(meta[group * PAGE + threadIdx.x]) * by : 1.0f;
     if (k.bits < 16 && k.affine)
         for (u32 i = threadIdx.x; i < k.width; i += THREADS) {
@@ -196,7 +187,7 @@ __device__ __forceinline__ void stage_keys(const Scales& to, const u8* page, con
             to.keys[k.width + i] = there ? meta[k.rank + first + i] : (u16)0;
         }
 }
-// Those of its values, `denormal_by` left out.
+// Those of its values, `unit_by` left out.
 __device__ __forceinline__ void stage_values(const Scales& to, const u8* page, const Part& v, u32 group) {
     const u16* meta = (const u16*)(page + v.meta);
     const bool normal = v.bits < 16 && !v.affine && v.rank > 0;
@@ -539,7 +530,7 @@ __device__ __forceinline__ void attend(const LatentsArgs& p) {
 #pragma unroll
         for (int k = 1; k < 16; k *= 2) total += __shfl_xor_sync(~0u, total, k);
         if (tid % 16 == 0) {
-            room.by[line] = total > 0 ? denormal_by(p.values) / total : 0.0f;
+            room.by[line] = total > 0 ? unit_by(p.values) / total : 0.0f;
             if (line < n && blockIdx.z == 0) *(float4*)(p.state + ((u64)index * p.tiles * 16 + head0 + line) * 4) = make_float4(top[round], total, total, 0);
         }
     }
@@ -668,7 +659,7 @@ __device__ __forceinline__ void pages(const RebuildArgs& p) {
         multiply<false>(x, tile, V_ROW, up, n, d);
         __syncthreads();
     }
-    const float unit = denormal_by(p.values);
+    const float unit = unit_by(p.values);
     each([&](u32 column, u32 c, const float* a, const float* b) {
         const u32 position = position_of(column);
         const float by = scales.value[position] * unit;

@@ -144,29 +144,14 @@ __device__ __forceinline__ void project(const u8* __restrict__ page, const Part&
     }
 }
 
-// The levels of `quant::levels`, rising.
-template <int BITS> __device__ __forceinline__ constexpr int level(int i) {
-    if (BITS == 2) { constexpr int t[] = {-60, -18, 18, 60}; return t[i & 3]; }
-    if (BITS == 3) { constexpr int t[] = {-88, -55, -31, -10, 10, 31, 55, 88}; return t[i & 7]; }
-    constexpr int t[] = {-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104};
-    return t[i & 15];
-}
-template <int BITS> __device__ __forceinline__ constexpr float unit() { return BITS == 2 ? 39.724f : BITS == 3 ? 40.893f : 38.135f; }
-template <int BITS> __device__ __forceinline__ constexpr float between(int i) { return 0.5f * (float)(level<BITS>(i) + level<BITS>(i + 1)); }
+// The levels of `quant::levels`.
+template <int BITS> __device__ __forceinline__ constexpr int level(int code) { return 2 * code + 1 - (1 << BITS); }
+template <int BITS> __device__ __forceinline__ constexpr float unit() { return BITS == 2 ? 2.0087f : BITS == 3 ? 3.4129f : 5.9666f; }
 
-// The nearest level to y, and its code (sign and magnitude); half way goes down.
-template <int BITS> __device__ __forceinline__ int nearest(float y) {
-    int l = level<BITS>(0);
-#pragma unroll
-    for (int i = 0; i + 1 < 1 << BITS; i++) l += y > between<BITS>(i) ? level<BITS>(i + 1) - level<BITS>(i) : 0;
-    return l;
-}
+// The code of the nearest level to y; half way goes down.
 template <int BITS> __device__ __forceinline__ u32 number(float y) {
-    u32 c = 0;
-#pragma unroll
-    for (int i = 0; i + 1 < 1 << BITS; i++) c += y > between<BITS>(i);
-    constexpr u32 half = 1 << (BITS - 1);
-    return c >= half ? c - half : 2 * half - 1 - c;
+    constexpr float half = 1 << (BITS - 1);
+    return (u32)(fminf(fmaxf(ceilf(0.5f * y), 1 - half), half) + half - 1);
 }
 
 __device__ __forceinline__ u16 saturated(float x) { return of_h(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
@@ -236,7 +221,7 @@ __device__ __forceinline__ void keys(const float* __restrict__ latents, const Pa
             __syncthreads();
             float deviation = root(total(squares), width), first = deviation > 0.0f ? unit<BITS>() / deviation : 0.0f;
             for (u32 r = b * width + warp; r < (b + 1) * width; r += WARPS) {
-                float v = x[r * PAGE], l = (float)nearest<BITS>(v * first);
+                float v = x[r * PAGE], l = (float)level<BITS>(number<BITS>(v * first));
                 xl = fmaf(v, l, xl);
                 ll = fmaf(l, l, ll);
             }
@@ -310,7 +295,7 @@ __device__ __forceinline__ void values(const float* __restrict__ latents, const 
                 if constexpr (!AFFINE) {
                     float first = deviation > 0.0f ? unit<BITS>() / deviation : 0.0f;
                     for (u32 r = g * width + lane; r < (g + 1) * width; r += 32) {
-                        float l = (float)nearest<BITS>(x[r] * first);
+                        float l = (float)level<BITS>(number<BITS>(x[r] * first));
                         xl = fmaf(x[r], l, xl);
                         ll = fmaf(l, l, ll);
                     }
@@ -398,8 +383,7 @@ struct SealCodesArgs {
 };
 // quant.rs: code = the nearest of the levels to x unit / deviation, deviation = unit sum(x l) / sum(l l), l the levels that x / rms(x) is
 // nearest to; or code = round((x - min) / scale), scale = (max - min) / (2^bits - 1). Scales are rounded to f16 first.
-// Bytes: 256 a latent, read up to four times from the second-level cache, and 8 bits written. FLOPs: 128 * 2^bits a latent, twice: bound by
-// comparisons.
+// Bytes: 256 a latent, read up to four times from the second-level cache, and 8 bits written. FLOPs: some 10 a latent and position, twice.
 KERNEL(512, 1, seal_codes)(SealCodesArgs p) {
     grid_wait();
     grid_go();

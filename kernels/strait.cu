@@ -10,14 +10,20 @@
 #include "rows.cuh"
 #include "sample.cuh"
 #include "seal.cuh"
+#include "warpgroup.cuh"
 
 #define STRAIT_SEALED(X, m, n) \
     X(attend_sealed_##m##_##n##_22) X(attend_sealed_##m##_##n##_23) X(attend_sealed_##m##_##n##_24) \
     X(attend_sealed_##m##_##n##_32) X(attend_sealed_##m##_##n##_33) X(attend_sealed_##m##_##n##_34) \
     X(attend_sealed_##m##_##n##_42) X(attend_sealed_##m##_##n##_43) X(attend_sealed_##m##_##n##_44)
+#define STRAIT_SEALED_WG(X, m, c) \
+    X(attend_sealed_wg_##m##_##c##_22) X(attend_sealed_wg_##m##_##c##_23) X(attend_sealed_wg_##m##_##c##_24) \
+    X(attend_sealed_wg_##m##_##c##_32) X(attend_sealed_wg_##m##_##c##_33) X(attend_sealed_wg_##m##_##c##_34) \
+    X(attend_sealed_wg_##m##_##c##_42) X(attend_sealed_wg_##m##_##c##_43) X(attend_sealed_wg_##m##_##c##_44)
 #define STRAIT_PREFILL(X, d) X(prefill_##d##_64_16) X(prefill_##d##_128_16) X(prefill_##d##_128_32)
 #define STRAIT_KERNELS(X) \
     X(absorb) X(attend_absorbed) X(attend_rebuilt) X(rebuild_pages) STRAIT_SEALED(X, 1, 1) STRAIT_SEALED(X, 1, 4) STRAIT_SEALED(X, 2, 1) STRAIT_SEALED(X, 2, 4) \
+    STRAIT_SEALED_WG(X, 1, 2) STRAIT_SEALED_WG(X, 1, 4) STRAIT_SEALED_WG(X, 2, 2) STRAIT_SEALED_WG(X, 2, 4) \
     X(attend_exact_b16_64) X(attend_exact_b16_80) X(attend_exact_b16_96) X(attend_exact_b16_128) \
     X(attend_exact_f32_64) X(attend_exact_f32_80) X(attend_exact_f32_96) X(attend_exact_f32_128) X(merge) \
     STRAIT_PREFILL(X, 64) STRAIT_PREFILL(X, 80) STRAIT_PREFILL(X, 96) STRAIT_PREFILL(X, 128) \

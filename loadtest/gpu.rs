@@ -1,7 +1,8 @@
 //! How near the CUDA kernels come to what the device can do: `cargo bench --bench gpu [-- word ...]` prints the tables whose title
 //! contains one of the words (all without words). `SDPA=FILE` names what `loadtest/gpu.py` measured of PyTorch on the same card;
 //! `ROW=TEXT` leaves of the tables `attention` and `decode` the rows whose "cache, context x batch" contains the text. The word `--dry`
-//! goes through all of them at small shapes on a device that this CPU emulates: times mean nothing then, and what would fail, fails.
+//! goes through all of them at small shapes on a device that this CPU emulates: times mean nothing then, and what would fail, fails. The
+//! word `--common` leaves out kernels of one architecture alone, so that a Hopper shows what devices without them run.
 //!
 //! Each row has its prediction beside it, written before it was measured: bytes over the measured ceiling, or the operations that
 //! spread codes, whichever takes longer. Work is recorded once and run many times; data is larger than the second-level cache, or
@@ -114,16 +115,17 @@ fn main() -> std::process::ExitCode {
 fn run() -> Result<(), String> {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let dry = words.iter().any(|w| w == "--dry");
-    let words: Vec<_> = words.into_iter().filter(|w| w != "--dry").collect();
+    let common = words.iter().any(|w| w == "--common");
+    let words: Vec<_> = words.into_iter().filter(|w| w != "--dry" && w != "--common").collect();
     if dry {
         emulated::load()?;
     }
-    tables(&words, &if dry { Sizes::dry() } else { Sizes::full() }).map_err(|e| e.to_string())
+    let device = if common { Device::open_common(0) } else { Device::open(0) }.map_err(|e| e.to_string())?;
+    tables(&device, &words, &if dry { Sizes::dry() } else { Sizes::full() }).map_err(|e| e.to_string())
 }
 
-fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
-    let device = Device::open(0)?;
-    let ceiling = ceiling(&device, sizes.ceiling)?;
+fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
+    let ceiling = ceiling(device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
     let tables: [(&str, Table); 7] = [
         ("attention", attention),
@@ -137,7 +139,7 @@ fn tables(words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     for (title, table) in tables {
         if words.is_empty() || words.iter().any(|w| title.contains(w.as_str())) {
             println!("{title}");
-            table(&device, ceiling, sizes)?;
+            table(device, ceiling, sizes)?;
             println!();
         }
     }

@@ -70,6 +70,7 @@ struct Fiber {
 #endif
   uint3 tid; unsigned lane, warp, lin;
   struct Cp{ void* d; const void* s; unsigned n, grp; }; std::vector<Cp> cp; unsigned cpg=0, votes=0;   // cp.async in flight
+  struct Wg{ const void* d; std::function<void()> run; unsigned grp; }; std::vector<Wg> wg; unsigned wgg=0;   // products of warpgroups in flight
 };
 struct Warp {
   uint32_t ready=0, live=0, arrived=0; unsigned gen=0;   // bit sets over lanes
@@ -78,8 +79,9 @@ struct Warp {
 };
 struct Block {
   dim3 grid, bdim; uint3 bid; unsigned nthr=0, nwarp=0, done=0, barred=0;
-  int vote[2]={0,0}; unsigned cur=0; uint8_t* smem=nullptr; size_t smem_bytes=0;
+  int vote[3]={0,0,0}; unsigned cur=0; uint8_t* smem=nullptr; size_t smem_bytes=0;
   std::vector<Fiber> f; std::vector<Warp> w; std::vector<uint32_t> atbar;
+  struct Bulk{ void* d; const void* s; unsigned n; unsigned long long* bar; }; std::vector<Bulk> bulk;              // bulk copies in flight
   uint8_t* stacks=nullptr; const std::function<void()>* body=nullptr;
   uint64_t rng=0; bool shuffle=false; uint64_t nswitch=0;
 #if defined(__x86_64__)
@@ -118,6 +120,11 @@ static inline void switch_to(int nx){
   swapcontext(&b.f[me].ctx,&b.f[nx].ctx);
 #endif
 }
+// Lets others go first: of other warps, unless a seed picks.
+static inline void yield(){
+  Block& b=*blk; Fiber& f=self(); if(b.shuffle){ switch_to(pick()); return; }
+  for(unsigned i=1;i<b.nwarp;i++){ unsigned w=(f.warp+i)%b.nwarp; if(b.w[w].ready){ switch_to(int(w*32+__builtin_ctz(b.w[w].ready))); return; } }
+  uint32_t others=b.w[f.warp].ready&~(1u<<f.lane); if(!others) deadlock(); switch_to(int(f.warp*32+__builtin_ctz(others))); }
 static void fiber_main(){
   Block& b=*blk; (*b.body)();
   Fiber& f=self(); Warp& w=b.w[f.warp]; uint32_t bit=1u<<f.lane;
@@ -148,10 +155,10 @@ static inline void sync_block(){
     return; }
   b.w[f.warp].ready&=~bit; b.atbar[f.warp]|=bit; switch_to(pick());
 }
-// Two flags take turns: none is cleared while a thread may still read it.
+// Three flags take turns: that of the vote before this one is cleared, which all have read and none sets before all have come to the next.
 static inline int any_of_block(int p){
-  Block& b=*blk; unsigned g=self().votes++&1; if(p) b.vote[g]=1;
-  sync_block(); int r=b.vote[g]; b.vote[g^1]=0; return r; }
+  Block& b=*blk; unsigned g=self().votes++%3; if(p) b.vote[g]=1;
+  sync_block(); int r=b.vote[g]; b.vote[(g+2)%3]=0; return r; }
 // one barrier per collective: deposits are double buffered by generation parity
 static inline uint32_t (*deposit(uint32_t mask,const void* p,size_t n,const char* op))[16]{
   Block& b=*blk; Fiber& f=self(); Warp& w=b.w[f.warp]; uint32_t bit=1u<<f.lane;
@@ -173,9 +180,9 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
   b.stacks=kept.get(); b.f.resize(b.nthr); b.w.resize(b.nwarp); b.atbar.assign(b.nwarp,0);
   std::function<void()> fn=body; b.body=&fn; b.shuffle=seed!=0; b.rng=seed; Block* old=blk; blk=&b;
   for(unsigned z=0;z<grid.z;z++)for(unsigned y=0;y<grid.y;y++)for(unsigned x=0;x<grid.x;x++){
-    b.bid={x,y,z}; b.done=b.barred=0; b.vote[0]=b.vote[1]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
+    b.bid={x,y,z}; b.bulk.clear(); b.done=b.barred=0; b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
     for(unsigned i=0;i<b.nthr;i++){ Fiber& f=b.f[i]; f.lin=i; f.lane=i&31; f.warp=i>>5;
-      f.cp.clear(); f.cpg=0; f.votes=0; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
+      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
       uint8_t* top=b.stacks+size_t(i+1)*STACK; top=(uint8_t*)((uintptr_t)top&~uintptr_t(15));
 #if defined(__x86_64__)
       void** sp=(void**)top; *--sp=nullptr; *--sp=(void*)&fiber_main; for(int k=0;k<6;k++) *--sp=nullptr; f.sp=sp;
@@ -197,6 +204,24 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
 static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); f.cp.push_back({d,s,n,f.cpg}); }
 static inline void emu_cp_commit(){ emu::self().cpg++; }
 static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
+// bulk copies land when their barrier is first waited for, and all are asked for; a barrier's word is the rounds that are over and the bytes that this one has to come
+static inline void emu_bulk_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
+static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bulk_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
+static inline void emu_bulk_copy(void* d,const void* s,unsigned n,unsigned long long* bar){
+  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bulk_bad("a bulk copy that is not of multiples of 16"); emu::blk->bulk.push_back({d,s,n,bar}); }
+static inline void emu_bulk_wait(unsigned long long* bar,unsigned round){
+  auto& all=emu::blk->bulk; uint64_t over, n; size_t k=0;
+  for(;;){
+    over=*bar>>32; if(over!=round){ if(over!=round+1) emu_bulk_bad("a wait for a round long over, or to come"); return; }
+    n=0; for(auto& c:all) if(c.bar==bar) n+=c.n;
+    if(n>(*bar&0xffffffffu)&&*bar&0xffffffffu) emu_bulk_bad("more bytes are on their way than are expected");
+    if(n&&n==(*bar&0xffffffffu)) break;
+    emu::yield(); }
+  for(auto& c:all){ if(c.bar==bar) memcpy(c.d,c.s,c.n); else all[k++]=c; } all.resize(k); *bar=(over+1)<<32; }
+// products of a warpgroup land when they are waited for, in order
+static inline bool emu_wg_first(const void* d){ for(auto& w:emu::self().wg) if(w.d==d) return false; return true; }
+static inline void emu_wg_push(const void* d,std::function<void()> run){ emu::Fiber& f=emu::self(); f.wg.push_back({d,std::move(run),f.wgg}); }
+static inline void emu_wg_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& w:f.wg){ if(w.grp+left<f.wgg) w.run(); else f.wg[k++]=std::move(w); } f.wg.resize(k); }
 #define threadIdx (emu::self().tid)
 #define blockIdx  (emu::blk->bid)
 #define blockDim  (emu::blk->bdim)

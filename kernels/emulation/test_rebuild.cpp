@@ -25,10 +25,7 @@ static u32 get_code(const u32* words, u32 lanes, u32 lane, u32 bits, u32 n, u32 
 }
 static u32 words_of(u32 n, u32 bits) { u32 quads = (n + 3) / 4; return bits == 3 ? (quads + 3) / 4 + (quads + 7) / 8 : (quads * bits + 7) / 8; }
 static double level(u32 bits, u32 code) {
-    static const double four[] = {5, 15, 25, 36, 48, 62, 79, 104}, three[] = {10, 31, 55, 88}, two[] = {18, 60};
-    u32 half = 1u << (bits - 1), index = code % half;
-    double m = (bits == 4 ? four : bits == 3 ? three : two)[index];
-    return (code < half ? m : -m) / unit_of(bits);
+    return (code - 0.5 * ((1 << bits) - 1)) / (bits == 4 ? 5.9666 / 2 : bits == 3 ? 3.4129 / 2 : 2.0087 / 2);
 }
 
 struct Kind { u32 rank, bits; bool affine; };

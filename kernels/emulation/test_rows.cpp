@@ -145,9 +145,9 @@ template <class E> static void test_append(u64 seed, u32 rows, u32 heads, u32 kv
 // quant.rs, once more.
 struct Levels { std::vector<double> l; double unit; };
 static Levels levels(u32 bits) {
-    if (bits == 2) return {{-60, -18, 18, 60}, 39.724f};
-    if (bits == 3) return {{-88, -55, -31, -10, 10, 31, 55, 88}, 40.893f};
-    return {{-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104}, 38.135f};
+    if (bits == 2) return {{-3, -1, 1, 3}, 2.0087f};
+    if (bits == 3) return {{-7, -5, -3, -1, 1, 3, 5, 7}, 3.4129f};
+    return {{-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15}, 5.9666f};
 }
 static u32 nearest(const Levels& v, double y) { u32 c = 0; for (size_t i = 1; i < v.l.size(); i++) c += y > (v.l[i - 1] + v.l[i]) / 2; return c; }
 static double clamped(double x) { return fmin(fmax(x, -65504), 65504); }
@@ -251,8 +251,7 @@ template <class E> static void test_seal(u64 seed, u32 kv, u32 d, u32 key_rank, 
         double levels_top = (1 << bits) - 1;
         auto affine_of = [&](double y) { return (u32)fmin(fmax(nearbyint(y), 0), levels_top); };
         Levels lv = affine ? Levels{} : levels(bits);
-                // Sign and magnitude.
-        auto normal_of = [&](double y) { u32 c = nearest(lv, y), half = 1u << (bits - 1); return c >= half ? c - half : 2 * half - 1 - c; };
+        auto normal_of = [&](double y) { return nearest(lv, y); };
         auto affine_group = [&](u32 s_at, u32 m_at, auto list) {  // of (position, latent)
             double lo = INFINITY, hi = -INFINITY;
             for (auto [p, r] : list) if (p >= skip) { lo = fmin(lo, l[p * rank + r]); hi = fmax(hi, l[p * rank + r]); }

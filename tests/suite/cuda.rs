@@ -10,7 +10,7 @@ use strait::engine::thread::{Broken, EngineThread, Parts, Runner, start};
 use strait::engine::{EngineHandle, TokenStream};
 use strait::ids::{AdapterGeneration, PageAddr, SeqId};
 use strait::kv::Arena;
-use strait::kv::layout::{BasisKind, ExactType, PageLayout, Profile};
+use strait::kv::layout::{BasisKind, ExactType, PageLayout, Profile, Size};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
@@ -43,6 +43,14 @@ pub(crate) fn device() -> Arc<Device> {
         Device::open(0).map_err(|e| e.to_string())
     };
     DEVICE.get_or_init(open).clone().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// And as it would be without kernels of its own architecture.
+pub(crate) fn devices() -> [Arc<Device>; 2] {
+    static COMMON: OnceLock<Arc<Device>> = OnceLock::new();
+    let own = device();
+    let common = COMMON.get_or_init(|| Device::open_common(own.ordinal()).unwrap()).clone();
+    [own, common]
 }
 
 /// The same with a stream of its own: for what records launches, which must not be those of another test.
@@ -172,39 +180,48 @@ fn exact_attention_on_the_device_agrees_with_the_definition() {
 
 #[test]
 fn sealed_attention_on_the_device_agrees_with_the_definition() {
-    let device = device();
     for (bits, sinks, exact, shape) in [
-        (4, 4, ExactType::Bf16, heads(8, 2, 64)),
-        (4, 0, ExactType::F32, heads(3, 3, 80)),
-        (4, 17, ExactType::F32, heads(32, 4, 96)),
-        (4, 64, ExactType::Bf16, heads(20, 4, 128)),
-        (3, 4, ExactType::F32, heads(4, 2, 64)),
-        (3, 0, ExactType::Bf16, heads(32, 8, 64)),
-        (2, 5, ExactType::Bf16, heads(4, 2, 64)),
-        (2, 0, ExactType::F32, heads(32, 4, 80)),
+        ((4, 4), 4, ExactType::Bf16, heads(8, 2, 64)),
+        ((4, 4), 0, ExactType::F32, heads(3, 3, 80)),
+        ((4, 4), 17, ExactType::F32, heads(32, 4, 96)),
+        ((4, 4), 64, ExactType::Bf16, heads(20, 4, 128)),
+        ((3, 3), 4, ExactType::F32, heads(4, 2, 64)),
+        ((3, 3), 0, ExactType::Bf16, heads(32, 8, 64)),
+        ((2, 2), 5, ExactType::Bf16, heads(4, 2, 64)),
+        ((2, 2), 0, ExactType::F32, heads(32, 4, 80)),
+        ((4, 2), 3, ExactType::Bf16, heads(8, 2, 64)),
+        ((2, 4), 0, ExactType::F32, heads(32, 4, 64)),
+        ((3, 4), 9, ExactType::Bf16, heads(17, 1, 128)),
+        ((4, 3), 0, ExactType::Bf16, heads(8, 2, 96)),
+        ((2, 3), 0, ExactType::F32, heads(4, 4, 64)),
+        ((3, 2), 1, ExactType::Bf16, heads(16, 2, 128)),
         // Sums of 8 warps: more than 256 value channels.
-        (4, 4, ExactType::Bf16, heads(12, 12, 64)),
-        (2, 4, ExactType::Bf16, heads(20, 10, 64)),
+        ((4, 4), 4, ExactType::Bf16, heads(12, 12, 64)),
+        ((2, 2), 4, ExactType::Bf16, heads(20, 10, 64)),
     ] {
         for pages in [1, 5] {
-            let cache = &mut Cache::new(exact, shape, Some(turned(bits, sinks, BasisKind::Frequency, [true, true])));
+            let mut profile = turned(bits.0, sinks, BasisKind::Frequency, [true, true]);
+            let Size::Shares { value_bits, .. } = &mut profile.size else { unreachable!("a profile of shares") };
+            *value_bits = bits.1;
+            let cache = &mut Cache::new(exact, shape, Some(profile));
             let mut seq = Sequence::default();
             cache.extend(&mut seq, pages * 64 + 64 + 10);
             cache.seal(&Reference, &mut seq, pages);
             let q = cache.queries(2);
             let want = cache.attend(&Reference, &[(&seq, 2)], &q);
-            let got = attend(&device, cache, &[(&seq, 2)], &q);
-            let off = rms(&got, &want);
-            // Queries and weights have the 11 bits of f16, partial results too.
-            let Heads { heads, kv_heads, head_dim, .. } = shape;
-            assert!(off < 3e-3, "{bits} bits, {exact:?} {heads}/{kv_heads} of {head_dim}, {pages} pages: off by {off:e}");
+            for device in devices() {
+                let off = rms(&attend(&device, cache, &[(&seq, 2)], &q), &want);
+                // Queries and weights have the 11 bits of f16, partial results too.
+                let Heads { heads, kv_heads, head_dim, .. } = shape;
+                let on = if device.warpgroups { "warpgroups" } else { "warps" };
+                assert!(off < 3e-3, "{bits:?} bits, {exact:?} {heads}/{kv_heads} of {head_dim}, {pages} pages, {on}: off by {off:e}");
+            }
         }
     }
 }
 
 #[test]
 fn long_spans_of_sealed_pages_agree_with_the_definition() {
-    let device = device();
     for bits in [4, 3, 2] {
         let cache = &mut Cache::new(ExactType::F32, heads(2, 1, 64), Some(turned(bits, 4, BasisKind::Frequency, [true, true])));
         let mut seq = Sequence::default();
@@ -213,17 +230,15 @@ fn long_spans_of_sealed_pages_agree_with_the_definition() {
         // Maxima that move from tile to tile, and back.
         let q: Vec<f32> = cache.queries(1).iter().map(|x| 2.0 * x).collect();
         let want = cache.attend(&Reference, &[(&seq, 1)], &q);
-        for most in [8, 32] {
-            let got = attend_in(&device, cache, &[(&seq, 1)], &q, most);
-            let off = rms(&got, &want);
-            assert!(off < 3e-3, "{bits} bits, spans of {most} pages: off by {off:e}");
+        for (most, device) in devices().iter().flat_map(|device| [(8, device), (32, device)]) {
+            let off = rms(&attend_in(device, cache, &[(&seq, 1)], &q, most), &want);
+            assert!(off < 3e-3, "{bits} bits, spans of {most} pages, warpgroups {}: off by {off:e}", device.warpgroups);
         }
     }
 }
 
 #[test]
 fn a_row_on_the_device_does_not_depend_on_its_batch() {
-    let device = device();
     let cache = &mut Cache::new(ExactType::Bf16, heads(8, 2, 64), Some(turned(4, 4, BasisKind::Frequency, [true, true])));
     let (mut one, mut two) = (Sequence::default(), Sequence::default());
     cache.extend(&mut one, 14 * 64 + 70);
@@ -231,9 +246,11 @@ fn a_row_on_the_device_does_not_depend_on_its_batch() {
     cache.extend(&mut two, 40);
     let q = cache.queries(4);
     let width = 8 * 64;
-    let all = attend(&device, cache, &[(&two, 3), (&one, 1)], &q);
-    assert_same(&attend(&device, cache, &[(&one, 1)], &q[3 * width..]), &all[3 * width..], format_args!("alone"));
-    assert_same(&attend(&device, cache, &[(&two, 3)], &q[..3 * width]), &all[..3 * width], format_args!("the others"));
+    for device in devices() {
+        let all = attend(&device, cache, &[(&two, 3), (&one, 1)], &q);
+        assert_same(&attend(&device, cache, &[(&one, 1)], &q[3 * width..]), &all[3 * width..], format_args!("alone"));
+        assert_same(&attend(&device, cache, &[(&two, 3)], &q[..3 * width]), &all[..3 * width], format_args!("the others"));
+    }
 }
 
 #[test]

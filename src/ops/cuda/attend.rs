@@ -131,6 +131,7 @@ struct AbsorbArgs {
     map: u64,
     fragments: u64,
     factors: u64,
+    offsets: u64,
     scale: f32,
     heads: i32,
     kv_heads: i32,
@@ -147,6 +148,7 @@ struct SealedArgs {
     items: u64,
     fragments: u64,
     factors: u64,
+    offsets: u64,
     out: u64,
     state: u64,
     key_codes: u32,
@@ -423,6 +425,7 @@ pub struct DeviceWork {
     slices: Vec<Slice>,
     fragments: Memory<u16>,
     factors: Memory<f32>,
+    offsets: Memory<f32>,
     sealed: Memory<u16>,
     sealed_state: Memory<f32>,
     exact: Memory<f32>,
@@ -465,6 +468,7 @@ impl DeviceWork {
             slices: Vec::new(),
             fragments: device.alloc(1)?,
             factors: device.alloc(1)?,
+            offsets: device.alloc(1)?,
             sealed: device.alloc(1)?,
             sealed_state: device.alloc(1)?,
             exact: device.alloc(1)?,
@@ -512,6 +516,7 @@ impl DeviceWork {
             self.fragments
                 .reserve(batch * tiles * 256 * most(&|l| steps(l).max(key_width(l.blocks, l.keys.rank / l.blocks.max(1)) / 16)))?;
             self.factors.reserve(batch * tiles * 16)?;
+            self.offsets.reserve(batch * tiles * 16)?;
             self.sealed.reserve(sealed * tiles * 16 * rank)?;
             self.sealed_state.reserve(sealed * tiles * 16 * 4)?;
         }
@@ -525,7 +530,14 @@ impl DeviceWork {
         key.push(self.parts as u64);
         key.extend(self.slices.iter().flat_map(|s| [s.rows.end, s.sealed.end, s.exact.end]).map(|n| n as u64));
         key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
-        key.extend([self.factors.ptr(), self.sealed.ptr(), self.sealed_state.ptr(), self.exact.ptr(), self.exact_state.ptr()]);
+        key.extend([
+            self.factors.ptr(),
+            self.offsets.ptr(),
+            self.sealed.ptr(),
+            self.sealed_state.ptr(),
+            self.exact.ptr(),
+            self.exact_state.ptr(),
+        ]);
     }
 
     /// Launches one layer's attention over the work.
@@ -557,6 +569,7 @@ impl DeviceWork {
                 map: absorb.ptr(),
                 fragments: self.fragments.ptr(),
                 factors: self.factors.ptr(),
+                offsets: self.offsets.ptr(),
                 scale,
                 heads: heads as i32,
                 kv_heads: kv_heads as i32,
@@ -592,6 +605,7 @@ impl DeviceWork {
             items: self.sealed_items.part(items.start, items.len()).ptr(),
             fragments: self.fragments.ptr(),
             factors: self.factors.ptr(),
+            offsets: self.offsets.ptr(),
             out: self.sealed.ptr(),
             state: self.sealed_state.ptr(),
             key_codes: k.codes as u32,
@@ -606,11 +620,15 @@ impl DeviceWork {
             tiles: tiles as i32,
         };
         let mt = tiles_at_once(layer.shape.heads);
-        let kernel = SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][k.bits as usize - 2][v.bits as usize - 2];
-        let shared = sealed_shared(layer.shape.heads, &part);
+        let bits = [k.bits, v.bits].map(|bits| bits as usize - 2);
+        let own = warpgroup_shared(layer.shape.heads, &part);
+        let (kernel, warps, shared) = if device.warpgroups && v.rank <= 256 && k.rank + v.rank > 0 && own <= device.shared {
+            (SEALED_WARPGROUP[mt - 1][usize::from(v.rank > 128)][bits[0]][bits[1]], 4, own)
+        } else {
+            (SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][bits[0]][bits[1]], WARPS, sealed_shared(layer.shape.heads, &part))
+        };
         // SAFETY: as above; pages were leased by who made the work.
-        unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * WARPS, shared, &args) }?;
-        Ok(())
+        unsafe { device.launch(kernel, [items.len(), tiles / mt, 1], 32 * warps, shared, &args) }
     }
 
     /// Parts over sealed pages whose latents are spread before they are met.
@@ -748,6 +766,34 @@ const SEALED: [[[[&str; 3]; 3]; 2]; 2] = [
     ],
 ];
 
+/// On devices with warpgroups, by tiles of 16 lines (1, 2), more than 128 value channels (of at most 256) or not, bits of keys and of values.
+const SEALED_WARPGROUP: [[[[&str; 3]; 3]; 2]; 2] = [
+    [
+        [
+            ["attend_sealed_wg_1_2_22", "attend_sealed_wg_1_2_23", "attend_sealed_wg_1_2_24"],
+            ["attend_sealed_wg_1_2_32", "attend_sealed_wg_1_2_33", "attend_sealed_wg_1_2_34"],
+            ["attend_sealed_wg_1_2_42", "attend_sealed_wg_1_2_43", "attend_sealed_wg_1_2_44"],
+        ],
+        [
+            ["attend_sealed_wg_1_4_22", "attend_sealed_wg_1_4_23", "attend_sealed_wg_1_4_24"],
+            ["attend_sealed_wg_1_4_32", "attend_sealed_wg_1_4_33", "attend_sealed_wg_1_4_34"],
+            ["attend_sealed_wg_1_4_42", "attend_sealed_wg_1_4_43", "attend_sealed_wg_1_4_44"],
+        ],
+    ],
+    [
+        [
+            ["attend_sealed_wg_2_2_22", "attend_sealed_wg_2_2_23", "attend_sealed_wg_2_2_24"],
+            ["attend_sealed_wg_2_2_32", "attend_sealed_wg_2_2_33", "attend_sealed_wg_2_2_34"],
+            ["attend_sealed_wg_2_2_42", "attend_sealed_wg_2_2_43", "attend_sealed_wg_2_2_44"],
+        ],
+        [
+            ["attend_sealed_wg_2_4_22", "attend_sealed_wg_2_4_23", "attend_sealed_wg_2_4_24"],
+            ["attend_sealed_wg_2_4_32", "attend_sealed_wg_2_4_33", "attend_sealed_wg_2_4_34"],
+            ["attend_sealed_wg_2_4_42", "attend_sealed_wg_2_4_43", "attend_sealed_wg_2_4_44"],
+        ],
+    ],
+];
+
 /// Warps of a block over sealed pages.
 const WARPS: usize = 8;
 /// Bytes of shared memory of `absorb`.
@@ -772,7 +818,19 @@ const fn tiles_at_once(heads: usize) -> usize {
 /// Bytes of shared memory of `attend_sealed`.
 fn sealed_shared(heads: usize, layer: &SealedLayer) -> usize {
     let mt = tiles_at_once(heads);
-    mt * steps(layer) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 64 * mt + 4 * SEALED_SPAN.1
+    mt * steps(layer) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 128 * mt + 4 * SEALED_SPAN.1
+}
+
+/// Bytes of shared memory of `attend_sealed_wg`.
+fn warpgroup_shared(heads: usize, layer: &SealedLayer) -> usize {
+    let (mt, key_row) = (tiles_at_once(heads), 4 * P + 32);
+    let rows = match layer.keys.bits {
+        3 => layer.keys.rank.div_ceil(16) + layer.keys.rank.div_ceil(16).div_ceil(2),
+        bits => layer.keys.rank.div_ceil(32 / bits as usize),
+    };
+    // Words beyond a page's are read, and not heeded: of keys up to 31 rows, of values up to 256 channels.
+    let values = (2 * (layer.end - layer.keys.meta).next_multiple_of(128)).max(31 * key_row) + 1024;
+    512 * mt * (steps(layer).next_multiple_of(8) + 8) + 9 * 64 * mt + 4 * SEALED_MOST + 16 + 2 * rows * key_row + values
 }
 
 /// Steps of 16 channels of an absorbed query.

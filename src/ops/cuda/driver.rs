@@ -32,6 +32,8 @@ pub struct Device {
     pub shared: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
     overlaps: bool,
+    /// Whether kernels for warpgroups (`warpgroup.cuh`) run on it.
+    pub warpgroups: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -74,6 +76,19 @@ impl Device {
     /// # Errors
     /// Each with its mend: no driver, no such device, too old a driver or device.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        Self::open_with(ordinal, true)
+    }
+
+    /// As [`Device::open`], without the kernels of one architecture alone: what any device runs, to be tested and measured on one that
+    /// has better.
+    ///
+    /// # Errors
+    /// As it has.
+    pub fn open_common(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        Self::open_with(ordinal, false)
+    }
+
+    fn open_with(ordinal: usize, own: bool) -> Result<Arc<Self>, CudaError> {
         let count = Self::count()?;
         if ordinal >= count {
             return Err(CudaError::NoSuchDevice { asked: ordinal, count });
@@ -94,7 +109,16 @@ impl Device {
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
-        Ok(Arc::new(Device { context, stream, module, kernels: Mutex::default(), processors, shared, overlaps: capability.0 >= 9 }))
+        Ok(Arc::new(Device {
+            context,
+            stream,
+            module,
+            kernels: Mutex::default(),
+            processors,
+            shared,
+            overlaps: capability.0 >= 9,
+            warpgroups: own && capability.0 == 9,
+        }))
     }
 
     /// Its number among the devices of this machine.
