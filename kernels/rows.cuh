@@ -30,43 +30,56 @@ __device__ __forceinline__ void embed(const u32* __restrict__ tokens, const u16*
     }
 }
 
+// The root mean square of rows of quads, to be divided by: rms_norm takes it, and products that norm their input themselves
+// (linear.cuh). A block of THREADS sums a row, in the one order there is, so the bits are the same wherever that happens; sums of
+// products are spelled out as the compiler would contract them, lest it do otherwise in one place.
+//
+// Rows up to KEEP * 1024 wide are read once; of wider ones the rest is read a second time, from the first-level cache.
+constexpr int KEEP = 4;
+// The squares of a row that fall to a thread; its first quads stay in `keep`.
+__device__ __forceinline__ float norm_squares(const float4* from, u32 quads, float4 (&keep)[KEEP]) {
+    float sum = 0;
+    auto add = [&](float4 v) { sum += fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.x, v.x, v.y * v.y))); };
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        u32 i = threadIdx.x + k * THREADS;
+        if (i < quads) { keep[k] = from[i]; add(keep[k]); }
+    }
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) add(from[i]);
+    return sum;
+}
+// What a row is multiplied by, from the sums of its warps.
+__device__ __forceinline__ float norm_inverse(const float* sums, u32 width, float eps) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
+    return 1.0f / sqrtf(total / (float)width + eps);
+}
+__device__ __forceinline__ uint2 norm_quad(float4 v, float inverse, float4 w) {
+    return uint2{b_pair(v.x * inverse * w.x, v.y * inverse * w.y), b_pair(v.z * inverse * w.z, v.w * inverse * w.w)};
+}
+
 // out[r][i] = x[r][i] / sqrt(mean(x[r]^2) + eps) * weight[i]. Moves rows * width * (4 + 2) bytes and the weight.
 __device__ __forceinline__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, u32 width, u16* __restrict__ out) {
     SHARED(float, sums);
-    // Rows up to KEEP * 1024 wide are read once; of wider ones the rest is read a second time, from the first-level cache.
-    constexpr int KEEP = 4;
     const float* from = x + (u64)blockIdx.x * width;
     u16* to = out + (u64)blockIdx.x * width;
     const float4* from4 = (const float4*)from;
     const float4* weight4 = (const float4*)weight;
     u32 quads = width % 4 == 0 ? width / 4 : 0;
     float4 keep[KEEP];
-    float sum = 0;
-    auto add = [&](float4 v) { sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; };
-#pragma unroll
-    for (int k = 0; k < KEEP; k++) {
-        u32 i = threadIdx.x + k * THREADS;
-        if (i < quads) { keep[k] = from4[i]; add(keep[k]); }
-    }
-    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) add(from4[i]);
-    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) sum += from[i] * from[i];
+    float sum = norm_squares(from4, quads, keep);
+    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) sum = fmaf(from[i], from[i], sum);
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
-    float inverse = 1.0f / sqrtf(total / (float)width + eps);
-    auto put = [&](u32 i, float4 v) {
-        float4 w = weight4[i];
-        ((uint2*)to)[i] = uint2{b_pair(v.x * inverse * w.x, v.y * inverse * w.y), b_pair(v.z * inverse * w.z, v.w * inverse * w.w)};
-    };
+    float inverse = norm_inverse(sums, width, eps);
 #pragma unroll
     for (int k = 0; k < KEEP; k++) {
         u32 i = threadIdx.x + k * THREADS;
-        if (i < quads) put(i, keep[k]);
+        if (i < quads) ((uint2*)to)[i] = norm_quad(keep[k], inverse, weight4[i]);
     }
-    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) put(i, from4[i]);
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) ((uint2*)to)[i] = norm_quad(from4[i], inverse, weight4[i]);
     if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) to[i] = of_b(from[i] * inverse * weight[i]);
 }
 

@@ -352,6 +352,15 @@ pub struct Part<'a, T> {
 }
 
 impl<T> Part<'_, T> {
+    /// `n` elements of it from `first` on.
+    ///
+    /// # Panics
+    /// Beyond its end.
+    pub fn slice(&self, first: usize, n: usize) -> Self {
+        assert!(first + n <= self.n, "{n} elements at {first} of {}", self.n);
+        Part { at: self.at + (first * size_of::<T>()) as u64, n, of: PhantomData }
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         self.n
