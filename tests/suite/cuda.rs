@@ -237,6 +237,26 @@ fn a_row_on_the_device_does_not_depend_on_its_batch() {
 }
 
 #[test]
+fn exact_rows_come_to_the_same_where_their_own_blocks_merge_them() {
+    let device = device();
+    // Heads in groups of four, of less, and of more than four; one span, and several of unlike lengths.
+    for shape in [heads(8, 2, 64), heads(3, 1, 80), heads(6, 1, 96), heads(4, 2, 128)] {
+        let cache = &mut Cache::new(ExactType::Bf16, shape, Some(turned(4, 4, BasisKind::Frequency, [true, true])));
+        let (mut sealed, mut short, mut long) = (Sequence::default(), Sequence::default(), Sequence::default());
+        cache.extend(&mut sealed, 3 * 64 + 70);
+        cache.seal(&Reference, &mut sealed, 3);
+        cache.extend(&mut short, 40);
+        cache.extend(&mut long, 14 * 64 + 9);
+        let q = cache.queries(4);
+        let width = shape.heads * shape.head_dim;
+        // Beside a row that has sealed parts they are merged by a launch of its own.
+        let beside = attend(&device, cache, &[(&sealed, 1), (&short, 1), (&long, 2)], &q);
+        let alone = attend(&device, cache, &[(&short, 1), (&long, 2)], &q[width..]);
+        assert_same(&alone, &beside[width..], format_args!("{} heads over {} of {}", shape.heads, shape.kv_heads, shape.head_dim));
+    }
+}
+
+#[test]
 fn spans_are_whole_tiles_that_follow_from_the_length() {
     for (pages, want) in [(0, 0), (1, 4), (256, 4), (257, 8), (512, 8), (2048, 32), (1 << 20, 32)] {
         assert_eq!(span(pages, (4, 32)), want, "{pages} pages");
@@ -484,7 +504,7 @@ fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
         return thread.join().unwrap().unwrap();
     };
     // SAFETY: a function of the emulated driver, of this type.
-    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 200) };
+    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 100) };
     let failure = hear(engine.submit(request(&prompt, 100, 0)).unwrap()).unwrap_err();
     assert!(matches!(&failure, Failure::Internal(what) if what.contains("device")), "{failure:?}");
     assert_eq!(thread.join().unwrap(), Err(Broken::DeviceLost));
