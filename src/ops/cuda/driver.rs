@@ -30,8 +30,10 @@ pub struct Device {
     pub processors: usize,
     /// Bytes of shared memory a block may ask for.
     pub shared: usize,
+    /// Bytes of its second-level cache.
+    pub cache: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
-    overlaps: bool,
+    pub(super) overlaps: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -94,7 +96,9 @@ impl Device {
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
-        Ok(Arc::new(Device { context, stream, module, kernels: Mutex::default(), processors, shared, overlaps: capability.0 >= 9 }))
+        let cache = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
+        let overlaps = capability.0 >= 9;
+        Ok(Arc::new(Device { context, stream, module, kernels: Mutex::default(), processors, shared, cache, overlaps }))
     }
 
     /// Its number among the devices of this machine.
