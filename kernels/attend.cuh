@@ -76,6 +76,15 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
     // What is asked of it late is read late: registers are all taken in between.
     const ExactItem& own = p.items[blockIdx.x];
     const ExactItem item = own;
+    // What the host uploaded is there before the launch ahead ends, and so is all of a page but the position at hand: the first page of
+    // each warp is on its way meanwhile, in the cache that all writes go through.
+    if (warp < (int)item.pages) {
+        const u32 head_bytes = D * PAGE * sizeof(E), positions = warp + 1 == (int)item.pages ? item.last : PAGE;
+        const u8* keys = p.arena + ((size_t)p.table[item.table + warp] * UNIT + (p.offset + 2 * blockIdx.y * head_bytes));
+        for (u32 i = lane * 128; i < head_bytes + positions * D * sizeof(E); i += 32 * 128) prefetch(keys + i);
+    }
+    grid_wait();
+    grid_go();
     for (int i = tid; i < G * D; i += 32 * W) {
         const int h = i % G;
         q[i] = h < n ? p.q[((size_t)item.row * p.heads + head0 + h) * D + i / G] * (p.scale * 1.44269504f) : 0.0f;
@@ -260,14 +269,14 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
     }
 }
 
-KERNEL(128, 4, attend_exact_b16_64)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 64, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_80)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 80, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_96)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 96, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_128)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 128, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_64)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 64, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_80)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 80, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_96)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 96, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_128)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 128, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_64)(ExactArgs p) { attend_exact<u16, 64, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_80)(ExactArgs p) { attend_exact<u16, 80, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_96)(ExactArgs p) { attend_exact<u16, 96, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_128)(ExactArgs p) { attend_exact<u16, 128, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_64)(ExactArgs p) { attend_exact<float, 64, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_80)(ExactArgs p) { attend_exact<float, 80, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_96)(ExactArgs p) { attend_exact<float, 96, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_128)(ExactArgs p) { attend_exact<float, 128, 4>(p); }
 
 // What a row's parts are: ranges of items.
 struct MergeRow {
@@ -319,10 +328,11 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, si
 //   4 (4 (parts up to 4) + 4 max(rank slices, 8 d) + 8) with slices = max(1, 1024 / rank), of 512 where 8 does not divide the rank.
 //   Bytes a row and head: 2 rank a sealed part, 4 d an exact one, and `up` out of L2 once a KV head: latency and L2 bind.
 KERNEL(512, 2, merge)(MergeArgs p) {
+    SHARED(float, shared);
+    // Of the host's, so there before the wait.
+    const MergeRow row = p.rows[blockIdx.x];
     grid_wait();
     grid_go();
-    SHARED(float, shared);
-    const MergeRow row = p.rows[blockIdx.x];
     const int kv_head = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = p.heads / p.kv_heads;
     const int ns = row.sealed_end - row.sealed, ne = row.exact_end - row.exact, parts = (ns + ne + 3) / 4 * 4;
     float* sums = shared;               // [4][2]: of weights, sealed and exact

@@ -89,6 +89,16 @@ __device__ __forceinline__ void put(float* p, float x) { *p = x; }
 constexpr int APPENDED = 16;  // rows of a block: so many neighbouring slots of a key channel fill a sector of 32 bytes
 constexpr u32 NO_PAGE = ~0u;
 
+// What a warp's first row needs and no launch writes is asked for while the launch ahead runs: it would come from far, as all weights have
+// passed through the caches since the last layer.
+__device__ __forceinline__ void rope_ahead(const u32* positions, const u32* pages, u32 count, u32 d, const float* cos, const float* sin) {
+    u32 row = blockIdx.x * APPENDED + threadIdx.x / 32, half = d / 2, i = threadIdx.x % 32 * 32;
+    if (row >= count) return;
+    prefetch(pages + row);
+    u64 at = (u64)positions[row] * half + i;
+    if (i < half) prefetch(cos + at), prefetch(sin + at);
+}
+
 // Per row and head: q and k normed by their head's root mean square (where there is a norm), turned by rope,
 //   (a, b) = (x[i], x[i + d / 2])  ->  (a cos - b sin, b cos + a sin);
 // q goes back to where it was, k and v to slot position % 64 of the row's exact page; nowhere where the page is NO_PAGE.
@@ -176,7 +186,13 @@ struct NormArgs {
     u32 width;
     float eps;
 };
-KERNEL(256, 4, rms_norm)(NormArgs p) { grid_wait(); grid_go(); rows::rms_norm(p.x, p.weight, p.eps, p.width, p.out); }
+KERNEL(256, 4, rms_norm)(NormArgs p) {
+    // The weight is there already, but far: all other weights have passed through the caches since it was needed last.
+    for (u32 i = threadIdx.x * 32; i < p.width; i += 256 * 32) prefetch(p.weight + i);
+    grid_wait();
+    grid_go();
+    rows::rms_norm(p.x, p.weight, p.eps, p.width, p.out);
+}
 
 struct SiluArgs {
     const float* gate;   // [rows][stride], the first `width` of each
@@ -202,8 +218,11 @@ struct AppendArgs {
     float eps;
 };
 template <class E> __device__ __forceinline__ void rope_append(const AppendArgs& p) {
+    rows::rope_ahead(p.positions, p.pages, p.rows, p.d, p.cos, p.sin);
+    grid_wait();
+    grid_go();
     rows::rope_append<E>(p.q, p.k, p.v, p.q_stride, p.kv_stride, p.rows, p.heads, p.kv_heads, p.d, p.q_norm, p.k_norm, p.eps, p.cos, p.sin, p.positions, p.arena,
                          p.pages, p.offset);
 }
-KERNEL(256, 4, rope_append_b16)(AppendArgs p) { grid_wait(); grid_go(); rope_append<u16>(p); }
-KERNEL(256, 4, rope_append_f32)(AppendArgs p) { grid_wait(); grid_go(); rope_append<float>(p); }
+KERNEL(256, 4, rope_append_b16)(AppendArgs p) { rope_append<u16>(p); }
+KERNEL(256, 4, rope_append_f32)(AppendArgs p) { rope_append<float>(p); }

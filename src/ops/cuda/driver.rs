@@ -186,7 +186,7 @@ impl Device {
             numAttrs: u32::from(self.overlaps),
         };
         // SAFETY: the function takes one parameter of this type, as the caller promises, and parameters are copied by the call. Every
-        // kernel of ours waits for the one before it, but for reading weights, which no kernel writes.
+        // kernel of ours waits for the one before it, but for reading weights and what the host uploaded, which no kernel writes.
         unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), std::ptr::null_mut()) }.result().map_err(fault)
     }
 
