@@ -245,10 +245,11 @@ pub(super) fn project(
         .collect();
     // Few rows are expanded where their products are summed.
     let fuses = rows < MANY && jobs.iter().all(|job| job.of.inner.is_none() && !touched(worn.adapts, job));
-    if fuses && targets.is_empty() {
-        if let Some(linears) = input.fused(device, (rows, inputs), &launched) {
-            return linears.launch(device);
-        }
+    if fuses
+        && targets.is_empty()
+        && let Some(linears) = input.fused(device, (rows, inputs), &launched)
+    {
+        return linears.launch(device);
     }
     let (x, ahead) = (input.ready(device, (rows, inputs))?, matches!(input, Input::Awaited(_)));
     if !targets.is_empty() {
@@ -297,10 +298,10 @@ pub(super) fn gate_and_up(
     let touched = places.map(|place| worn.updates & bit(place, layers) != 0);
     let targets: Vec<Target> =
         places.iter().zip(touched).filter(|(_, touched)| *touched).map(|(&place, _)| Target { place, y: 0, out: job.out }).collect();
-    if targets.is_empty() {
-        if let Some(linears) = input.fused(device, (rows, inputs), &[job]) {
-            return linears.launch(device);
-        }
+    if targets.is_empty()
+        && let Some(linears) = input.fused(device, (rows, inputs), &[job])
+    {
+        return linears.launch(device);
     }
     let x = input.ready(device, (rows, inputs))?;
     let mut fused = None;
