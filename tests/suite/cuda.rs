@@ -18,7 +18,7 @@ use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, serves, span};
-use strait::ops::cuda::{CudaError, Device};
+use strait::ops::cuda::{CudaError, Device, Memory};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
 use strait::request::{Event, Failure, GenerateRequest};
@@ -101,7 +101,9 @@ pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence,
     out_f32.fill(0xff).unwrap();
     let mut on = DeviceWork::new(device).unwrap();
     on.set(&work, shape, &layout.sealed, first).unwrap();
-    let layer = AttendLayer {
+    // Other queries first: what a launch leaves behind is nothing to the next.
+    let other = device.upload(&vec![0.5f32; q.len()]).unwrap();
+    let layer = |q: &Memory<f32>| AttendLayer {
         view: cache.view(),
         shape,
         exact_offset: LAYER * layout.exact_layer_bytes(),
@@ -113,7 +115,8 @@ pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence,
         out_f32: out_f32.ptr(),
         batch: first,
     };
-    on.attend(device, &layer).unwrap();
+    on.attend(device, &layer(&other)).unwrap();
+    on.attend(device, &layer(&q)).unwrap();
     let halves: Vec<f32> = out.to_vec().unwrap().iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect();
     let out = out_f32.to_vec().unwrap();
     let rounded: Vec<f32> = out.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
