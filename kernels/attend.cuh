@@ -27,6 +27,8 @@ struct ExactItem {
     u32 table, pages, last;
     // Page of the sinks block and how many positions of it are met; none where zero.
     u32 sinks_page, sinks;
+    // Which of its row's spans this is, and how many they are; they are neighbours.
+    u32 at, of;
 };
 
 struct ExactArgs {
@@ -38,6 +40,11 @@ struct ExactArgs {
     // [items][heads][d], not divided by the sum, and [items][heads][2]: largest exponent, sum.
     float* out;
     float* state;
+    // Where rows have no other parts: [rows][heads][d] bf16, and f32 or null, to which the last block of a row's spans merges them, and
+    // [items][KV heads][head groups] blocks that have ended, zero between launches. Null where `merge` is launched.
+    u16* merged;
+    float* merged_f32;
+    u32* ended;
     float scale;
     // Offsets of this layer in an exact page and in the sinks block; positions a sinks block has room for.
     u32 offset, sinks_offset, sinks_stride;
@@ -50,6 +57,9 @@ struct ExactArgs {
 //   channel: a lane scores 8 neighbouring positions of every fourth channel. Values lie position by position: a lane sums 8
 //   neighbouring channels. Both come in 16-byte loads straight into registers.
 //   Bytes a position, layer and KV head: 4 d (bf16). FLOPs: 4 d a head. Memory binds: up to 8 query heads a KV head leave the adders idle.
+//
+//   Where a row has no sealed parts and spans enough fit shared memory, its blocks merge it as `merge` would: one span at once, of several
+//   the block that ends last, for its heads, in the order of `merge` and so to its bits. Bytes then: 4 d a span and head, out of the second-level cache.
 //   Grid (items, KV heads, head groups of 4 within one), block 32 W, shared 4 (4 D + W (4 * 64 + 16)) + W (4 D + 8) 4 bytes.
 template <class E, int D, int W>
 __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
@@ -63,7 +73,18 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
     float* states = parts + W * G * D;      // [W][G][2]
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int group = p.heads / p.kv_heads, kv_head = blockIdx.y, head0 = kv_head * group + blockIdx.z * G, n = min(G, group - (int)blockIdx.z * G);
-    const ExactItem item = p.items[blockIdx.x];
+    // What is asked of it late is read late: registers are all taken in between.
+    const ExactItem& own = p.items[blockIdx.x];
+    const ExactItem item = own;
+    // What the host uploaded is there before the launch ahead ends, and so is all of a page but the position at hand: the first page of
+    // each warp is on its way meanwhile, in the cache that all writes go through.
+    if (warp < (int)item.pages) {
+        const u32 head_bytes = D * PAGE * sizeof(E), positions = warp + 1 == (int)item.pages ? item.last : PAGE;
+        const u8* keys = p.arena + ((size_t)p.table[item.table + warp] * UNIT + (p.offset + 2 * blockIdx.y * head_bytes));
+        for (u32 i = lane * 128; i < head_bytes + positions * D * sizeof(E); i += 32 * 128) prefetch(keys + i);
+    }
+    grid_wait();
+    grid_go();
     for (int i = tid; i < G * D; i += 32 * W) {
         const int h = i % G;
         q[i] = h < n ? p.q[((size_t)item.row * p.heads + head0 + h) * D + i / G] * (p.scale * 1.44269504f) : 0.0f;
@@ -184,20 +205,78 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
             value += by * parts[(w * G + h) * D + c];
             total += by * states[(w * G + h) * 2 + 1];
         }
+        if (p.merged && own.of == 1) {
+            // Of one part the weight is one.
+            const size_t at = ((size_t)item.row * p.heads + head0 + h) * D + c;
+            const float y = (0.0f + value) / total;
+            p.merged[at] = of_b(y);
+            if (p.merged_f32) p.merged_f32[at] = y;
+            continue;
+        }
         const size_t line = (size_t)blockIdx.x * p.heads + head0 + h;
         p.out[line * D + c] = value;
         if (c == 0) p.state[2 * line] = top, p.state[2 * line + 1] = total;
     }
+    if (!p.merged || own.of == 1) return;
+    __threadfence();
+    __syncthreads();
+    const size_t first = blockIdx.x - own.at;
+    u32* ended = p.ended + (first * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
+    const bool end = any_of_block(tid == 0 && atomicAdd(ended, 1u) == own.of - 1);
+    if (!end) return;
+    __threadfence();
+    if (tid == 0) *ended = 0;
+    const int spans = own.of;
+    float* sums = shared;                   // [G]
+    float* by = sums + G;                   // [G][spans]
+    auto load = [](const float* x) { return ld_fresh(x); };
+    if (warp < n) {
+        const float* state = p.state + (first * p.heads + head0 + warp) * 2;
+        const size_t step = (size_t)p.heads * 2;
+        float top = -1e30f;
+        for (int i = lane; i < spans; i += 32) top = fmaxf(top, load(state + i * step));
+        top = warp_max(top);
+        float sum = 0;
+        for (int i = lane; i < spans; i += 32) {
+            const float w = ex2(load(state + i * step) - top);
+            by[warp * spans + i] = w;
+            sum = fmaf(w, load(state + i * step + 1), sum);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) sums[warp] = sum;
+    }
+    __syncthreads();
+    // Neighbouring elements of all heads to neighbouring threads.
+    constexpr int EACH = (G * D + 32 * W - 1) / (32 * W);
+    static_assert(W >= G, "a warp weighs the parts of a head");
+    const float* from = p.out + (first * p.heads + head0) * D;
+    float y[EACH] = {};
+#pragma unroll 8
+    for (int k = 0; k < spans; k++)
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = tid + e * 32 * W;
+            if (i < n * D) y[e] = fmaf(by[i / D * spans + k], load(from + (size_t)k * p.heads * D + i), y[e]);
+        }
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        const int i = tid + e * 32 * W;
+        if (i >= n * D) continue;
+        const size_t at = ((size_t)item.row * p.heads + head0) * D + i;
+        const float merged = y[e] / sums[i / D];
+        p.merged[at] = of_b(merged);
+        if (p.merged_f32) p.merged_f32[at] = merged;
+    }
 }
 
-KERNEL(128, 4, attend_exact_b16_64)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 64, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_80)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 80, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_96)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 96, 4>(p); }
-KERNEL(128, 4, attend_exact_b16_128)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<u16, 128, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_64)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 64, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_80)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 80, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_96)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 96, 4>(p); }
-KERNEL(128, 3, attend_exact_f32_128)(ExactArgs p) { grid_wait(); grid_go(); attend_exact<float, 128, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_64)(ExactArgs p) { attend_exact<u16, 64, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_80)(ExactArgs p) { attend_exact<u16, 80, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_96)(ExactArgs p) { attend_exact<u16, 96, 4>(p); }
+KERNEL(128, 4, attend_exact_b16_128)(ExactArgs p) { attend_exact<u16, 128, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_64)(ExactArgs p) { attend_exact<float, 64, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_80)(ExactArgs p) { attend_exact<float, 80, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_96)(ExactArgs p) { attend_exact<float, 96, 4>(p); }
+KERNEL(128, 3, attend_exact_f32_128)(ExactArgs p) { attend_exact<float, 128, 4>(p); }
 
 // What a row's parts are: ranges of items.
 struct MergeRow {
@@ -228,7 +307,7 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, si
         const int slice = i / (4 * each), h = i / each % 4, r = i % each * V;
         if (h >= n) continue;
         float x[V] = {};
-#pragma unroll 2
+#pragma unroll 4
         for (int k = slice; k < ns; k += slices) {
             const u32* at = (const u32*)(from + k * step + h * rank + r);
             u32 v[V / 2];
@@ -249,10 +328,11 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, si
 //   4 (4 (parts up to 4) + 4 max(rank slices, 8 d) + 8) with slices = max(1, 1024 / rank), of 512 where 8 does not divide the rank.
 //   Bytes a row and head: 2 rank a sealed part, 4 d an exact one, and `up` out of L2 once a KV head: latency and L2 bind.
 KERNEL(512, 2, merge)(MergeArgs p) {
+    SHARED(float, shared);
+    // Of the host's, so there before the wait.
+    const MergeRow row = p.rows[blockIdx.x];
     grid_wait();
     grid_go();
-    SHARED(float, shared);
-    const MergeRow row = p.rows[blockIdx.x];
     const int kv_head = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = p.heads / p.kv_heads;
     const int ns = row.sealed_end - row.sealed, ne = row.exact_end - row.exact, parts = (ns + ne + 3) / 4 * 4;
     float* sums = shared;               // [4][2]: of weights, sealed and exact
@@ -283,7 +363,7 @@ KERNEL(512, 2, merge)(MergeArgs p) {
             for (int i = lane; i < ne; i += 32) {
                 const float w = ex2(es[i * es_step] - top);
                 by[warp * parts + ns + i] = w;
-                exact += w * es[i * es_step + 1];
+                exact = fmaf(w, es[i * es_step + 1], exact);
             }
             sealed = warp_sum(sealed), exact = warp_sum(exact);
             if (lane == 0) sums[2 * warp] = sealed, sums[2 * warp + 1] = exact;
@@ -331,7 +411,7 @@ KERNEL(512, 2, merge)(MergeArgs p) {
             }
             const float* from = p.exact + ((size_t)row.exact * p.heads + head0 + h) * p.d + c;
 #pragma unroll 4
-            for (int k = 0; k < ne; k++) y += by[h * parts + ns + k] * from[(size_t)k * p.heads * p.d];
+            for (int k = 0; k < ne; k++) y = fmaf(by[h * parts + ns + k], from[(size_t)k * p.heads * p.d], y);
             y /= (ns > 0 ? sums[2 * h] : 0.0f) + sums[2 * h + 1];
             const size_t at = ((size_t)row.row * p.heads + head0 + h) * p.d + c;
             p.out[at] = of_b(y);

@@ -129,6 +129,7 @@ static inline float lg2(float x) { return log2f(x); }
 static inline float product(float a, float b) { volatile float r = a * b; return r; }
 template <class T> static inline T ld_once(const T* p) { return *p; }
 static inline float ld_fresh(const float* p) { return *p; }
+static inline uint4 ld_fresh(const uint4* p) { return *p; }
 static inline void prefetch(const void*) {}
 static inline void grid_wait() {}
 static inline void grid_go() {}
@@ -238,10 +239,13 @@ __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a,
 __device__ __forceinline__ uint4 ld_once(const uint4* p) { uint4 v; asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
 __device__ __forceinline__ uint2 ld_once(const uint2* p) { uint2 v; asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); return v; }
 __device__ __forceinline__ u32 ld_once(const u32* p) { u32 v; asm("ld.global.nc.L1::no_allocate.u32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
-// A load of what another block of this launch wrote.
+// A load of what another block of this launch wrote, or a launch that no grid_wait of this one was for.
 __device__ __forceinline__ float ld_fresh(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ uint4 ld_fresh(const uint4* p) { return __ldcg(p); }
 // Asks for a line of 128 bytes to be brought to the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// A launch may use what was there when the one ahead of it passed its own grid_wait, if that one lets it begin no sooner; it must wait before it
+// ends, all the same, so that who waits for it waits for both.
 // For launches that may begin before the one ahead has ended (programmatic stream serialization, from sm_90 on): waits for all that
 // ran before, its writes included; lets the next one begin. Nothing happens where a launch does not ask for it.
 __device__ __forceinline__ void grid_wait() {

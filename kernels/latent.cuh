@@ -305,6 +305,7 @@ __device__ __forceinline__ void sealed_values(float (&o)[MT][NG][4][4], int grou
 // A position's weight is 2^BIAS times what the largest exponent makes it, and a share of that where codes stand higher: what f16 cannot hold
 // is then below 2^-25 of the largest.
 //
+//   `attend_exact` is launched ahead, waits for the queries, and is not waited for but at the end: what it meets is little, and met beside this.
 //   Grid (items, tiles / MT), block 32 W, shared bytes 512 MT steps + 2 (W / 2) 2048 MT + 2 * 64 MT W + 2 * 64 MT + 128.
 template <int MT, int NG, int W, int BITS_K, int BITS_V>
 __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
@@ -339,10 +340,10 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
     __syncthreads();
     fetch(warp / 2);
     const uint4* from = (const uint4*)p.fragments + ((size_t)item.row * p.tiles + blockIdx.y * MT) * steps * 32;
-    for (int i = tid; i < MT * steps * 32; i += 32 * W) q[(i / 32 % steps * MT + i / (steps * 32)) * 32 + i % 32] = from[i];
+    for (int i = tid; i < MT * steps * 32; i += 32 * W) q[(i / 32 % steps * MT + i / (steps * 32)) * 32 + i % 32] = ld_fresh(from + i);
     if (tid < LINES) {
-        factors[tid] = p.factors[(size_t)item.row * p.tiles * 16 + line0 + tid];
-        offsets[tid] = p.offsets[(size_t)item.row * p.tiles * 16 + line0 + tid];
+        factors[tid] = ld_fresh(p.factors + (size_t)item.row * p.tiles * 16 + line0 + tid);
+        offsets[tid] = ld_fresh(p.offsets + (size_t)item.row * p.tiles * 16 + line0 + tid);
     }
     __syncthreads();
 
@@ -584,39 +585,39 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
         }
 }
 
-KERNEL(256, 2, attend_sealed_1_1_22)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 2, 2>(p); }
-KERNEL(256, 2, attend_sealed_2_1_22)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 2, 2>(p); }
-KERNEL(256, 1, attend_sealed_1_4_22)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 2, 2>(p); }
-KERNEL(256, 1, attend_sealed_2_4_22)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 2, 2>(p); }
-KERNEL(256, 2, attend_sealed_1_1_23)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 2, 3>(p); }
-KERNEL(256, 2, attend_sealed_2_1_23)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 2, 3>(p); }
-KERNEL(256, 1, attend_sealed_1_4_23)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 2, 3>(p); }
-KERNEL(256, 1, attend_sealed_2_4_23)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 2, 3>(p); }
-KERNEL(256, 2, attend_sealed_1_1_24)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 2, 4>(p); }
-KERNEL(256, 2, attend_sealed_2_1_24)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 2, 4>(p); }
-KERNEL(256, 1, attend_sealed_1_4_24)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 2, 4>(p); }
-KERNEL(256, 1, attend_sealed_2_4_24)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 2, 4>(p); }
-KERNEL(256, 2, attend_sealed_1_1_32)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 3, 2>(p); }
-KERNEL(256, 2, attend_sealed_2_1_32)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 3, 2>(p); }
-KERNEL(256, 1, attend_sealed_1_4_32)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 3, 2>(p); }
-KERNEL(256, 1, attend_sealed_2_4_32)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 3, 2>(p); }
-KERNEL(256, 2, attend_sealed_1_1_33)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 3, 3>(p); }
-KERNEL(256, 2, attend_sealed_2_1_33)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 3, 3>(p); }
-KERNEL(256, 1, attend_sealed_1_4_33)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 3, 3>(p); }
-KERNEL(256, 1, attend_sealed_2_4_33)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 3, 3>(p); }
-KERNEL(256, 2, attend_sealed_1_1_34)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 3, 4>(p); }
-KERNEL(256, 2, attend_sealed_2_1_34)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 3, 4>(p); }
-KERNEL(256, 1, attend_sealed_1_4_34)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 3, 4>(p); }
-KERNEL(256, 1, attend_sealed_2_4_34)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 3, 4>(p); }
-KERNEL(256, 2, attend_sealed_1_1_42)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 4, 2>(p); }
-KERNEL(256, 2, attend_sealed_2_1_42)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 4, 2>(p); }
-KERNEL(256, 1, attend_sealed_1_4_42)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 4, 2>(p); }
-KERNEL(256, 1, attend_sealed_2_4_42)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 4, 2>(p); }
-KERNEL(256, 2, attend_sealed_1_1_43)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 4, 3>(p); }
-KERNEL(256, 2, attend_sealed_2_1_43)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 4, 3>(p); }
-KERNEL(256, 1, attend_sealed_1_4_43)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 4, 3>(p); }
-KERNEL(256, 1, attend_sealed_2_4_43)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 4, 3>(p); }
-KERNEL(256, 2, attend_sealed_1_1_44)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 1, 8, 4, 4>(p); }
-KERNEL(256, 2, attend_sealed_2_1_44)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 1, 8, 4, 4>(p); }
-KERNEL(256, 1, attend_sealed_1_4_44)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<1, 4, 8, 4, 4>(p); }
-KERNEL(256, 1, attend_sealed_2_4_44)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed<2, 4, 8, 4, 4>(p); }
+KERNEL(256, 2, attend_sealed_1_1_22)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 2, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_22)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 2, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_22)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 2, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_22)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 2, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_23)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 2, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_23)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 2, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_23)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 2, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_23)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 2, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_24)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 2, 4>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_24)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 2, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_24)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 2, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_24)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 2, 4>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_32)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 3, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_32)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 3, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_32)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 3, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_32)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 3, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_33)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 3, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_33)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 3, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_33)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 3, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_33)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 3, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_34)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 3, 4>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_34)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 3, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_34)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 3, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_34)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 3, 4>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_42)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 4, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_42)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 4, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_42)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 4, 2>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_42)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 4, 2>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_43)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 4, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_43)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 4, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_43)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 4, 3>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_43)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 4, 3>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_1_1_44)(SealedArgs p) { grid_go(); attend_sealed<1, 1, 8, 4, 4>(p); grid_wait(); }
+KERNEL(256, 2, attend_sealed_2_1_44)(SealedArgs p) { grid_go(); attend_sealed<2, 1, 8, 4, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_1_4_44)(SealedArgs p) { grid_go(); attend_sealed<1, 4, 8, 4, 4>(p); grid_wait(); }
+KERNEL(256, 1, attend_sealed_2_4_44)(SealedArgs p) { grid_go(); attend_sealed<2, 4, 8, 4, 4>(p); grid_wait(); }

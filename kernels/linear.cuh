@@ -1,26 +1,32 @@
 // Products of activations with weights: y[row][o] = sum over k of x[row][k] W[o][k] + bias[o].
 //
-// x[rows][in] and W[out][in] are bf16, row-major, 16-byte aligned, `in` and `ldx` multiples of 8; sums are f32.
+// x[rows][in] and W[out][in] are bf16, row-major, 16-byte aligned, `in` and `ldx` multiples of 8; sums are f32. linear_normed_* take x
+// in f32 and norm it themselves.
 //
 //   name                  outputs of a tile   rows         threads   dynamic shared bytes
 //   linear_few_m1_n{N}    16                  1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m2_n{N}    32, gated 16        1 ..= 8 N    256       65536 + 4096 N          N = 1, 2, 4, 8
 //   linear_few_m4_n{N}    64, gated 32        1 ..= 8 N    256       131072 + 4096 N         N = 4, 8
 //   linear_worn_m{1,2}_n{N}  as linear_few, with adapters' updates      65536 + 5120 N + 3072      N = 1, 2, 4, 8
+//   linear_normed_m{1,2}  as linear_few_*_n1  1 ..= 8      256       65536 + rows (512 + 2 line), line = 64 floor((in + 31) / 64) + 32
 //   linear_many           128, gated 64       any          256       65536
 //
-// All take one parameter, a Linears by value (192 bytes), linear_worn_* a LinearsWorn (248). tiles = sum over jobs of ceil(out / outputs of a tile).
+// All take one parameter, a Linears by value (200 bytes), linear_worn_* a LinearsWorn (256), linear_normed_* a LinearsNormed (216).
+// tiles = sum over jobs of ceil(out / outputs of a tile).
 //   linear_few_*:  grid = (min(tiles, multiprocessors * B)), B = 1 for n8 and m4, 3 for n1 and n2 where shared memory has room, else 2. Any grid gives the same bits.
+//   linear_normed_*: the same; worth it while normed rows leave room for as many blocks as linear_few_* would have at once.
 //   linear_many:   grid = (ceil(rows / 128), tiles).
 // The host must raise MAX_DYNAMIC_SHARED_SIZE_BYTES, and had best ask for a carve-out of B blocks and no more: x lives in what is left
 // as first-level cache. m4 does not fit sm_86, sm_89 and sm_120 (99 KiB); everything else does. Gated jobs need m2, m4 or linear_many.
 // m1, m2 and m4 give the same bits: the larger m reads x more rarely, the smaller fills the device with fewer outputs.
-// Launches may ask for programmatic stream serialization: until grid_wait only W and tables of adapters are read, so the launch ahead
-// must not write them.
+// Launches may ask for programmatic stream serialization: until grid_wait only W, a norm's weight and tables of adapters are read, so the
+// launch ahead must not write them.
 //
 // A row's bits depend on that row, W and `in` alone, within linear_few_* and within linear_many; the two differ from one another.
+// linear_normed_* gives those of rms_norm and then linear_few_*.
 #pragma once
 #include "lora.cuh"
+#include "rows.cuh"
 
 // What becomes of a sum. GATED: y = silu(sum of w[0]) * (sum of w[1]), in bf16.
 constexpr int LINEAR_F32 = 0, LINEAR_BF16 = 1, LINEAR_ADD = 2, LINEAR_GATED = 3;
@@ -34,8 +40,18 @@ struct Linear {
 };
 struct Linears {
     Linear job[3];
-    const u16* x;
+    const void* x;  // bf16; f32 of a LinearsNormed
     int jobs, rows, in, ldx;
+    // Lines of 128 bytes of its first tile, beyond what it copies at once, that a block of linear_few_* and its like asks the second-level
+    // cache for before it waits: where what is waited for leaves the memory idle.
+    int ahead, pad;
+};
+// Of rows that are normed first: their norm's weight, f32 [in].
+struct LinearsNormed {
+    Linears linears;
+    const float* weight;
+    float eps;
+    u32 pad;
 };
 // What adapters add to some jobs, shrunk already (lora_shrink): no segment has more than 64 rows, so segments are its items.
 struct LinearsWorn {
@@ -48,7 +64,7 @@ struct LinearsWorn {
     u16 place[3][2];
     u16 target[3][2];
 };
-static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 192 && sizeof(LinearsWorn) == 248, "the host lays these out too");
+static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 200 && sizeof(LinearsWorn) == 256 && sizeof(LinearsNormed) == 216, "the host lays these out too");
 constexpr u16 UNTOUCHED = 0xffff;
 
 template <int PLAIN> __device__ __forceinline__ int linear_tiles(const Linear& j) {
@@ -176,13 +192,20 @@ template <int MT, int NT> __device__ __forceinline__ void linear_update(const Li
 //
 // k is permuted alike in both operands: lane 4 g + t takes the 8 k from 8 t of a half chunk as its share of two products, which makes
 // every access one of 16 bytes.
-template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(const Linears& p, const LinearsWorn* w) {
+//
+// Of a `normed` launch x is f32, and each block norms all of it for itself, into shared memory, while its first weights are on their way:
+// 4 rows in bytes a block, out of the second-level cache, instead of a launch between two others that wait for each other.
+template <int MT, int NT, bool WORN, bool NORMED> __device__ __forceinline__ void linear_few(const Linears& p, const LinearsWorn* w, const LinearsNormed* norm) {
     constexpr int S = MT == 4 ? 8 : 4, UNIT = 2048, STEP = 8 * 64;
     static_assert((S & (S - 1)) == 0 && S % MT == 0, "");
+    static_assert(!NORMED || (NT == 1 && !WORN), "what adapters shrink is normed apart");
     SHARED(u8, shared);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
     float* sums = reinterpret_cast<float*>(shared + 8 * S * UNIT);
     const int in = p.in, rows = p.rows, k0 = warp * 64;
+    // Sums of a warp: slots of all rows of its tiles, or of those there are. Then normed rows, a line apart: neighbours in other banks.
+    const int slots = NORMED ? rows * 16 : NT * 128, line = (in + 31) / 64 * 64 + 32;
+    u16* normed = reinterpret_cast<u16*>(sums + 8 * slots);
     // What adapters add, slots like a warp's; zeros but between the barriers of a tile's end. Then where each segment's factors are.
     float* extra = sums + 8 * NT * 128;
     LinearUpdate* updates = reinterpret_cast<LinearUpdate*>(extra + 2 * NT * 128);
@@ -227,16 +250,56 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
     // Not unrolled: a short start of the code is soonest there.
 #pragma unroll 1
     for (int u = 0; u < S - 1; u++) feed(u % MT, u);
+    if (p.ahead > 0) {
+        int at = blockIdx.x;
+        const Linear& j = p.job[linear_find<MT * 16>(p, at)];
+        const int outputs = min(MT * 16, j.out - at);
+        // A warp takes 8 lines of 4 outputs, as it copies them, those that are summed first before others.
+        for (int i = tid; i < p.ahead; i += 256) {
+            const int o = (i >> 3) % (MT * 16), k = STEP + (i / (MT * 128) * 8 + (i & 7)) * 64;
+            if (o < outputs && k < in) prefetch(j.w[0] + (size_t)(at + o) * in + k);
+        }
+    }
     if (WORN) {
         for (int i = tid; i < MT * NT * 128; i += 256) extra[i] = 0.0f;
         for (u32 i = tid; i < w->segments * 3; i += 256) updates[i] = linear_update_of(*w, i / 3, i % 3);
         __syncthreads();
     }
+    float4 scale[rows::KEEP];
+    if (NORMED)
+#pragma unroll
+        for (int i = 0; i < rows::KEEP; i++)
+            if (tid + i * 256 < in / 4) scale[i] = reinterpret_cast<const float4*>(norm->weight)[tid + i * 256];
     grid_wait();
     grid_go();
+    if (NORMED) {
+        const float4* x = static_cast<const float4*>(p.x);
+        const int quads = in / 4, ld = p.ldx / 4;
+        float4 keep[rows::KEEP];
+        for (int r = 0; r < rows; r++) {
+            const float sum = warp_sum(rows::norm_squares(x + (size_t)r * ld, quads, keep));
+            if (lane == 0) sums[r * 8 + warp] = sum;
+        }
+        __syncthreads();
+        // The last row's quads are at hand still.
+#pragma unroll 1
+        for (int r = rows - 1; r >= 0; r--) {
+            const float inverse = rows::norm_inverse(sums + r * 8, in, norm->eps);
+            const float4* from = x + (size_t)r * ld;
+            uint2* to = reinterpret_cast<uint2*>(normed + r * line);
+#pragma unroll
+            for (int k = 0; k < rows::KEEP; k++) {
+                const int i = tid + k * 256;
+                if (i < quads) to[i] = rows::norm_quad(r == rows - 1 ? keep[k] : from[i], inverse, scale[k]);
+            }
+#pragma unroll 1
+            for (int i = tid + rows::KEEP * 256; i < quads; i += 256) to[i] = rows::norm_quad(from[i], inverse, reinterpret_cast<const float4*>(norm->weight)[i]);
+        }
+        __syncthreads();
+    }
 
     const int from = warp * (S * UNIT) + g * 128 + ((t ^ ((g & 1) << 2)) << 4);
-    const u16* xl = p.x + (size_t)g * p.ldx + t * 8;
+    const u16* xl = (NORMED ? normed + g * line : static_cast<const u16*>(p.x) + (size_t)g * p.ldx) + t * 8;
     int slot = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         float acc[MT][NT][4];
@@ -284,7 +347,7 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
         const int job = (int)(&j - p.job);
         constexpr int PER = (NT * 128 + 255) / 256;
         float held[PER] = {};
-        // sums[warp][n][c % 2][t][output]: 4 t apart by banks of 8, hence the exchange of halves.
+        // sums[warp][n][c % 2][t][output]: 4 t apart by banks of 8, hence the exchange of halves; [warp][row][output] where few are normed.
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             __syncthreads();
@@ -292,20 +355,24 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) sums[((warp * NT + n) * 8 + (c & 1) * 4 + t) * 16 + ((g + (c >> 1) * 8) ^ ((t >> 1) << 3))] = acc[m][n][c];
+                for (int c = 0; c < 4; c++) {
+                    const int o = (g + (c >> 1) * 8) ^ ((t >> 1) << 3), row = t * 2 + (c & 1);
+                    if (!NORMED) sums[((warp * NT + n) * 8 + (c & 1) * 4 + t) * 16 + o] = acc[m][n][c];
+                    else if (row < rows) sums[warp * slots + row * 16 + o] = acc[m][n][c];
+                }
             __syncthreads();
 #pragma unroll
             for (int e = 0; e < PER; e++) {
                 const int i = tid + e * 256, place = i >> 4;
-                const int row = (place >> 3) * 8 + (place & 3) * 2 + (place >> 2 & 1);
-                const int o = at + (pair ? m >> 1 : m) * 16 + ((i & 15) ^ ((place >> 1 & 1) << 3));
+                const int row = NORMED ? place : (place >> 3) * 8 + (place & 3) * 2 + (place >> 2 & 1);
+                const int o = at + (pair ? m >> 1 : m) * 16 + ((i & 15) ^ (((NORMED ? place >> 2 : place >> 1) & 1) << 3));
                 if (NT == 1 && tid >= 128) continue;
                 float update = 0.0f;
                 if (WORN) update = extra[m * NT * 128 + i], extra[m * NT * 128 + i] = 0.0f;
                 if (row < rows && o < j.out) {
                     float v = sums[i];
 #pragma unroll
-                    for (int w = 1; w < 8; w++) v += sums[w * NT * 128 + i];
+                    for (int w = 1; w < 8; w++) v += sums[w * slots + i];
                     const float* bias = j.bias[pair ? m & 1 : 0];
                     if (bias) v += bias[o];
                     const size_t y = (size_t)row * j.ldy + o;
@@ -321,8 +388,10 @@ template <int MT, int NT, bool WORN> __device__ __forceinline__ void linear_few(
         }
     }
 }
-#define LINEAR_FEW(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_few_m##M##_n##N)(const __grid_constant__ Linears p) { linear_few<M, N, false>(p, nullptr); }
-#define LINEAR_WORN(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_worn_m##M##_n##N)(const __grid_constant__ LinearsWorn p) { linear_few<M, N, true>(p.linears, &p); }
+#define LINEAR_FEW(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_few_m##M##_n##N)(const __grid_constant__ Linears p) { linear_few<M, N, false, false>(p, nullptr, nullptr); }
+#define LINEAR_WORN(M, N, BLOCKS) KERNEL(256, BLOCKS, linear_worn_m##M##_n##N)(const __grid_constant__ LinearsWorn p) { linear_few<M, N, true, false>(p.linears, &p, nullptr); }
+// Registers for three blocks.
+#define LINEAR_NORMED(M) KERNEL(256, 3, linear_normed_m##M)(const __grid_constant__ LinearsNormed p) { linear_few<M, 1, false, true>(p.linears, nullptr, &p); }
 LINEAR_FEW(1, 1, 2)
 LINEAR_FEW(1, 2, 2)
 LINEAR_FEW(1, 4, 2)
@@ -341,8 +410,11 @@ LINEAR_WORN(2, 1, 2)
 LINEAR_WORN(2, 2, 2)
 LINEAR_WORN(2, 4, 2)
 LINEAR_WORN(2, 8, 1)
+LINEAR_NORMED(1)
+LINEAR_NORMED(2)
 #undef LINEAR_FEW
 #undef LINEAR_WORN
+#undef LINEAR_NORMED
 
 // Prefill: y = x . W^T by tiles of 128 rows by 128 outputs.
 //
@@ -366,7 +438,7 @@ KERNEL(256, 2, linear_many)(const __grid_constant__ Linears p) {
     const int r = tid >> 2, c = (tid & 3) * 8, o0 = pair ? at + (r >> 4) * 8 + (r & 7) : at + r, o1 = o0 + (pair ? 32 : 64);
     u8* into = shared + r * 64 + (((tid & 3) ^ ((r >> 1) & 3)) << 4);
     const u16* w = j.w[pair ? r >> 3 & 1 : 0];
-    const u16 *x0 = p.x + (size_t)(row0 + r) * p.ldx + c, *x1 = x0 + (size_t)64 * p.ldx;
+    const u16 *x0 = static_cast<const u16*>(p.x) + (size_t)(row0 + r) * p.ldx + c, *x1 = x0 + (size_t)64 * p.ldx;
     const u16 *w0 = w + (size_t)o0 * in + c, *w1 = w + (size_t)o1 * in + c;
     const bool has_x0 = row0 + r < p.rows, has_x1 = row0 + r + 64 < p.rows, has_w0 = o0 < j.out, has_w1 = o1 < j.out;
     auto feed_w = [&](int s) {

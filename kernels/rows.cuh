@@ -30,43 +30,56 @@ __device__ __forceinline__ void embed(const u32* __restrict__ tokens, const u16*
     }
 }
 
+// The root mean square of rows of quads, to be divided by: rms_norm takes it, and products that norm their input themselves
+// (linear.cuh). A block of THREADS sums a row, in the one order there is, so the bits are the same wherever that happens; sums of
+// products are spelled out as the compiler would contract them, lest it do otherwise in one place.
+//
+// Rows up to KEEP * 1024 wide are read once; of wider ones the rest is read a second time, from the first-level cache.
+constexpr int KEEP = 4;
+// The squares of a row that fall to a thread; its first quads stay in `keep`.
+__device__ __forceinline__ float norm_squares(const float4* from, u32 quads, float4 (&keep)[KEEP]) {
+    float sum = 0;
+    auto add = [&](float4 v) { sum += fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.x, v.x, v.y * v.y))); };
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        u32 i = threadIdx.x + k * THREADS;
+        if (i < quads) { keep[k] = from[i]; add(keep[k]); }
+    }
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) add(from[i]);
+    return sum;
+}
+// What a row is multiplied by, from the sums of its warps.
+__device__ __forceinline__ float norm_inverse(const float* sums, u32 width, float eps) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
+    return 1.0f / sqrtf(total / (float)width + eps);
+}
+__device__ __forceinline__ uint2 norm_quad(float4 v, float inverse, float4 w) {
+    return uint2{b_pair(v.x * inverse * w.x, v.y * inverse * w.y), b_pair(v.z * inverse * w.z, v.w * inverse * w.w)};
+}
+
 // out[r][i] = x[r][i] / sqrt(mean(x[r]^2) + eps) * weight[i]. Moves rows * width * (4 + 2) bytes and the weight.
 __device__ __forceinline__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, u32 width, u16* __restrict__ out) {
     SHARED(float, sums);
-    // Rows up to KEEP * 1024 wide are read once; of wider ones the rest is read a second time, from the first-level cache.
-    constexpr int KEEP = 4;
     const float* from = x + (u64)blockIdx.x * width;
     u16* to = out + (u64)blockIdx.x * width;
     const float4* from4 = (const float4*)from;
     const float4* weight4 = (const float4*)weight;
     u32 quads = width % 4 == 0 ? width / 4 : 0;
     float4 keep[KEEP];
-    float sum = 0;
-    auto add = [&](float4 v) { sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; };
-#pragma unroll
-    for (int k = 0; k < KEEP; k++) {
-        u32 i = threadIdx.x + k * THREADS;
-        if (i < quads) { keep[k] = from4[i]; add(keep[k]); }
-    }
-    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) add(from4[i]);
-    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) sum += from[i] * from[i];
+    float sum = norm_squares(from4, quads, keep);
+    if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) sum = fmaf(from[i], from[i], sum);
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) total += sums[i];
-    float inverse = 1.0f / sqrtf(total / (float)width + eps);
-    auto put = [&](u32 i, float4 v) {
-        float4 w = weight4[i];
-        ((uint2*)to)[i] = uint2{b_pair(v.x * inverse * w.x, v.y * inverse * w.y), b_pair(v.z * inverse * w.z, v.w * inverse * w.w)};
-    };
+    float inverse = norm_inverse(sums, width, eps);
 #pragma unroll
     for (int k = 0; k < KEEP; k++) {
         u32 i = threadIdx.x + k * THREADS;
-        if (i < quads) put(i, keep[k]);
+        if (i < quads) ((uint2*)to)[i] = norm_quad(keep[k], inverse, weight4[i]);
     }
-    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) put(i, from4[i]);
+    for (u32 i = threadIdx.x + KEEP * THREADS; i < quads; i += THREADS) ((uint2*)to)[i] = norm_quad(from4[i], inverse, weight4[i]);
     if (!quads) for (u32 i = threadIdx.x; i < width; i += THREADS) to[i] = of_b(from[i] * inverse * weight[i]);
 }
 
@@ -75,6 +88,16 @@ __device__ __forceinline__ void put(float* p, float x) { *p = x; }
 
 constexpr int APPENDED = 16;  // rows of a block: so many neighbouring slots of a key channel fill a sector of 32 bytes
 constexpr u32 NO_PAGE = ~0u;
+
+// What a warp's first row needs and no launch writes is asked for while the launch ahead runs: it would come from far, as all weights have
+// passed through the caches since the last layer.
+__device__ __forceinline__ void rope_ahead(const u32* positions, const u32* pages, u32 count, u32 d, const float* cos, const float* sin) {
+    u32 row = blockIdx.x * APPENDED + threadIdx.x / 32, half = d / 2, i = threadIdx.x % 32 * 32;
+    if (row >= count) return;
+    prefetch(pages + row);
+    u64 at = (u64)positions[row] * half + i;
+    if (i < half) prefetch(cos + at), prefetch(sin + at);
+}
 
 // Per row and head: q and k normed by their head's root mean square (where there is a norm), turned by rope,
 //   (a, b) = (x[i], x[i + d / 2])  ->  (a cos - b sin, b cos + a sin);
@@ -163,7 +186,13 @@ struct NormArgs {
     u32 width;
     float eps;
 };
-KERNEL(256, 4, rms_norm)(NormArgs p) { grid_wait(); grid_go(); rows::rms_norm(p.x, p.weight, p.eps, p.width, p.out); }
+KERNEL(256, 4, rms_norm)(NormArgs p) {
+    // The weight is there already, but far: all other weights have passed through the caches since it was needed last.
+    for (u32 i = threadIdx.x * 32; i < p.width; i += 256 * 32) prefetch(p.weight + i);
+    grid_wait();
+    grid_go();
+    rows::rms_norm(p.x, p.weight, p.eps, p.width, p.out);
+}
 
 struct SiluArgs {
     const float* gate;   // [rows][stride], the first `width` of each
@@ -189,8 +218,11 @@ struct AppendArgs {
     float eps;
 };
 template <class E> __device__ __forceinline__ void rope_append(const AppendArgs& p) {
+    rows::rope_ahead(p.positions, p.pages, p.rows, p.d, p.cos, p.sin);
+    grid_wait();
+    grid_go();
     rows::rope_append<E>(p.q, p.k, p.v, p.q_stride, p.kv_stride, p.rows, p.heads, p.kv_heads, p.d, p.q_norm, p.k_norm, p.eps, p.cos, p.sin, p.positions, p.arena,
                          p.pages, p.offset);
 }
-KERNEL(256, 4, rope_append_b16)(AppendArgs p) { grid_wait(); grid_go(); rope_append<u16>(p); }
-KERNEL(256, 4, rope_append_f32)(AppendArgs p) { grid_wait(); grid_go(); rope_append<float>(p); }
+KERNEL(256, 4, rope_append_b16)(AppendArgs p) { rope_append<u16>(p); }
+KERNEL(256, 4, rope_append_f32)(AppendArgs p) { rope_append<float>(p); }

@@ -72,17 +72,17 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
     // other, or of lines of zeros: under the largest one all make exponents, and none loses what another would heed.
     const float* line_factors = p.factors + (size_t)item.row * p.tiles * 16 + line0;
     float factor = 0;
-    for (int i = 0; i < LINES; i++) factor = fmaxf(factor, line_factors[i]);
+    for (int i = 0; i < LINES; i++) factor = fmaxf(factor, ld_fresh(line_factors + i));
     const uint4* from = (const uint4*)p.fragments + ((size_t)item.row * p.tiles + blockIdx.y * MT) * steps * 32;
     if (tid < LINES) {
-        const float ratio = line_factors[tid] / factor;
+        const float ratio = ld_fresh(line_factors + tid) / factor;
         ratios[tid] = h_pair(ratio, ratio);
-        offsets[tid] = p.offsets[(size_t)item.row * p.tiles * 16 + line0 + tid] * ratio;
+        offsets[tid] = ld_fresh(p.offsets + (size_t)item.row * p.tiles * 16 + line0 + tid) * ratio;
         bases[tid] = pages > 0 ? 0 : -1e30f;
     }
     __syncthreads();
     for (int i = tid; i < MT * steps * 32; i += 128) {
-        const uint4 v = from[i];
+        const uint4 v = ld_fresh(from + i);
         const int m = i / (steps * 32), step = i / 32 % steps, line = i % 32 / 4;
         const u32 by_low = ratios[16 * m + line], by_high = ratios[16 * m + line + 8];
         u8* to = q + step * STEP + 2 * m * NEXT_N + line * 16 + i % 4 * 4;
@@ -342,7 +342,7 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
         }
 }
 #define SEALED_WG(m, c, k, v) \
-    KERNEL(128, c == 2 ? 4 : 3, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs p) { grid_wait(); grid_go(); attend_sealed_wg<m, c, k, v>(p); }
+    KERNEL(128, c == 2 ? 4 : 3, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs p) { grid_go(); attend_sealed_wg<m, c, k, v>(p); grid_wait(); }
 #else
 #define SEALED_WG(m, c, k, v) KERNEL(128, 1, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs) {}
 #endif

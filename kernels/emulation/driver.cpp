@@ -188,11 +188,13 @@ API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* stream) {
     if (!inside(d, n)) return 1;
     return submit(stream, [=] { memset((void*)d, v, n); return 0; });
 }
-API cuModuleLoadData(void** m, const void*) { *m = (void*)0x20; return 0; }
-API cuModuleUnload(void*) { return 0; }
-API cuModuleGetFunction(void** f, void*, const char* name) {
-    auto it = kernels().find(name);
-    if (it == kernels().end()) return 500;
+// What a module's functions may take is its own: others of this process ask for other sizes.
+typedef std::map<std::string, Kernel> Module;
+API cuModuleLoadData(void** m, const void*) { *m = new Module(kernels()); return 0; }
+API cuModuleUnload(void* m) { delete (Module*)m; return 0; }
+API cuModuleGetFunction(void** f, void* m, const char* name) {
+    auto it = ((Module*)m)->find(name);
+    if (it == ((Module*)m)->end()) return 500;
     *f = &it->second;
     return 0;
 }

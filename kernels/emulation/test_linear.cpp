@@ -127,6 +127,62 @@ static std::vector<std::vector<u8>> check(const Named& k, int rows, int in, std:
     return bytes;
 }
 
+// linear_normed_* against rms_norm and then linear_few_*: the same bits, whatever the order of threads and the grid.
+static void normed(int rows, int in, std::vector<int> outs, std::vector<int> modes, bool bias, int blocks, u64 seed, u64 data) {
+    state = data;
+    const int ldx = in + (data & 1 ? 8 : 0), jobs = (int)outs.size(), line = (in + 31) / 64 * 64 + 32;
+    Guarded<float> x((size_t)rows * ldx - (ldx - in)), weight(in);
+    Guarded<u16> halves((size_t)rows * in);
+    // Rows of unlike sizes, one of zeros.
+    for (int r = 0; r < rows; r++) for (int i = 0; i < in; i++) x.at()[(size_t)r * ldx + i] = r == 5 ? 0.0f : uniform() * ldexpf(1.0f, r * 3 - 9);
+    for (int i = 0; i < in; i++) weight.at()[i] = 1.0f + uniform();
+    for (int r = 0; r < rows; r++)
+        emu::launch(dim3(1), dim3(256), 32, [&] { rms_norm({x.at() + (size_t)r * ldx, weight.at(), halves.at() + (size_t)r * in, (u32)in, 1e-5f}); }, seed);
+    std::vector<Guarded<u16>> w;
+    std::vector<Guarded<float>> b;
+    for (int out : outs)
+        for (int h = 0; h < 2; h++) {
+            w.emplace_back((size_t)out * in); fill(w.back(), out, in, in, 2.0f / sqrtf((float)in));
+            b.emplace_back(out); for (int o = 0; o < out; o++) b.back().at()[o] = uniform();
+        }
+    auto run = [&](int m, bool itself) {
+        LinearsNormed p;
+        memset(&p, 0, sizeof p);
+        std::vector<Walled<float>> y;
+        int tiles = 0;
+        for (int j = 0; j < jobs; j++) {
+            y.emplace_back((size_t)rows * outs[j]);
+            if (modes[j] == LINEAR_ADD) for (int i = 0; i < rows * outs[j]; i++) y[j].at()[i] = (float)(i % 64) / 32.0f - 1.0f;
+            Linear& q = p.linears.job[j];
+            q.w[0] = w[j * 2].at(); q.w[1] = modes[j] == LINEAR_GATED ? w[j * 2 + 1].at() : nullptr;
+            if (bias) { q.bias[0] = b[j * 2].at(); if (modes[j] == LINEAR_GATED) q.bias[1] = b[j * 2 + 1].at(); }
+            q.y = y[j].at(); q.out = q.ldy = outs[j]; q.mode = modes[j];
+            const int per = modes[j] == LINEAR_GATED ? m * 8 : m * 16;
+            tiles += (outs[j] + per - 1) / per;
+        }
+        p.linears.jobs = jobs; p.linears.rows = rows; p.linears.in = in;
+        if (itself) {
+            p.linears.x = x.at(); p.linears.ldx = ldx; p.weight = weight.at(); p.eps = 1e-5f;
+            auto kernel = m == 1 ? linear_normed_m1 : linear_normed_m2;
+            emu::launch(dim3(std::min(tiles, blocks)), dim3(256), 65536 + rows * (512 + 2 * line), [&] { kernel(p); }, seed + m);
+        } else {
+            p.linears.x = halves.at(); p.linears.ldx = in;
+            launch(FEW[m == 1 ? 0 : 4], p.linears, blocks, seed);
+        }
+        std::vector<u8> bytes;
+        for (int j = 0; j < jobs; j++) {
+            if (!y[j].whole()) FAIL("normed rows %d in %d: wrote outside y", rows, in);
+            const size_t size = modes[j] == LINEAR_BF16 || modes[j] == LINEAR_GATED ? 2 : 4;
+            bytes.insert(bytes.end(), (u8*)y[j].at(), (u8*)y[j].at() + size * rows * outs[j]);
+        }
+        return bytes;
+    };
+    const bool gated = std::count(modes.begin(), modes.end(), LINEAR_GATED) > 0;
+    const auto want = run(2, false);
+    for (int m = gated ? 2 : 1; m <= 2; m++)
+        if (run(m, true) != want) FAIL("normed m%d rows %d in %d: other bits than rms_norm and a product", m, rows, in);
+}
+
 int main() {
     // The fibers' stacks, 32 MiB a launch, are kept from one to the next.
     mallopt(M_MMAP_THRESHOLD, 1 << 30);
@@ -163,6 +219,17 @@ int main() {
         }
         auto many = check(MANY, 130, 200, {66}, {mode}, true, 0, 1, 22)[0], one = check(MANY, 1, 200, {66}, {mode}, true, 0, 0, 22)[0];
         if (memcmp(one.data(), many.data(), one.size())) FAIL("many: bits of a row differ, mode %d", mode);
+    }
+    // Every count of rows, widths that fill neither a chunk nor a thread's quads, and beyond what a thread keeps of a row.
+    for (int rows = 1; rows <= 8; rows++)
+        for (int in : {8, 64, 72, 200, 1096, 4104}) {
+            const int mode = (rows + in / 8) % 4;
+            normed(rows, in, {in > 1000 ? 17 : 35}, {mode}, rows & 1, 1 + rows % 3, rows % 3, rows * 31 + in);
+        }
+    for (u64 seed = 0; seed < 3; seed++) {
+        normed(1 + (int)seed * 3, 584, {33, 70, 18}, {LINEAR_BF16, LINEAR_F32, LINEAR_ADD}, seed & 1, 2, seed, seed + 21);
+        normed(8 - (int)seed, 136, {33, 70, 18}, {LINEAR_GATED, LINEAR_F32, LINEAR_GATED}, !(seed & 1), 3, seed, seed + 22);
+        normed(1, 6152, {20}, {LINEAR_GATED}, true, 2, seed, seed + 23);
     }
     printf("linear: %d cases; worst error over the sum of magnitudes: %.2e in f32, %.2e in bf16; %d failures\n", n, worst_f32, worst_bf16, failures);
     return failures != 0;

@@ -16,7 +16,7 @@ use crate::kv::layout::PageLayout;
 use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::adapters::{DeviceAdapter, DeviceAdapters, Given, head_place, place};
-use crate::model::cuda::linear::{DeviceProjection, LinearJob, LinearLayer, LinearScratch, Worn, gate_and_up, project};
+use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, LinearScratch, Normed, Worn, gate_and_up, project};
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
@@ -586,35 +586,31 @@ impl CudaDecoder {
         Ok(())
     }
 
-    /// A norm of all rows of a batch, into `normed`; adapters may have weights of their own for it.
-    fn norm<'a>(
+    /// All rows of a batch, to be normed before linear layers read them; adapters may have weights of their own for that.
+    fn normed<'a>(
         &'a self,
-        (x, rows): (&Memory<f32>, usize),
-        weight: &Memory<f32>,
+        (x, rows): (&'a Memory<f32>, usize),
+        weight: &'a Memory<f32>,
         worn: &'a Worn,
         own: impl Fn(&'a DeviceAdapter) -> Option<Part<'a, f32>>,
-    ) -> Result<(), CudaError> {
-        let (c, to) = (self.config, &self.scratch.normed);
-        let of = |first: usize, n: usize, weight: Part<'_, f32>| {
-            let (at, n_elements) = (first * c.hidden, n * c.hidden);
-            self.device.rms_norm(x.part(at, n_elements), n, weight, c.norm_eps, to.part(at, n_elements))
-        };
-        of(0, rows, weight.all())?;
-        let own = worn.segments.iter().filter_map(|(adapter, rows)| Some((own(adapter)?, rows)));
-        own.into_iter().try_for_each(|(weight, rows)| of(rows.start, rows.len(), weight))
+    ) -> Input<'a> {
+        let (c, n) = (self.config, rows * self.config.hidden);
+        let own = worn.segments.iter().filter_map(|(adapter, rows)| Some((own(adapter)?, rows.clone()))).collect();
+        Input::Normed(Normed { x: x.part(0, n), weight: weight.all(), eps: c.norm_eps, own, to: self.scratch.normed.part(0, n) })
     }
 
     /// One decoder layer over the batch.
     fn layer(&self, layer: usize, tokens: usize) -> Result<(), CudaError> {
         let (c, s, w, device) = (self.config, &self.scratch, &self.layers[layer], &*self.device);
         let at = |site| place(layer, site);
-        let project =
-            |x: u64, inputs: usize, jobs: &[LinearJob<'_>]| project(device, (x, inputs), tokens, jobs, (&self.worn, c.layers), &s.linear);
-        self.norm((&s.x, tokens), &w.input_norm, &self.worn, |a| a.norm(layer, Norm::Input))?;
+        let project = |x: &Input<'_>, inputs: usize, jobs: &[LinearJob<'_>]| {
+            project(device, (x, inputs), tokens, jobs, (&self.worn, c.layers), &s.linear)
+        };
+        let normed = self.normed((&s.x, tokens), &w.input_norm, &self.worn, |a| a.norm(layer, Norm::Input));
         let to = |of: &DeviceProjection, site, y| LinearJob { of: of.layer(), place: at(site), y, add: false };
         let (q, kv) = (tokens * c.q_channels(), tokens * c.kv_channels());
         let jobs = [to(&w.q, Site::Q, s.q.part(0, q)), to(&w.k, Site::K, s.k.part(0, kv)), to(&w.v, Site::V, s.v.part(0, kv))];
-        project(s.normed.ptr(), c.hidden, &jobs)?;
+        project(&normed, c.hidden, &jobs)?;
         for group in &self.groups[..self.used] {
             let profile = &self.profiles[group.profile.0 as usize];
             let layout = &profile.layout;
@@ -641,12 +637,12 @@ impl CudaDecoder {
             group.work.attend(device, &of)?;
         }
         let x = s.x.part(0, tokens * c.hidden);
-        project(s.attended.ptr(), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
-        self.norm((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post))?;
+        project(&Input::Awaited(s.attended.ptr()), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
+        let normed = self.normed((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post));
         if w.gate.rank() + w.up.rank() > 0 || self.worn.apart(MLP, tokens) {
             let n = tokens * c.intermediate;
             let (gate, up) = (s.gate.part(0, n), s.up.part(0, n));
-            project(s.normed.ptr(), c.hidden, &[to(&w.gate, Site::Gate, gate), to(&w.up, Site::Up, up)])?;
+            project(&normed, c.hidden, &[to(&w.gate, Site::Gate, gate), to(&w.up, Site::Up, up)])?;
             device.silu_mul(gate, up, c.intermediate, s.gated.part(0, n))?;
         } else {
             let gated = Job {
@@ -657,9 +653,9 @@ impl CudaDecoder {
                 ldy: c.intermediate,
                 mode: Mode::Gated,
             };
-            gate_and_up(device, (s.normed.ptr(), c.hidden), tokens, gated, (&self.worn, [at(Site::Gate), at(Site::Up)], c.layers))?;
+            gate_and_up(device, (&normed, c.hidden), tokens, gated, (&self.worn, [at(Site::Gate), at(Site::Up)], c.layers))?;
         }
-        project(s.gated.ptr(), c.intermediate, &[LinearJob { of: w.down.layer(), place: at(Site::Down), y: x, add: true }])
+        project(&Input::Ready(s.gated.ptr()), c.intermediate, &[LinearJob { of: w.down.layer(), place: at(Site::Down), y: x, add: true }])
     }
 
     /// Queries of a group turned, its keys and values into their pages.
@@ -777,10 +773,10 @@ impl CudaDecoder {
         let (c, s) = (self.config, &self.scratch);
         let x = s.picked_x.part(0, n * c.hidden);
         self.device.pick(s.x.part(0, s.x.len()), s.picked.part(0, n), c.hidden, x)?;
-        self.norm((&s.picked_x, n), &self.norm, &self.picked_worn, DeviceAdapter::final_norm)?;
+        let normed = self.normed((&s.picked_x, n), &self.norm, &self.picked_worn, DeviceAdapter::final_norm);
         let head = LinearLayer::plain(self.head.as_ref().unwrap_or(&self.embed), (c.vocab, c.hidden));
         let job = LinearJob { of: head, place: head_place(c.layers), y: s.logits.part(0, n * c.vocab), add: false };
-        project(&self.device, (s.normed.ptr(), c.hidden), n, &[job], (&self.picked_worn, c.layers), &s.linear)
+        project(&self.device, (&normed, c.hidden), n, &[job], (&self.picked_worn, c.layers), &s.linear)
     }
 
     /// Tokens and scores of the logits of the rows that were picked.

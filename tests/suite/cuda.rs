@@ -18,7 +18,7 @@ use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, serves, span};
-use strait::ops::cuda::{CudaError, Device};
+use strait::ops::cuda::{CudaError, Device, Memory};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
 use strait::request::{Event, Failure, GenerateRequest};
@@ -109,7 +109,9 @@ pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence,
     out_f32.fill(0xff).unwrap();
     let mut on = DeviceWork::new(device).unwrap();
     on.set(&work, shape, &layout.sealed, first).unwrap();
-    let layer = AttendLayer {
+    // Other queries first: what a launch leaves behind is nothing to the next.
+    let other = device.upload(&vec![0.5f32; q.len()]).unwrap();
+    let layer = |q: &Memory<f32>| AttendLayer {
         view: cache.view(),
         shape,
         exact_offset: LAYER * layout.exact_layer_bytes(),
@@ -121,7 +123,8 @@ pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence,
         out_f32: out_f32.ptr(),
         batch: first,
     };
-    on.attend(device, &layer).unwrap();
+    on.attend(device, &layer(&other)).unwrap();
+    on.attend(device, &layer(&q)).unwrap();
     let halves: Vec<f32> = out.to_vec().unwrap().iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect();
     let out = out_f32.to_vec().unwrap();
     let rounded: Vec<f32> = out.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
@@ -250,6 +253,26 @@ fn a_row_on_the_device_does_not_depend_on_its_batch() {
         let all = attend(&device, cache, &[(&two, 3), (&one, 1)], &q);
         assert_same(&attend(&device, cache, &[(&one, 1)], &q[3 * width..]), &all[3 * width..], format_args!("alone"));
         assert_same(&attend(&device, cache, &[(&two, 3)], &q[..3 * width]), &all[..3 * width], format_args!("the others"));
+    }
+}
+
+#[test]
+fn exact_rows_come_to_the_same_where_their_own_blocks_merge_them() {
+    let device = device();
+    // Heads in groups of four, of less, and of more than four; one span, and several of unlike lengths.
+    for shape in [heads(8, 2, 64), heads(3, 1, 80), heads(6, 1, 96), heads(4, 2, 128)] {
+        let cache = &mut Cache::new(ExactType::Bf16, shape, Some(turned(4, 4, BasisKind::Frequency, [true, true])));
+        let (mut sealed, mut short, mut long) = (Sequence::default(), Sequence::default(), Sequence::default());
+        cache.extend(&mut sealed, 3 * 64 + 70);
+        cache.seal(&Reference, &mut sealed, 3);
+        cache.extend(&mut short, 40);
+        cache.extend(&mut long, 14 * 64 + 9);
+        let q = cache.queries(4);
+        let width = shape.heads * shape.head_dim;
+        // Beside a row that has sealed parts they are merged by a launch of its own.
+        let beside = attend(&device, cache, &[(&sealed, 1), (&short, 1), (&long, 2)], &q);
+        let alone = attend(&device, cache, &[(&short, 1), (&long, 2)], &q[width..]);
+        assert_same(&alone, &beside[width..], format_args!("{} heads over {} of {}", shape.heads, shape.kv_heads, shape.head_dim));
     }
 }
 
@@ -501,7 +524,7 @@ fn an_engine_on_a_device_streams_and_a_lost_device_ends_it_with_an_error() {
         return thread.join().unwrap().unwrap();
     };
     // SAFETY: a function of the emulated driver, of this type.
-    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 200) };
+    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(stream, 100) };
     let failure = hear(engine.submit(request(&prompt, 100, 0)).unwrap()).unwrap_err();
     assert!(matches!(&failure, Failure::Internal(what) if what.contains("device")), "{failure:?}");
     assert_eq!(thread.join().unwrap(), Err(Broken::DeviceLost));

@@ -11,6 +11,7 @@ mod codec;
 mod cuda;
 mod cuda_adapters;
 mod cuda_latents;
+mod cuda_linear;
 mod cuda_sample;
 mod emulated;
 mod engine;

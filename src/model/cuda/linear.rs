@@ -1,5 +1,5 @@
 //! Linear layers of a batch on a device, `model/adapted.rs` once more: the model's own for all rows at once, whole or as products of two
-//! matrices, then what adapters make of the rows that wear them.
+//! matrices, then what adapters make of the rows that wear them. Products of few rows norm them on their way, where nothing else reads them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::adapters::{DeviceAdapter, bit};
 use super::upload;
 use crate::model::weights::{Projection, Weight};
-use crate::ops::cuda::linear::{Job, Linears, MANY, Mode};
+use crate::ops::cuda::linear::{Job, Linears, MANY, Mode, Norm};
 use crate::ops::cuda::lora::{Segment, Shape, Target, WornRows};
 use crate::ops::cuda::{CudaError, Device, Memory, Part};
 
@@ -138,6 +138,53 @@ impl Worn {
     }
 }
 
+/// What linear layers read: `[rows][inputs]`.
+pub(super) enum Input<'a> {
+    /// bf16.
+    Ready(u64),
+    /// The same, of work that leaves the device's memory idle.
+    Awaited(u64),
+    /// f32, to be normed first.
+    Normed(Normed<'a>),
+}
+
+/// Rows that are normed before linear layers read them.
+pub(super) struct Normed<'a> {
+    pub(super) x: Part<'a, f32>,
+    pub(super) weight: Part<'a, f32>,
+    pub(super) eps: f32,
+    /// The weights of adapters that have their own, and whose rows those are.
+    pub(super) own: Vec<(Part<'a, f32>, Range<usize>)>,
+    /// Where they are put when they are normed apart.
+    pub(super) to: Part<'a, u16>,
+}
+
+impl Input<'_> {
+    /// The launch that norms its input itself, where there is one.
+    fn fused<'j>(&self, device: &Device, (rows, inputs): (usize, usize), jobs: &'j [Job]) -> Option<Linears<'j>> {
+        let Input::Normed(of) = self else { return None };
+        let norm = Some(Norm { weight: of.weight.ptr(), eps: of.eps });
+        let linears = Linears { jobs, x: of.x.ptr(), rows, inputs, ldx: inputs, norm, ..Linears::default() };
+        (of.own.is_empty() && linears.norms(device)).then_some(linears)
+    }
+
+    /// Norms what is to be normed, by launches of its own; gives where the input lies in bf16.
+    fn ready(&self, device: &Device, (rows, inputs): (usize, usize)) -> Result<u64, CudaError> {
+        match self {
+            Input::Ready(x) | Input::Awaited(x) => Ok(*x),
+            Input::Normed(of) => {
+                device.rms_norm(of.x, rows, of.weight, of.eps, of.to)?;
+                for (weight, rows) in &of.own {
+                    let (x, to) =
+                        (of.x.slice(rows.start * inputs, rows.len() * inputs), of.to.slice(rows.start * inputs, rows.len() * inputs));
+                    device.rms_norm(x, rows.len(), *weight, of.eps, to)?;
+                }
+                Ok(of.to.ptr())
+            }
+        }
+    }
+}
+
 /// One linear layer of a batch.
 pub(super) struct LinearJob<'a> {
     pub(super) of: LinearLayer,
@@ -174,10 +221,10 @@ impl LinearScratch {
     }
 }
 
-/// Up to three linear layers of one input, `x: [rows][inputs]` bf16, under the adapters that rows wear; `layers` of the model.
+/// Up to three linear layers of one input, under the adapters that rows wear; `layers` of the model.
 pub(super) fn project(
     device: &Device,
-    (x, inputs): (u64, usize),
+    (input, inputs): (&Input<'_>, usize),
     rows: usize,
     jobs: &[LinearJob<'_>],
     (worn, layers): (&Worn, usize),
@@ -186,10 +233,6 @@ pub(super) fn project(
     let touched = |bits: u8, job: &LinearJob<'_>| bits & bit(job.place, layers) != 0;
     let targets: Vec<Target> =
         jobs.iter().filter(|j| touched(worn.updates, j)).map(|j| Target { place: j.place, y: j.y.ptr(), out: j.of.out }).collect();
-    if !targets.is_empty() {
-        // First, as it needs nothing of what follows: the weights' way to the multiprocessors begins meanwhile.
-        worn.rows.shrink(device, (x, inputs), &targets)?;
-    }
     // What is adapted must not be mixed with what it is added to.
     let aside = |job: &LinearJob<'_>| job.add && touched(worn.adapts, job);
     let launched: Vec<Job> = jobs
@@ -202,15 +245,27 @@ pub(super) fn project(
         .collect();
     // Few rows are expanded where their products are summed.
     let fuses = rows < MANY && jobs.iter().all(|job| job.of.inner.is_none() && !touched(worn.adapts, job));
+    if fuses
+        && targets.is_empty()
+        && let Some(linears) = input.fused(device, (rows, inputs), &launched)
+    {
+        return linears.launch(device);
+    }
+    let (x, ahead) = (input.ready(device, (rows, inputs))?, matches!(input, Input::Awaited(_)));
+    if !targets.is_empty() {
+        // First, as it needs nothing of what follows: the weights' way to the multiprocessors begins meanwhile.
+        worn.rows.shrink(device, (x, inputs), &targets)?;
+    }
     if fuses && !targets.is_empty() {
         let mut of = [[None; 2]; 3];
         let mut next = 0..;
         for (job, of) in jobs.iter().zip(&mut of).filter(|(job, _)| touched(worn.updates, job)) {
             of[0] = next.next().map(|target| (job.place, target));
         }
-        return Linears { jobs: &launched, x, rows, inputs, ldx: inputs, worn: Some(worn.rows.fused(of)) }.launch(device);
+        return Linears { jobs: &launched, x, rows, inputs, ldx: inputs, worn: Some(worn.rows.fused(of)), ahead, ..Linears::default() }
+            .launch(device);
     }
-    products(device, (x, inputs), rows, (jobs, &launched), scratch)?;
+    products(device, (x, inputs, ahead), rows, (jobs, &launched), scratch)?;
     for (job, launched) in jobs.iter().zip(&launched).filter(|(job, _)| touched(worn.adapts, job)) {
         for (adapter, of) in &worn.segments {
             if let Some((w, bias)) = adapter.replaced(job.place) {
@@ -222,7 +277,7 @@ pub(super) fn project(
                     ..*launched
                 };
                 let x = x + (of.start * inputs * 2) as u64;
-                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs, worn: None }.launch(device)?;
+                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs, ..Linears::default() }.launch(device)?;
             }
         }
         let onto = if aside(job) { job.y.ptr() } else { 0 };
@@ -235,7 +290,7 @@ pub(super) fn project(
 /// [apart](Worn::apart).
 pub(super) fn gate_and_up(
     device: &Device,
-    (x, inputs): (u64, usize),
+    (input, inputs): (&Input<'_>, usize),
     rows: usize,
     job: Job,
     (worn, places, layers): (&Worn, [usize; 2], usize),
@@ -243,6 +298,12 @@ pub(super) fn gate_and_up(
     let touched = places.map(|place| worn.updates & bit(place, layers) != 0);
     let targets: Vec<Target> =
         places.iter().zip(touched).filter(|(_, touched)| *touched).map(|(&place, _)| Target { place, y: 0, out: job.out }).collect();
+    if targets.is_empty()
+        && let Some(linears) = input.fused(device, (rows, inputs), &[job])
+    {
+        return linears.launch(device);
+    }
+    let x = input.ready(device, (rows, inputs))?;
     let mut fused = None;
     if !targets.is_empty() {
         worn.rows.shrink(device, (x, inputs), &targets)?;
@@ -250,13 +311,13 @@ pub(super) fn gate_and_up(
         let of = [0, 1].map(|i| touched[i].then(|| (places[i], next.next().expect("counts on"))));
         fused = Some(worn.rows.fused([of, [None; 2], [None; 2]]));
     }
-    Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused }.launch(device)
+    Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused, ..Linears::default() }.launch(device)
 }
 
 /// The products with the model's own weights.
 fn products(
     device: &Device,
-    (x, inputs): (u64, usize),
+    (x, inputs, ahead): (u64, usize, bool),
     rows: usize,
     (jobs, launched): (&[LinearJob<'_>], &[Job]),
     scratch: &LinearScratch,
@@ -278,7 +339,9 @@ fn products(
         }
     }
     for some in [&whole, &inner].into_iter().filter(|some| !some.is_empty()) {
-        Linears { jobs: some, x, rows, inputs, ldx: inputs, worn: None }.launch(device)?;
+        Linears { jobs: some, x, rows, inputs, ldx: inputs, ahead, ..Linears::default() }.launch(device)?;
     }
-    outer.iter().try_for_each(|(x, rank, job)| Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank, worn: None }.launch(device))
+    outer.iter().try_for_each(|(x, rank, job)| {
+        Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank, ..Linears::default() }.launch(device)
+    })
 }

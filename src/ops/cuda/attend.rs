@@ -1,5 +1,5 @@
 //! Attention of decoded positions on the device: what is to be met becomes spans, spans become launches, and the parts of a row are
-//! merged by log-sum-exp.
+//! merged by log-sum-exp: by a launch of their own, or, of rows that are exact, by the blocks that end last.
 //!
 //! A row's spans follow from its own length alone, so what a row comes to does not depend on what else is in the batch.
 
@@ -58,6 +58,9 @@ pub struct ExactItem {
     pub last: u32,
     pub sinks_page: u32,
     pub sinks: u32,
+    /// Which of its row's spans it is, of how many.
+    pub at: u32,
+    pub of: u32,
 }
 
 /// The items a row's parts are (`MergeRow` of `attend.cuh`).
@@ -111,6 +114,8 @@ impl Work {
                     last: (positions - (at + n - 1) * P).min(P) as u32,
                     sinks_page: if sinks > 0 { of.sinks.map_or(0, |p| p.0) } else { 0 },
                     sinks,
+                    at: (at / each) as u32,
+                    of: pages.div_ceil(each) as u32,
                 });
             }
             self.rows.push(MergeRow { row, sealed, sealed_end: self.sealed.len() as u32, exact, exact_end: self.exact.len() as u32 });
@@ -172,6 +177,9 @@ struct ExactArgs {
     q: u64,
     out: u64,
     state: u64,
+    merged: u64,
+    merged_f32: u64,
+    ended: u64,
     scale: f32,
     offset: u32,
     sinks_offset: u32,
@@ -430,6 +438,8 @@ pub struct DeviceWork {
     sealed_state: Memory<f32>,
     exact: Memory<f32>,
     exact_state: Memory<f32>,
+    /// How many blocks of a row's spans have ended; zero between launches.
+    ended: Memory<u32>,
     /// Most parts a row has.
     parts: usize,
 }
@@ -473,6 +483,7 @@ impl DeviceWork {
             sealed_state: device.alloc(1)?,
             exact: device.alloc(1)?,
             exact_state: device.alloc(1)?,
+            ended: device.alloc(0)?,
             parts: 0,
         })
     }
@@ -522,6 +533,11 @@ impl DeviceWork {
         }
         self.exact.reserve(exact * shape.heads * shape.head_dim)?;
         self.exact_state.reserve(exact * shape.heads * 2)?;
+        let blocks = exact * shape.kv_heads * head_groups(shape);
+        if blocks > self.ended.len() {
+            self.ended.reserve(blocks)?;
+            self.ended.fill(0)?;
+        }
         Ok(())
     }
 
@@ -530,14 +546,8 @@ impl DeviceWork {
         key.push(self.parts as u64);
         key.extend(self.slices.iter().flat_map(|s| [s.rows.end, s.sealed.end, s.exact.end]).map(|n| n as u64));
         key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
-        key.extend([
-            self.factors.ptr(),
-            self.offsets.ptr(),
-            self.sealed.ptr(),
-            self.sealed_state.ptr(),
-            self.exact.ptr(),
-            self.exact_state.ptr(),
-        ]);
+        key.extend([self.factors.ptr(), self.offsets.ptr(), self.sealed.ptr(), self.sealed_state.ptr()]);
+        key.extend([self.exact.ptr(), self.exact_state.ptr(), self.ended.ptr()]);
     }
 
     /// Launches one layer's attention over the work.
@@ -550,8 +560,9 @@ impl DeviceWork {
     pub fn attend(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
         self.absorb(device, layer)?;
         (0..self.slices.len()).try_for_each(|slice| {
-            self.sealed(device, layer, slice)?;
+            // In this order: what meets sealed pages does not wait for the other, which is small and waited for the queries.
             self.exact(device, layer, slice)?;
+            self.sealed(device, layer, slice)?;
             self.merge(device, layer, slice)
         })
     }
@@ -669,7 +680,12 @@ impl DeviceWork {
         unsafe { device.launch(kernel, [items.len() * blocks, 1, cuts], THREADS, spread.shared, &args) }
     }
 
-    /// The parts of a slice over exact pages.
+    /// Whether the blocks over exact pages merge the rows of a slice themselves: where those are all the parts there are.
+    fn merges_itself(&self, slice: usize, d: usize) -> bool {
+        self.slices[slice].sealed.is_empty() && 16 * (1 + self.parts) <= exact_shared(d)
+    }
+
+    /// The parts of a slice over exact pages, merged where it has no others.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
@@ -677,6 +693,7 @@ impl DeviceWork {
         let items = &self.slices[slice].exact;
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let layout = layer.view.layout;
+        let (merged, merged_f32) = if self.merges_itself(slice, d) { (layer.out, layer.out_f32) } else { (0, 0) };
         let args = ExactArgs {
             arena: layer.arena,
             table: self.table.ptr(),
@@ -684,6 +701,9 @@ impl DeviceWork {
             q: layer.q,
             out: self.exact.ptr(),
             state: self.exact_state.ptr(),
+            merged,
+            merged_f32,
+            ended: self.ended.ptr(),
             scale,
             offset: layer.exact_offset as u32,
             sinks_offset: (layer.view.layer * layout.sinks_layer_bytes()) as u32,
@@ -702,19 +722,20 @@ impl DeviceWork {
             (ExactType::F32, 128) => "attend_exact_f32_128",
             (_, d) => panic!("heads of {d} channels were refused"),
         };
-        const EXACT_WARPS: usize = 4;
-        let shared = 4 * (4 * d + EXACT_WARPS * (4 * P + 4 * d + 8));
         // SAFETY: as above.
-        unsafe { device.launch(kernel, [items.len(), kv_heads, (heads / kv_heads).div_ceil(4)], 32 * EXACT_WARPS, shared, &args) }
+        unsafe { device.launch(kernel, [items.len(), kv_heads, head_groups(layer.shape)], 32 * EXACT_WARPS, exact_shared(d), &args) }
     }
 
-    /// The parts of each row of a slice into one.
+    /// The parts of each row of a slice into one, where that is not done yet.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
     pub fn merge(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
         let rows = &self.slices[slice].rows;
         let Heads { heads, kv_heads, head_dim: d, .. } = layer.shape;
+        if self.merges_itself(slice, d) {
+            return Ok(());
+        }
         let rank = layer.maps.map_or(0, |maps| maps.stride);
         let tiles = heads.div_ceil(16);
         let args = MergeArgs {
@@ -796,6 +817,17 @@ const SEALED_WARPGROUP: [[[[&str; 3]; 3]; 2]; 2] = [
 
 /// Warps of a block over sealed pages.
 const WARPS: usize = 8;
+/// Warps of a block over exact pages, and bytes of its shared memory.
+const EXACT_WARPS: usize = 4;
+const fn exact_shared(d: usize) -> usize {
+    4 * (4 * d + EXACT_WARPS * (4 * P + 4 * d + 8))
+}
+
+/// Blocks over exact pages that share a KV head: each meets four query heads.
+const fn head_groups(shape: Heads) -> usize {
+    (shape.heads / shape.kv_heads).div_ceil(4)
+}
+
 /// Bytes of shared memory of `absorb`.
 const fn absorb_shared(d: usize, rank: usize) -> usize {
     4 * (4 * d + 16 * rank)

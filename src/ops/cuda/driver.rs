@@ -30,8 +30,10 @@ pub struct Device {
     pub processors: usize,
     /// Bytes of shared memory a block may ask for.
     pub shared: usize,
+    /// Bytes of its second-level cache.
+    pub cache: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
-    overlaps: bool,
+    pub(super) overlaps: bool,
     /// Whether kernels for warpgroups (`warpgroup.cuh`) run on it.
     pub warpgroups: bool,
 }
@@ -109,6 +111,7 @@ impl Device {
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        let cache = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
         Ok(Arc::new(Device {
             context,
             stream,
@@ -116,6 +119,7 @@ impl Device {
             kernels: Mutex::default(),
             processors,
             shared,
+            cache,
             overlaps: capability.0 >= 9,
             warpgroups: own && capability.0 == 9,
         }))
@@ -206,7 +210,7 @@ impl Device {
             numAttrs: u32::from(self.overlaps),
         };
         // SAFETY: the function takes one parameter of this type, as the caller promises, and parameters are copied by the call. Every
-        // kernel of ours waits for the one before it, but for reading weights, which no kernel writes.
+        // kernel of ours waits for the one before it, but for reading weights and what the host uploaded, which no kernel writes.
         unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), std::ptr::null_mut()) }.result().map_err(fault)
     }
 
@@ -376,6 +380,15 @@ pub struct Part<'a, T> {
 }
 
 impl<T> Part<'_, T> {
+    /// `n` elements of it from `first` on.
+    ///
+    /// # Panics
+    /// Beyond its end.
+    pub fn slice(&self, first: usize, n: usize) -> Self {
+        assert!(first + n <= self.n, "{n} elements at {first} of {}", self.n);
+        Part { at: self.at + (first * size_of::<T>()) as u64, n, of: PhantomData }
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         self.n

@@ -31,16 +31,30 @@ pub struct Job {
     pub mode: Mode,
 }
 
+/// A norm by the root mean square, `x / sqrt(mean(x^2) + eps) * weight`.
+#[derive(Clone, Copy)]
+pub struct Norm {
+    /// f32 `[inputs]`.
+    pub weight: u64,
+    pub eps: f32,
+}
+
 /// Up to three jobs on the same input, as one launch.
+#[derive(Default)]
 pub struct Linears<'a> {
     pub jobs: &'a [Job],
-    /// `[rows][ldx]` bf16.
+    /// `[rows][ldx]` bf16; f32 where there is a norm.
     pub x: u64,
     pub rows: usize,
     pub inputs: usize,
     pub ldx: usize,
     /// What adapters add, for fewer rows than [`MANY`].
     pub worn: Option<Fused>,
+    /// What becomes of the input first, to the bits that [`Device::rms_norm`] gives: where [`Linears::norms`] says so, and without adapters.
+    pub norm: Option<Norm>,
+    /// Whether what comes before leaves the device's memory idle: weights of few rows are then on their way to its second-level cache
+    /// meanwhile, beyond those that multiprocessors have room for. No matter to what comes out.
+    pub ahead: bool,
 }
 
 #[repr(C)]
@@ -64,6 +78,8 @@ struct LinearsArgs {
     rows: i32,
     inputs: i32,
     ldx: i32,
+    ahead: i32,
+    pad: i32,
 }
 
 #[repr(C)]
@@ -73,17 +89,61 @@ struct LinearsWornArgs {
     worn: Fused,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearsNormedArgs {
+    linears: LinearsArgs,
+    weight: u64,
+    eps: f32,
+    pad: u32,
+}
+
 /// Rows from which the weights are no longer all there is to wait for.
 pub const MANY: usize = 65;
 
+/// Shared memory that the device keeps of every block's, and of a multiprocessor's beyond what a block may ask for.
+const KEPT: usize = 1024;
+
 impl Linears<'_> {
+    /// Tiles of so many outputs.
+    fn tiles(&self, outputs: usize) -> usize {
+        self.jobs.iter().map(|job| job.out.div_ceil(if job.mode == Mode::Gated { outputs / 2 } else { outputs })).sum()
+    }
+
+    /// Of a tile of fewer rows than [`MANY`]: outputs in sixteens, rows in eights.
+    fn tile(&self, device: &Device) -> (usize, usize) {
+        let n = self.rows.div_ceil(8).next_power_of_two();
+        let gated = self.jobs.iter().any(|job| job.mode == Mode::Gated);
+        // Measured on an H200: 32 outputs a tile wherever they fill the multiprocessors, 64 for many rows.
+        let m = match n {
+            _ if gated && n <= 4 => 2,
+            1 | 2 | 4 if 10 * self.tiles(32) >= 9 * device.processors => 2,
+            1 | 2 | 4 => 1,
+            _ if self.worn.is_none() && self.tiles(64) >= 2 * device.processors && device.shared >= 131_072 + 4096 * 8 => 4,
+            _ => 2,
+        };
+        (m, n)
+    }
+
+    /// Whether the products norm their input themselves: that of few rows, which then finds room in shared memory beside the weights on
+    /// their way, without a block less on a multiprocessor.
+    pub fn norms(&self, device: &Device) -> bool {
+        if self.rows > 8 || self.worn.is_some() {
+            return false;
+        }
+        let (m, _) = self.tile(device);
+        let fit = |shared: usize| (device.shared + KEPT) / (shared + KEPT);
+        let blocks = fit(65_536 + 4096).min(few_blocks(device, m, 1)).min(self.tiles(16 * m).div_ceil(device.processors));
+        fit(normed_shared(self.rows, self.inputs)) >= blocks
+    }
+
     /// Launches them.
     ///
     /// # Errors
     /// Where the device refuses.
     ///
     /// # Panics
-    /// For more than three jobs, inputs that 8 does not divide, or adapters on [`MANY`] rows.
+    /// For more than three jobs, inputs that 8 does not divide, adapters on [`MANY`] rows, or a norm where [`Linears::norms`] says no.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         assert!(self.jobs.len() <= 3, "{} jobs", self.jobs.len());
         assert!(self.inputs.is_multiple_of(8) && self.ldx.is_multiple_of(8), "inputs of {} in rows of {}", self.inputs, self.ldx);
@@ -97,32 +157,36 @@ impl Linears<'_> {
             };
             *to = LinearArgs { w: job.w, bias: job.bias, y: job.y, out: job.out as i32, ldy: job.ldy as i32, mode, pad: 0 };
         }
-        let args = LinearsArgs {
+        let mut args = LinearsArgs {
             jobs,
             x: self.x,
             count: self.jobs.len() as i32,
             rows: self.rows as i32,
             inputs: self.inputs as i32,
             ldx: self.ldx as i32,
-        };
-        let gated = self.jobs.iter().any(|job| job.mode == Mode::Gated);
-        let tiles = |outputs: usize| -> usize {
-            self.jobs.iter().map(|job| job.out.div_ceil(if job.mode == Mode::Gated { outputs / 2 } else { outputs })).sum()
+            ahead: 0,
+            pad: 0,
         };
         if self.rows >= MANY {
-            assert!(self.worn.is_none(), "many rows are expanded apart");
+            assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
             // SAFETY: shapes as the kernel documents; the caller's memory.
-            return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), tiles(128), 1], 256, 65536, &args) };
+            return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), self.tiles(128), 1], 256, 65536, &args) };
         }
-        let n = self.rows.div_ceil(8).next_power_of_two();
-        // Measured on an H200: 32 outputs a tile wherever they fill the multiprocessors, 64 for many rows.
-        let m = match n {
-            _ if gated && n <= 4 => 2,
-            1 | 2 | 4 if 10 * tiles(32) >= 9 * device.processors => 2,
-            1 | 2 | 4 => 1,
-            _ if self.worn.is_none() && tiles(64) >= 2 * device.processors && device.shared >= 131_072 + 4096 * 8 => 4,
-            _ => 2,
-        };
+        let (m, n) = self.tile(device);
+        let grid = |blocks: usize| [self.tiles(16 * m).min(device.processors * blocks), 1, 1];
+        if self.ahead && device.overlaps {
+            // Half the cache, so that what else passes through it leaves them there; no more than a block's first tile.
+            let lines = device.cache / 2 / 128 / grid(few_blocks(device, m, n))[0];
+            args.ahead = lines.min(16 * m * self.inputs.div_ceil(64)) as i32;
+        }
+        if let Some(Norm { weight, eps }) = self.norm {
+            assert!(self.norms(device), "{} rows of {} are normed apart", self.rows, self.inputs);
+            let kernel = if m == 1 { "linear_normed_m1" } else { "linear_normed_m2" };
+            let args = LinearsNormedArgs { linears: args, weight, eps, pad: 0 };
+            let shared = normed_shared(self.rows, self.inputs);
+            // SAFETY: as above.
+            return unsafe { device.launch(kernel, grid(few_blocks(device, m, 1)), 256, shared, &args) };
+        }
         if let Some(worn) = self.worn {
             let kernel = WORN[m - 1][n.trailing_zeros() as usize];
             let blocks = match (m, n) {
@@ -132,9 +196,7 @@ impl Linears<'_> {
             };
             let args = LinearsWornArgs { linears: args, worn };
             // SAFETY: as above; tables are of adapters that the batch holds.
-            return unsafe {
-                device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, 65_536 + 5120 * n + 3072, &args)
-            };
+            return unsafe { device.launch(kernel, grid(blocks), 256, 65_536 + 5120 * n + 3072, &args) };
         }
         let kernel = match (m, n) {
             (1, 1) => "linear_few_m1_n1",
@@ -149,14 +211,23 @@ impl Linears<'_> {
             (..) => "linear_few_m4_n8",
         };
         let shared = if m == 4 { 131_072 } else { 65_536 } + 4096 * n;
-        let blocks = match (m, n) {
-            (4, _) | (_, 8) => 1,
-            (_, 1 | 2) if device.shared >= 200 << 10 => 3,
-            _ => 2,
-        };
         // SAFETY: as above.
-        unsafe { device.launch(kernel, [tiles(16 * m).min(device.processors * blocks), 1, 1], 256, shared, &args) }
+        unsafe { device.launch(kernel, grid(few_blocks(device, m, n)), 256, shared, &args) }
     }
+}
+
+/// Blocks a multiprocessor is to have at once, where there are tiles for them.
+fn few_blocks(device: &Device, m: usize, n: usize) -> usize {
+    match (m, n) {
+        (4, _) | (_, 8) => 1,
+        (_, 1 | 2) if device.shared >= 200 << 10 => 3,
+        _ => 2,
+    }
+}
+
+/// Bytes of shared memory of `linear_normed_*`: weights on their way; of each row the sums of 8 warps, and what it is normed to.
+fn normed_shared(rows: usize, inputs: usize) -> usize {
+    65_536 + rows * (512 + 2 * ((inputs + 31) / 64 * 64 + 32))
 }
 
 /// By tiles of 16 outputs (1, 2) and of 8 rows (1, 2, 4, 8).

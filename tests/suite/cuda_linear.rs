@@ -1,0 +1,71 @@
+//! Products with weights on the device that norm their input themselves, against a norm apart: the same bits.
+
+use std::sync::Arc;
+
+use strait::ops::cuda::linear::{Job, Linears, Mode, Norm};
+use strait::ops::cuda::{Device, Memory};
+
+use crate::cuda::device;
+
+/// Numbers in -1 ..= 1.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, device: &Arc<Device>, n: usize) -> Memory<f32> {
+        device.upload(&(0..n).map(|_| self.next()).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn halves(&mut self, device: &Arc<Device>, n: usize) -> Memory<u16> {
+        device.upload(&(0..n).map(|_| half::bf16::from_f32(self.next()).to_bits()).collect::<Vec<_>>()).unwrap()
+    }
+}
+
+#[test]
+fn products_that_norm_their_rows_give_the_bits_of_a_norm_apart() {
+    let device = device();
+    let rng = &mut Rng(11);
+    for rows in 1..=8 {
+        for (inputs, out, mode) in [(64, 40, Mode::F32), (200, 33, Mode::Gated), (1032, 70, Mode::Add), (4104, 20, Mode::Bf16)] {
+            let (x, weight) = (rng.floats(&device, rows * inputs), rng.floats(&device, inputs));
+            let normed = device.alloc::<u16>(rows * inputs).unwrap();
+            let (w, up, bias) = (rng.halves(&device, out * inputs), rng.halves(&device, out * inputs), rng.floats(&device, out));
+            let product = |x: u64, norm: Option<Norm>| {
+                let y = device.upload(&vec![0.5f32; rows * out]).unwrap();
+                let up = if mode == Mode::Gated { [up.ptr(), bias.ptr()] } else { [0; 2] };
+                let job = Job { w: [w.ptr(), up[0]], bias: [bias.ptr(), up[1]], y: y.ptr(), out, ldy: out, mode };
+                let linears = Linears { jobs: &[job], x, rows, inputs, ldx: inputs, norm, ..Linears::default() };
+                (linears.norms(&device) || norm.is_none()).then(|| {
+                    linears.launch(&device).unwrap();
+                    y.to_vec().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                })
+            };
+            device.rms_norm(x.all(), rows, weight.all(), 1e-5, normed.all()).unwrap();
+            let apart = product(normed.ptr(), None).unwrap();
+            let fused = product(x.ptr(), Some(Norm { weight: weight.ptr(), eps: 1e-5 }));
+            // Where shared memory holds no rows of this width they are normed apart.
+            assert!(fused.is_some() || inputs > 2048, "{rows} rows of {inputs} are normed apart");
+            assert!(fused.is_none_or(|fused| fused == apart), "{rows} rows of {inputs}, {mode:?}: other bits");
+        }
+    }
+}
+
+#[test]
+fn rows_are_normed_apart_where_their_products_would_lose_a_block() {
+    let device = device();
+    let jobs = |tiles: usize| [Job { w: [0; 2], bias: [0; 2], y: 0, out: 32 * tiles, ldy: 32 * tiles, mode: Mode::F32 }];
+    let norms = |tiles: usize, rows: usize, inputs: usize| {
+        Linears { jobs: &jobs(tiles), x: 0, rows, inputs, ldx: inputs, ..Linears::default() }.norms(&device)
+    };
+    let many = 8 * device.processors;
+    assert!(!norms(many, 9, 64), "so many rows are in two tiles");
+    if device.shared == 227 << 10 {
+        assert!(norms(many, 1, 4096) && !norms(many, 2, 4096), "three blocks have room for a row each");
+        assert!(norms(2 * device.processors, 5, 4096) && !norms(2 * device.processors, 6, 4096), "two blocks have room for five");
+        assert!(norms(many, 8, 256) && !norms(many, 8, 512), "three blocks have room for eight short rows");
+    }
+}
