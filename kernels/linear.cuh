@@ -11,7 +11,7 @@
 //   linear_normed_m{1,2}  as linear_few_*_n1  1 ..= 8      256       65536 + rows (512 + 2 line), line = 64 floor((in + 31) / 64) + 32
 //   linear_many           128, gated 64       any          256       65536
 //
-// All take one parameter, a Linears by value (200 bytes), linear_worn_* a LinearsWorn (256), linear_normed_* a LinearsNormed (216).
+// All take one parameter, a Linears by value (192 bytes), linear_worn_* a LinearsWorn (248), linear_normed_* a LinearsNormed (208).
 // tiles = sum over jobs of ceil(out / outputs of a tile).
 //   linear_few_*:  grid = (min(tiles, multiprocessors * B)), B = 1 for n8 and m4, 3 for n1 and n2 where shared memory has room, else 2. Any grid gives the same bits.
 //   linear_normed_*: the same; worth it while normed rows leave room for as many blocks as linear_few_* would have at once.
@@ -42,9 +42,6 @@ struct Linears {
     Linear job[3];
     const void* x;  // bf16; f32 of a LinearsNormed
     int jobs, rows, in, ldx;
-    // Lines of 128 bytes of its first tile, beyond what it copies at once, that a block of linear_few_* and its like asks the second-level
-    // cache for before it waits: where what is waited for leaves the memory idle.
-    int ahead, pad;
 };
 // Of rows that are normed first: their norm's weight, f32 [in].
 struct LinearsNormed {
@@ -64,7 +61,7 @@ struct LinearsWorn {
     u16 place[3][2];
     u16 target[3][2];
 };
-static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 200 && sizeof(LinearsWorn) == 256 && sizeof(LinearsNormed) == 216, "the host lays these out too");
+static_assert(sizeof(Linear) == 56 && sizeof(Linears) == 192 && sizeof(LinearsWorn) == 248 && sizeof(LinearsNormed) == 208, "the host lays these out too");
 constexpr u16 UNTOUCHED = 0xffff;
 
 template <int PLAIN> __device__ __forceinline__ int linear_tiles(const Linear& j) {
@@ -250,16 +247,6 @@ template <int MT, int NT, bool WORN, bool NORMED> __device__ __forceinline__ voi
     // Not unrolled: a short start of the code is soonest there.
 #pragma unroll 1
     for (int u = 0; u < S - 1; u++) feed(u % MT, u);
-    if (p.ahead > 0) {
-        int at = blockIdx.x;
-        const Linear& j = p.job[linear_find<MT * 16>(p, at)];
-        const int outputs = min(MT * 16, j.out - at);
-        // A warp takes 8 lines of 4 outputs, as it copies them, those that are summed first before others.
-        for (int i = tid; i < p.ahead; i += 256) {
-            const int o = (i >> 3) % (MT * 16), k = STEP + (i / (MT * 128) * 8 + (i & 7)) * 64;
-            if (o < outputs && k < in) prefetch(j.w[0] + (size_t)(at + o) * in + k);
-        }
-    }
     if (WORN) {
         for (int i = tid; i < MT * NT * 128; i += 256) extra[i] = 0.0f;
         for (u32 i = tid; i < w->segments * 3; i += 256) updates[i] = linear_update_of(*w, i / 3, i % 3);

@@ -549,7 +549,7 @@ fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
             let ms = device.time(sizes.times.min(5), || {
                 (0..sets).try_for_each(|i| {
                     let job = Job { w: [w.ptr() + (i * bytes) as u64, 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
-                    Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs, ..Linears::default() }.launch(device)
+                    Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None }.launch(device)
                 })
             })?;
             let us = ms * 1e3 / sets as f64;

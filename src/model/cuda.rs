@@ -637,7 +637,7 @@ impl CudaDecoder {
             group.work.attend(device, &of)?;
         }
         let x = s.x.part(0, tokens * c.hidden);
-        project(&Input::Awaited(s.attended.ptr()), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
+        project(&Input::Ready(s.attended.ptr()), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
         let normed = self.normed((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post));
         if w.gate.rank() + w.up.rank() > 0 || self.worn.apart(MLP, tokens) {
             let n = tokens * c.intermediate;

@@ -38,7 +38,7 @@ fn products_that_norm_their_rows_give_the_bits_of_a_norm_apart() {
                 let y = device.upload(&vec![0.5f32; rows * out]).unwrap();
                 let up = if mode == Mode::Gated { [up.ptr(), bias.ptr()] } else { [0; 2] };
                 let job = Job { w: [w.ptr(), up[0]], bias: [bias.ptr(), up[1]], y: y.ptr(), out, ldy: out, mode };
-                let linears = Linears { jobs: &[job], x, rows, inputs, ldx: inputs, norm, ..Linears::default() };
+                let linears = Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: None, norm };
                 (linears.norms(&device) || norm.is_none()).then(|| {
                     linears.launch(&device).unwrap();
                     y.to_vec().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
@@ -59,7 +59,7 @@ fn rows_are_normed_apart_where_their_products_would_lose_a_block() {
     let device = device();
     let jobs = |tiles: usize| [Job { w: [0; 2], bias: [0; 2], y: 0, out: 32 * tiles, ldy: 32 * tiles, mode: Mode::F32 }];
     let norms = |tiles: usize, rows: usize, inputs: usize| {
-        Linears { jobs: &jobs(tiles), x: 0, rows, inputs, ldx: inputs, ..Linears::default() }.norms(&device)
+        Linears { jobs: &jobs(tiles), x: 0, rows, inputs, ldx: inputs, worn: None, norm: None }.norms(&device)
     };
     let many = 8 * device.processors;
     assert!(!norms(many, 9, 64), "so many rows are in two tiles");

@@ -142,8 +142,6 @@ impl Worn {
 pub(super) enum Input<'a> {
     /// bf16.
     Ready(u64),
-    /// The same, of work that leaves the device's memory idle.
-    Awaited(u64),
     /// f32, to be normed first.
     Normed(Normed<'a>),
 }
@@ -164,14 +162,14 @@ impl Input<'_> {
     fn fused<'j>(&self, device: &Device, (rows, inputs): (usize, usize), jobs: &'j [Job]) -> Option<Linears<'j>> {
         let Input::Normed(of) = self else { return None };
         let norm = Some(Norm { weight: of.weight.ptr(), eps: of.eps });
-        let linears = Linears { jobs, x: of.x.ptr(), rows, inputs, ldx: inputs, norm, ..Linears::default() };
+        let linears = Linears { jobs, x: of.x.ptr(), rows, inputs, ldx: inputs, worn: None, norm };
         (of.own.is_empty() && linears.norms(device)).then_some(linears)
     }
 
     /// Norms what is to be normed, by launches of its own; gives where the input lies in bf16.
     fn ready(&self, device: &Device, (rows, inputs): (usize, usize)) -> Result<u64, CudaError> {
         match self {
-            Input::Ready(x) | Input::Awaited(x) => Ok(*x),
+            Input::Ready(x) => Ok(*x),
             Input::Normed(of) => {
                 device.rms_norm(of.x, rows, of.weight, of.eps, of.to)?;
                 for (weight, rows) in &of.own {
@@ -251,7 +249,7 @@ pub(super) fn project(
     {
         return linears.launch(device);
     }
-    let (x, ahead) = (input.ready(device, (rows, inputs))?, matches!(input, Input::Awaited(_)));
+    let x = input.ready(device, (rows, inputs))?;
     if !targets.is_empty() {
         // First, as it needs nothing of what follows: the weights' way to the multiprocessors begins meanwhile.
         worn.rows.shrink(device, (x, inputs), &targets)?;
@@ -262,10 +260,9 @@ pub(super) fn project(
         for (job, of) in jobs.iter().zip(&mut of).filter(|(job, _)| touched(worn.updates, job)) {
             of[0] = next.next().map(|target| (job.place, target));
         }
-        return Linears { jobs: &launched, x, rows, inputs, ldx: inputs, worn: Some(worn.rows.fused(of)), ahead, ..Linears::default() }
-            .launch(device);
+        return Linears { jobs: &launched, x, rows, inputs, ldx: inputs, worn: Some(worn.rows.fused(of)), norm: None }.launch(device);
     }
-    products(device, (x, inputs, ahead), rows, (jobs, &launched), scratch)?;
+    products(device, (x, inputs), rows, (jobs, &launched), scratch)?;
     for (job, launched) in jobs.iter().zip(&launched).filter(|(job, _)| touched(worn.adapts, job)) {
         for (adapter, of) in &worn.segments {
             if let Some((w, bias)) = adapter.replaced(job.place) {
@@ -277,7 +274,7 @@ pub(super) fn project(
                     ..*launched
                 };
                 let x = x + (of.start * inputs * 2) as u64;
-                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs, ..Linears::default() }.launch(device)?;
+                Linears { jobs: &[own], x, rows: of.len(), inputs, ldx: inputs, worn: None, norm: None }.launch(device)?;
             }
         }
         let onto = if aside(job) { job.y.ptr() } else { 0 };
@@ -311,13 +308,13 @@ pub(super) fn gate_and_up(
         let of = [0, 1].map(|i| touched[i].then(|| (places[i], next.next().expect("counts on"))));
         fused = Some(worn.rows.fused([of, [None; 2], [None; 2]]));
     }
-    Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused, ..Linears::default() }.launch(device)
+    Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused, norm: None }.launch(device)
 }
 
 /// The products with the model's own weights.
 fn products(
     device: &Device,
-    (x, inputs, ahead): (u64, usize, bool),
+    (x, inputs): (u64, usize),
     rows: usize,
     (jobs, launched): (&[LinearJob<'_>], &[Job]),
     scratch: &LinearScratch,
@@ -339,9 +336,9 @@ fn products(
         }
     }
     for some in [&whole, &inner].into_iter().filter(|some| !some.is_empty()) {
-        Linears { jobs: some, x, rows, inputs, ldx: inputs, ahead, ..Linears::default() }.launch(device)?;
+        Linears { jobs: some, x, rows, inputs, ldx: inputs, worn: None, norm: None }.launch(device)?;
     }
     outer.iter().try_for_each(|(x, rank, job)| {
-        Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank, ..Linears::default() }.launch(device)
+        Linears { jobs: &[*job], x: *x, rows, inputs: *rank, ldx: *rank, worn: None, norm: None }.launch(device)
     })
 }

@@ -30,10 +30,8 @@ pub struct Device {
     pub processors: usize,
     /// Bytes of shared memory a block may ask for.
     pub shared: usize,
-    /// Bytes of its second-level cache.
-    pub cache: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
-    pub(super) overlaps: bool,
+    overlaps: bool,
     /// Whether kernels for warpgroups (`warpgroup.cuh`) run on it.
     pub warpgroups: bool,
 }
@@ -111,7 +109,6 @@ impl Device {
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
-        let cache = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
         Ok(Arc::new(Device {
             context,
             stream,
@@ -119,7 +116,6 @@ impl Device {
             kernels: Mutex::default(),
             processors,
             shared,
-            cache,
             overlaps: capability.0 >= 9,
             warpgroups: own && capability.0 == 9,
         }))

@@ -40,7 +40,6 @@ pub struct Norm {
 }
 
 /// Up to three jobs on the same input, as one launch.
-#[derive(Default)]
 pub struct Linears<'a> {
     pub jobs: &'a [Job],
     /// `[rows][ldx]` bf16; f32 where there is a norm.
@@ -52,9 +51,6 @@ pub struct Linears<'a> {
     pub worn: Option<Fused>,
     /// What becomes of the input first, to the bits that [`Device::rms_norm`] gives: where [`Linears::norms`] says so, and without adapters.
     pub norm: Option<Norm>,
-    /// Whether what comes before leaves the device's memory idle: weights of few rows are then on their way to its second-level cache
-    /// meanwhile, beyond those that multiprocessors have room for. No matter to what comes out.
-    pub ahead: bool,
 }
 
 #[repr(C)]
@@ -78,8 +74,6 @@ struct LinearsArgs {
     rows: i32,
     inputs: i32,
     ldx: i32,
-    ahead: i32,
-    pad: i32,
 }
 
 #[repr(C)]
@@ -157,15 +151,13 @@ impl Linears<'_> {
             };
             *to = LinearArgs { w: job.w, bias: job.bias, y: job.y, out: job.out as i32, ldy: job.ldy as i32, mode, pad: 0 };
         }
-        let mut args = LinearsArgs {
+        let args = LinearsArgs {
             jobs,
             x: self.x,
             count: self.jobs.len() as i32,
             rows: self.rows as i32,
             inputs: self.inputs as i32,
             ldx: self.ldx as i32,
-            ahead: 0,
-            pad: 0,
         };
         if self.rows >= MANY {
             assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
@@ -174,11 +166,6 @@ impl Linears<'_> {
         }
         let (m, n) = self.tile(device);
         let grid = |blocks: usize| [self.tiles(16 * m).min(device.processors * blocks), 1, 1];
-        if self.ahead && device.overlaps {
-            // Half the cache, so that what else passes through it leaves them there; no more than a block's first tile.
-            let lines = device.cache / 2 / 128 / grid(few_blocks(device, m, n))[0];
-            args.ahead = lines.min(16 * m * self.inputs.div_ceil(64)) as i32;
-        }
         if let Some(Norm { weight, eps }) = self.norm {
             assert!(self.norms(device), "{} rows of {} are normed apart", self.rows, self.inputs);
             let kernel = if m == 1 { "linear_normed_m1" } else { "linear_normed_m2" };
