@@ -58,7 +58,7 @@ struct ExactArgs {
 //   neighbouring channels. Both come in 16-byte loads straight into registers.
 //   Bytes a position, layer and KV head: 4 d (bf16). FLOPs: 4 d a head. Memory binds: up to 8 query heads a KV head leave the adders idle.
 //
-//   Where a row has no sealed parts and spans enough fit shared memory, its blocks merge it as `merge` would: one span at once, of several
+//   Where rows have no sealed parts and blocks are few, a row's blocks merge it as `merge` would: one span at once, of several
 //   the block that ends last, for its heads, in the order of `merge` and so to its bits. Bytes then: 4 d a span and head, out of the second-level cache.
 //   Grid (items, KV heads, head groups of 4 within one), block 32 W, shared 4 (4 D + W (4 * 64 + 16)) + W (4 D + 8) 4 bytes.
 template <class E, int D, int W>
@@ -307,7 +307,7 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, si
         const int slice = i / (4 * each), h = i / each % 4, r = i % each * V;
         if (h >= n) continue;
         float x[V] = {};
-#pragma unroll 4
+#pragma unroll 2
         for (int k = slice; k < ns; k += slices) {
             const u32* at = (const u32*)(from + k * step + h * rank + r);
             u32 v[V / 2];

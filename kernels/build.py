@@ -24,7 +24,7 @@ ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 # Where a register in memory would cost what the kernel is for: both sides in 4 bits, spread latents, exact pages, products, adapters,
 # prefill, sampling.
 HOT = re.compile(
-    r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_sealed_wg_.*|attend_exact_b16_.*|attend_absorbed|attend_rebuilt|linear_.*|lora_.*|prefill_.*|sample_.*|merge|absorb"
+    r"attend_sealed_1_\d_44|attend_sealed_2_1_44|attend_sealed_wg_._._44|attend_exact_b16_.*|attend_absorbed|attend_rebuilt|linear_.*|lora_.*|prefill_.*|sample_.*|merge|absorb"
 )
 # Bytes a hot kernel may keep in memory, outside its loops.
 SPILL = 16

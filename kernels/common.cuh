@@ -200,7 +200,8 @@ template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[4]
 __device__ __forceinline__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wg_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
-// What makes these registers stays ahead of this, what reads them behind: between a wait and d's use, and before a fence.
+// What makes these registers stays ahead of this, what reads them behind: of d between a wait and its use; of a before a fence, and again
+// after the wait, till when nothing else may be in them: the compiler does not know by itself.
 template <int N8> __device__ __forceinline__ void wg_settle(float (&d)[N8][4]) {
 #pragma unroll
     for (int n = 0; n < N8; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");

@@ -33,7 +33,8 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
     u32* ratios = (u32*)(red + 4 * LINES);                                  // [LINES], pairs of f16
     u32* table = ratios + LINES;                                            // [MOST]
     u64* arrivals = (u64*)(table + SEALED_MOST);                            // [2], of pages
-    u8* keys = (u8*)(arrivals + 2);                                         // two pages' of keys, then of scales and values
+    float4* sums = (float4*)(arrivals + 2);                                 // [N8][128]: a lane's of two lines, without and with values' scales
+    u8* keys = (u8*)(sums + N8 * 128);                                       // two pages' of keys, then of scales and values
     u8* room = keys + 2 * key_room;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const SealedItem item = p.items[blockIdx.x];
@@ -70,12 +71,12 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
     bring_keys(1);
     // Tiles of queries, from the fragments that latent.cuh's products take; beyond them zeros. Lines' factors are powers of two of each
     // other, or of lines of zeros: under the largest one all make exponents, and none loses what another would heed.
-    const float* line_factors = p.factors + (size_t)item.row * p.tiles * 16 + line0;
-    float factor = 0;
-    for (int i = 0; i < LINES; i++) factor = fmaxf(factor, ld_fresh(line_factors + i));
+    float factor = ld_fresh(p.factors + (size_t)item.row * p.tiles * 16 + line0 + lane % LINES);
+    const float own_factor = factor;
+    factor = warp_max(factor);
     const uint4* from = (const uint4*)p.fragments + ((size_t)item.row * p.tiles + blockIdx.y * MT) * steps * 32;
     if (tid < LINES) {
-        const float ratio = ld_fresh(line_factors + tid) / factor;
+        const float ratio = own_factor / factor;
         ratios[tid] = h_pair(ratio, ratio);
         offsets[tid] = ld_fresh(p.offsets + (size_t)item.row * p.tiles * 16 + line0 + tid) * ratio;
         bases[tid] = pages > 0 ? 0 : -1e30f;
@@ -111,7 +112,8 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
     const u32 value_more = (BITS_V == 4 ? 4 : 4 + t / 2 - t) * value_row;
 
     float o[CHANNEL_TILES][N8][4] = {};
-    float sum[N8][2] = {}, scaled[N8][2] = {};
+#pragma unroll
+    for (int n = 0; n < N8; n++) sums[n * 128 + tid] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
     for (int page = 0; page < pages; page++) {
         const u32 turn = page & 1, here = turn * slot;
@@ -157,24 +159,33 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
             wg_commit();
             tile = wg_at(tile, 4 * VECTORS);
         };
-        take();
-#pragma unroll 1
-        for (int step = 0; step < whole_steps; step += 8) {
+        if (whole_steps > 0) {
             u32 a[4][4], b[4][4];
+            take();
             mask(a, 0);
             meet(a);
-            mask(b, BLOCKS);
-            // Beyond the last block there is room to read from.
-            take();
-            meet(b);
-            wg_wait<1>();
+#pragma unroll 1
+            for (int step = 8;; step += 8) {
+                mask(b, BLOCKS);
+                // Beyond the last block there is room to read from.
+                take();
+                meet(b);
+                wg_wait<1>();
+                wg_settle(a);
+                if (step >= whole_steps) break;
+                mask(a, 0);
+                meet(a);
+                wg_wait<1>();
+                wg_settle(b);
+            }
+            wg_wait<0>();
+            wg_settle(b);
         }
         bulk_wait(arrivals + turn, page / 2);
         const u32 ks = *(const u32*)(key_scales_here + here), vs = *(const u32*)(value_scales_here + here);
         const float value_plain[2] = {p.rank_v > 0 ? h_lo(vs) : 0, p.rank_v > 0 ? h_hi(vs) : 0};
         const float key_scale[2] = {p.rank_k > 0 ? h_lo(ks) * factor : 0, p.rank_k > 0 ? h_hi(ks) * factor : 0};
         const float value_scale[2] = {value_plain[0] * share[0], value_plain[1] * share[1]}, top_value = fmaxf(fmaxf(value_plain[0], value_plain[1]), 1e-9f);
-        wg_wait<0>();
         wg_settle(s);
         // Scores become exponents against the bases.
         float top = -INFINITY;
@@ -198,14 +209,16 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
         auto weigh = [&](float sign, bool shows) {
 #pragma unroll
             for (int n = 0; n < N8; n++) {
-                float w[2][2];
+                float w[2][2], plain[2], scaled[2];
+                const float4 before = sums[n * 128 + tid];
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const float one = ex2(s[n][c]), two = ex2(s[n][2 + c]);
-                    sum[n][c] += sign * (one + two);
+                    plain[c] = one + two;
                     w[0][c] = one * value_scale[0], w[1][c] = two * value_scale[1];
-                    scaled[n][c] += sign * (w[0][c] * whole[0] + w[1][c] * whole[1]);
+                    scaled[c] = w[0][c] * whole[0] + w[1][c] * whole[1];
                 }
+                sums[n * 128 + tid] = make_float4(before.x + sign * plain[0], before.y + sign * plain[1], before.z + sign * scaled[0], before.w + sign * scaled[1]);
                 if (shows) *(u32*)(to + n * NEXT_N) = h_pair(w[0][0], w[0][1]), *(u32*)(to + n * NEXT_N + SECOND) = h_pair(w[1][0], w[1][1]);
             }
         };
@@ -239,7 +252,8 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
 #pragma unroll
             for (int n = 0; n < N8; n++) {
                 const float2 fall = *(const float2*)(falls + 8 * n + 2 * t), by = *(const float2*)(shares + 8 * n + 2 * t);
-                sum[n][0] *= by.x, sum[n][1] *= by.y, scaled[n][0] *= by.x, scaled[n][1] *= by.y;
+                const float4 before = sums[n * 128 + tid];
+                sums[n * 128 + tid] = make_float4(before.x * by.x, before.y * by.y, before.z * by.x, before.w * by.y);
                 s[n][0] += fall.x, s[n][2] += fall.x, s[n][1] += fall.y, s[n][3] += fall.y;
 #pragma unroll
                 for (int i = 0; i < CHANNEL_TILES; i++) o[i][n][0] *= by.x, o[i][n][2] *= by.x, o[i][n][1] *= by.y, o[i][n][3] *= by.y;
@@ -253,12 +267,13 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
 #pragma unroll
         for (int i = 0; i < CHANNEL_TILES; i++) wg_settle(o[i]);
         tile = wg_at(weighted, turn * 4 * VECTORS);
+        u32 values[2][4][4];
 #pragma unroll
         for (int i = 0; i < CHANNEL_TILES; i++) {
             // Words of values, of channels 64 i + at and the next: those of two runs of positions, or of third bits.
             const u8* words = values_here + here + 256 * i;
             const uint2 of[2] = {*(const uint2*)words, BITS_V != 2 ? *(const uint2*)(words + value_more) : uint2{}};
-            u32 a[4][4];
+            u32(&a)[4][4] = values[i % 2];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 u32 x[4], y[4];
@@ -279,10 +294,15 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
 #pragma unroll
             for (int step = 0; step < 4; step++) wg_mma_h<true>(o[i], a[step], wg_at(tile, step * VECTORS));
             wg_commit();
+            if (i > 0) {
+                wg_wait<1>();
+                wg_settle(values[1 - i % 2]);
+            }
         }
         wg_wait<0>();
 #pragma unroll
         for (int i = 0; i < CHANNEL_TILES; i++) wg_settle(o[i]);
+        wg_settle(values[1 - CHANNEL_TILES % 2]);
     }
 
     // Of all lanes and warps, for this lane's lines.
@@ -313,6 +333,12 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
                 x[n][c] = y;
             }
     };
+    float sum[N8][2], scaled[N8][2];
+#pragma unroll
+    for (int n = 0; n < N8; n++) {
+        const float4 x = sums[n * 128 + tid];
+        sum[n][0] = x.x, sum[n][1] = x.y, scaled[n][0] = x.z, scaled[n][1] = x.w;
+    }
     over_all(sum, true);
     over_all(scaled, true);
     // Codes' middle stands for zero. Channels beyond the last are none.
@@ -342,7 +368,7 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
         }
 }
 #define SEALED_WG(m, c, k, v) \
-    KERNEL(128, c == 2 ? 4 : 3, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs p) { grid_go(); attend_sealed_wg<m, c, k, v>(p); grid_wait(); }
+    KERNEL(128, 3, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs p) { grid_go(); attend_sealed_wg<m, c, k, v>(p); grid_wait(); }
 #else
 #define SEALED_WG(m, c, k, v) KERNEL(128, 1, attend_sealed_wg_##m##_##c##_##k##v)(SealedArgs) {}
 #endif

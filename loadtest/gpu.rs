@@ -370,7 +370,11 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                 };
                 let us = each(&|w| w.attend(device, &layer))?;
                 let parts = [
-                    each(&|w| w.absorb(device, &layer).and_then(|()| w.sealed(device, &layer, 0)))?,
+                    each(&|w| {
+                        w.absorb(device, &layer)?;
+                        w.exact(device, &layer, 0)?;
+                        w.sealed(device, &layer, 0)
+                    })?,
                     each(&|w| w.exact(device, &layer, 0))?,
                     each(&|w| w.merge(device, &layer, 0))?,
                 ];

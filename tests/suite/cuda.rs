@@ -398,7 +398,7 @@ pub(crate) fn worn_in_lockstep(
                 // Decoding is as near as the host's backends are to each other; a chunk's queries and weights are rounded to bf16.
                 let decodes = plan.rows.iter().all(|row| row.len() == 1);
                 let most = if !own && decodes {
-                    0.01
+                    0.02
                 } else if own {
                     0.4
                 } else {

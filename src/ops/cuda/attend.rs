@@ -594,7 +594,7 @@ impl DeviceWork {
         Ok(())
     }
 
-    /// The parts of a slice over sealed pages.
+    /// The parts of a slice over sealed pages, right after [`DeviceWork::exact`], which waits for what both need.
     ///
     /// # Errors
     /// As [`DeviceWork::attend`].
@@ -680,9 +680,12 @@ impl DeviceWork {
         unsafe { device.launch(kernel, [items.len() * blocks, 1, cuts], THREADS, spread.shared, &args) }
     }
 
-    /// Whether the blocks over exact pages merge the rows of a slice themselves: where those are all the parts there are.
-    fn merges_itself(&self, slice: usize, d: usize) -> bool {
-        self.slices[slice].sealed.is_empty() && 16 * (1 + self.parts) <= exact_shared(d)
+    /// Whether the blocks over exact pages merge the rows of a slice themselves, to the same bits: where those are all the parts there are,
+    /// and each is a whole row or all blocks run at once. Of many blocks the waits for each other's sums cost more than a launch.
+    fn merges_itself(&self, device: &Device, slice: usize, shape: Heads) -> bool {
+        let Slice { sealed, exact, .. } = &self.slices[slice];
+        let at_once = exact.len() * shape.kv_heads * head_groups(shape) <= 4 * device.processors;
+        sealed.is_empty() && 16 * (1 + self.parts) <= exact_shared(shape.head_dim) && (self.parts == 1 || at_once)
     }
 
     /// The parts of a slice over exact pages, merged where it has no others.
@@ -693,7 +696,7 @@ impl DeviceWork {
         let items = &self.slices[slice].exact;
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let layout = layer.view.layout;
-        let (merged, merged_f32) = if self.merges_itself(slice, d) { (layer.out, layer.out_f32) } else { (0, 0) };
+        let (merged, merged_f32) = if self.merges_itself(device, slice, layer.shape) { (layer.out, layer.out_f32) } else { (0, 0) };
         let args = ExactArgs {
             arena: layer.arena,
             table: self.table.ptr(),
@@ -733,7 +736,7 @@ impl DeviceWork {
     pub fn merge(&self, device: &Device, layer: &AttendLayer<'_>, slice: usize) -> Result<(), CudaError> {
         let rows = &self.slices[slice].rows;
         let Heads { heads, kv_heads, head_dim: d, .. } = layer.shape;
-        if self.merges_itself(slice, d) {
+        if self.merges_itself(device, slice, layer.shape) {
             return Ok(());
         }
         let rank = layer.maps.map_or(0, |maps| maps.stride);
@@ -862,7 +865,7 @@ fn warpgroup_shared(heads: usize, layer: &SealedLayer) -> usize {
     };
     // Words beyond a page's are read, and not heeded: of keys up to 31 rows, of values up to 256 channels.
     let values = (2 * (layer.end - layer.keys.meta).next_multiple_of(128)).max(31 * key_row) + 1024;
-    512 * mt * (steps(layer).next_multiple_of(8) + 8) + 9 * 64 * mt + 4 * SEALED_MOST + 16 + 2 * rows * key_row + values
+    512 * mt * (steps(layer).next_multiple_of(8) + 8) + 9 * 64 * mt + 4 * SEALED_MOST + 16 + 2 * mt * 16 * 128 + 2 * rows * key_row + values
 }
 
 /// Steps of 16 channels of an absorbed query.
