@@ -91,16 +91,18 @@ template <int N> static inline void cp_wait() { emu_cp_wait(N); }
 struct WgTile { const u8* at; u32 next_n, next_k; };
 static inline WgTile wg_tile(const void* at, u32 next_n, u32 next_k) { return {(const u8*)at, next_n, next_k}; }
 static inline WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors * 16, t.next_n, t.next_k}; }
-// Of a pending product d is poison, and b is read when it is waited for: neither may be touched before.
+// Of a pending product d is poison, b is read when it is waited for, and a must be as it was then: none may be touched before.
 template <bool ROWS_OF_K, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) {
     auto s = emu::deposit(~0u, a, 16, "wgmma");
     unsigned l = emu::self().lane, g = l >> 2, t = l & 3;
-    struct Product { float a[2][16], before[N8][4]; float (*d)[4]; WgTile b; bool first; unsigned t; } p;
+    struct Product { float a[2][16], before[N8][4]; float (*d)[4]; WgTile b; bool first; unsigned t; const u32* from; u32 own[4]; } p;
     for (int half = 0; half < 2; half++)
         for (int k = 0; k < 16; k++) { u32 v = s[g * 4 + ((k & 7) >> 1)][(k >> 3) * 2 + half]; p.a[half][k] = h_of((u16)(k & 1 ? v >> 16 : v)); }
-    p.d = d, p.b = b, p.t = t, p.first = emu_wg_first(d);
+    p.d = d, p.b = b, p.t = t, p.first = emu_wg_first(d), p.from = a;
+    memcpy(p.own, a, 16);
     if (p.first) { memcpy(p.before, d, sizeof p.before); memset(d, 0xff, sizeof p.before); }
     emu_wg_push(d, [p] {
+        if (memcmp(p.from, p.own, 16)) emu_bad("registers of a product under way were written");
         if (p.first) memcpy(p.d, p.before, sizeof p.before);
         for (int n8 = 0; n8 < N8; n8++) for (int c = 0; c < 4; c++) {
             float acc = p.d[n8][c];

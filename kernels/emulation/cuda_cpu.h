@@ -205,16 +205,16 @@ static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f
 static inline void emu_cp_commit(){ emu::self().cpg++; }
 static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
 // bulk copies land when their barrier is first waited for, and all are asked for; a barrier's word is the rounds that are over and the bytes that this one has to come
-static inline void emu_bulk_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
-static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bulk_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
+static inline void emu_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
+static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
 static inline void emu_bulk_copy(void* d,const void* s,unsigned n,unsigned long long* bar){
-  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bulk_bad("a bulk copy that is not of multiples of 16"); emu::blk->bulk.push_back({d,s,n,bar}); }
+  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bad("a bulk copy that is not of multiples of 16"); emu::blk->bulk.push_back({d,s,n,bar}); }
 static inline void emu_bulk_wait(unsigned long long* bar,unsigned round){
   auto& all=emu::blk->bulk; uint64_t over, n; size_t k=0;
   for(;;){
-    over=*bar>>32; if(over!=round){ if(over!=round+1) emu_bulk_bad("a wait for a round long over, or to come"); return; }
+    over=*bar>>32; if(over!=round){ if(over!=round+1) emu_bad("a wait for a round long over, or to come"); return; }
     n=0; for(auto& c:all) if(c.bar==bar) n+=c.n;
-    if(n>(*bar&0xffffffffu)&&*bar&0xffffffffu) emu_bulk_bad("more bytes are on their way than are expected");
+    if(n>(*bar&0xffffffffu)&&*bar&0xffffffffu) emu_bad("more bytes are on their way than are expected");
     if(n&&n==(*bar&0xffffffffu)) break;
     emu::yield(); }
   for(auto& c:all){ if(c.bar==bar) memcpy(c.d,c.s,c.n); else all[k++]=c; } all.resize(k); *bar=(over+1)<<32; }
