@@ -175,9 +175,9 @@ __device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_grou
 template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // Products of a warpgroup, four warps on multiples of four (Hopper's own, sm_90a): d[64][8 N8] += a[64][16] b[16][8 N8]. A warp's 16 rows of
 // a and d lie in its lanes as above; b lies in shared memory, in tiles of 8 x 8 elements, 128 bytes each, `next_n` and `next_k` bytes apart;
-// a row of a tile, 16 bytes, is of one k (ROWS_OF_K) or of one n; wg_at goes on by so many 16 bytes. A product is under way until it is waited for: till then neither d nor
-// what a was made of in registers, nor b, may be written. Registers are handed over by wg_fence, shared memory by wg_shared_written and
-// a barrier.
+// a row of a tile, 16 bytes, is of one k (ROWS_OF_K) or of one n; wg_at goes on by so many 16 bytes. A product is under way until it is
+// waited for: till then neither d nor a, which are in registers, nor b may be written. Registers are handed over by wg_fence, shared memory
+// by wg_shared_written and a barrier.
 struct WgTile { u32 at, layout; };
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 __device__ __forceinline__ WgTile wg_tile(const void* at, u32 next_n, u32 next_k) {

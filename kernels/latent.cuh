@@ -11,7 +11,7 @@
 //
 //   Bytes a position and layer: rank_k bits_k / 8 + rank_v bits_v / 8 + 4. FLOPs: 2 lines (rank_k + rank_v).
 //   32 heads, ranks 208 and 208, 4 bits: 212 bytes, 26.6 kFLOP: 125 FLOP a byte, less than a Hopper's ridge. What binds is issue and the
-//   latency between instructions: 1.9 integer operations a code, 60 instructions a position in all (loadtest/gpu.md).
+//   latency between instructions: 0.6 integer operations a code, and what stands around them (loadtest/gpu.md).
 #pragma once
 #include "common.cuh"
 

@@ -6,11 +6,12 @@
 // any thread's help: absorbed queries, for the whole item, and the weights of a page, twice, so that one page's are written while those of
 // the page before are met.
 //
-//   Bytes and FLOPs a position are those of latent.cuh. What binds is issue: for 32 heads and ranks 208 of 4 bits some 24 instructions
-//   a position and multiprocessor (latent.cuh's way: 44), 150 of a lane's 375 a page masks, 120 the softmax.
+//   Bytes and FLOPs a position are those of latent.cuh. What binds is the latency of what stands around the products: for 32 heads and ranks
+//   208 of 4 bits some 600 instructions a page and warp, 150 of them masks, 130 the softmax, 30 products, and 12 warps to issue them
+//   (loadtest/gpu.md).
 //
 //   Grid (items, tiles / MT), block 128; at most 256 value channels. Shared bytes: queries and weights 512 MT (whole_steps + 8), lines 9 * 64 MT,
-//   the table 128, two pages, and 16 rows of words beyond them, which are read and not heeded.
+//   the table 128, arrivals 16, sums 4096 MT, two pages; and what is read of beyond a page and not heeded, 31 rows of keys and 1024 bytes of values.
 #pragma once
 #include "latent.cuh"
 
