@@ -681,7 +681,7 @@ impl DeviceWork {
     }
 
     /// Whether the blocks over exact pages merge the rows of a slice themselves, to the same bits: where those are all the parts there are,
-    /// and each is a whole row or all blocks run at once. Of many blocks the waits for each other's sums cost more than a launch.
+    /// and each is a whole row or all blocks run at once. Of more blocks it takes longer than a launch (loadtest/gpu.md).
     fn merges_itself(&self, device: &Device, slice: usize, shape: Heads) -> bool {
         let Slice { sealed, exact, .. } = &self.slices[slice];
         let at_once = exact.len() * shape.kv_heads * head_groups(shape) <= 4 * device.processors;
