@@ -91,27 +91,51 @@ template <int N> static inline void cp_wait() { emu_cp_wait(N); }
 struct WgTile { const u8* at; u32 next_n, next_k; };
 static inline WgTile wg_tile(const void* at, u32 next_n, u32 next_k) { return {(const u8*)at, next_n, next_k}; }
 static inline WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors * 16, t.next_n, t.next_k}; }
-// Of a pending product d is poison, b is read when it is waited for, and a must be as it was then: none may be touched before.
-template <bool ROWS_OF_K, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) {
+// The same in lines: eight lines of 128 bytes, whose 16 bytes are exchanged by the line's number, follow each other; at multiples of 1024.
+struct WgLines { const u8* at; u32 vectors; };
+static inline WgLines wg_lines(const void* at) { if ((uintptr_t)at % 1024) emu_bad("lines for a warpgroup that do not begin at a multiple of 1024"); return {(const u8*)at, 0}; }
+static inline WgLines wg_at(WgLines l, u32 vectors) { return {l.at, l.vectors + vectors}; }
+static inline u16 wg_element(WgTile b, bool rows_of_k, int n, int k) {
+    u16 v; memcpy(&v, b.at + n / 8 * b.next_n + k / 8 * b.next_k + (rows_of_k ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2), 2); return v;
+}
+static inline u16 wg_element(WgLines l, bool, int n, int k) {
+    u16 v; memcpy(&v, l.at + n * 128 + ((l.vectors + k / 8) ^ (n & 7)) * 16 + k % 8 * 2, 2); return v;
+}
+// Of a pending product d is poison, what is shared is read when it is waited for, and a must be as it was then: none may be touched before.
+template <bool ROWS_OF_K, int N8, class B, class F> static inline void emu_wg_mma(float (&d)[N8][4], const u32 (&a)[4], B b, bool adds, F of) {
     auto s = emu::deposit(~0u, a, 16, "wgmma");
     unsigned l = emu::self().lane, g = l >> 2, t = l & 3;
-    struct Product { float a[2][16], before[N8][4]; float (*d)[4]; WgTile b; bool first; unsigned t; const u32* from; u32 own[4]; } p;
+    struct Product { float a[2][16], before[N8][4]; float (*d)[4]; B b; bool first, adds; unsigned t; const u32* from; u32 own[4]; F of; } p{{}, {}, d, b, emu_wg_first(d), adds, t, a, {}, of};
     for (int half = 0; half < 2; half++)
-        for (int k = 0; k < 16; k++) { u32 v = s[g * 4 + ((k & 7) >> 1)][(k >> 3) * 2 + half]; p.a[half][k] = h_of((u16)(k & 1 ? v >> 16 : v)); }
-    p.d = d, p.b = b, p.t = t, p.first = emu_wg_first(d), p.from = a;
+        for (int k = 0; k < 16; k++) { u32 v = s[g * 4 + ((k & 7) >> 1)][(k >> 3) * 2 + half]; p.a[half][k] = of((u16)(k & 1 ? v >> 16 : v)); }
     memcpy(p.own, a, 16);
     if (p.first) { memcpy(p.before, d, sizeof p.before); memset(d, 0xff, sizeof p.before); }
     emu_wg_push(d, [p] {
         if (memcmp(p.from, p.own, 16)) emu_bad("registers of a product under way were written");
         if (p.first) memcpy(p.d, p.before, sizeof p.before);
         for (int n8 = 0; n8 < N8; n8++) for (int c = 0; c < 4; c++) {
-            float acc = p.d[n8][c];
-            for (int k = 0; k < 16; k++) {
-                int n = 2 * p.t + c % 2; u16 v;
-                memcpy(&v, p.b.at + n8 * p.b.next_n + k / 8 * p.b.next_k + (ROWS_OF_K ? k % 8 * 16 + n * 2 : n * 16 + k % 8 * 2), 2);
-                acc += p.a[c / 2][k] * h_of(v);
-            }
+            float acc = p.adds ? p.d[n8][c] : 0;
+            for (int k = 0; k < 16; k++) acc += p.a[c / 2][k] * p.of(wg_element(p.b, ROWS_OF_K, n8 * 8 + 2 * p.t + c % 2, k));
             p.d[n8][c] = acc;
+        }
+    });
+}
+template <bool ROWS_OF_K, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) { emu_wg_mma<ROWS_OF_K>(d, a, b, true, h_of); }
+template <bool ROWS_OF_K, bool ADDS, int N8> static inline void wg_mma_b(float (&d)[N8][4], const u32 (&a)[4], WgTile b) { emu_wg_mma<ROWS_OF_K>(d, a, b, ADDS, b_of); }
+// Both from shared memory; all lanes come together, as they must.
+template <int N8> static inline void wg_mma_b(float (&d)[N8][4], WgLines a, WgLines b) {
+    u32 none = 0; emu::deposit(~0u, &none, 4, "wgmma of lines");
+    struct Product { float before[N8][4]; float (*d)[4]; WgLines a, b; bool first; unsigned lane, warp; } p{{}, d, a, b, emu_wg_first(d), emu::self().lane, emu::self().warp % 4};
+    if (p.first) { memcpy(p.before, d, sizeof p.before); memset(d, 0xff, sizeof p.before); }
+    emu_wg_push(d, [p] {
+        if (p.first) memcpy(p.d, p.before, sizeof p.before);
+        float x[2][16];
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 16; k++) x[half][k] = b_of(wg_element(p.a, false, p.warp * 16 + half * 8 + p.lane / 4, k));
+        for (int n8 = 0; n8 < N8; n8++) for (int c = 0; c < 2; c++) {
+            float y[16];
+            for (int k = 0; k < 16; k++) y[k] = b_of(wg_element(p.b, false, n8 * 8 + 2 * (p.lane % 4) + c, k));
+            for (int half = 0; half < 2; half++) { float acc = p.d[n8][2 * half + c]; for (int k = 0; k < 16; k++) acc += x[half][k] * y[k]; p.d[n8][2 * half + c] = acc; }
         }
     });
 }
@@ -184,21 +208,62 @@ __device__ __forceinline__ WgTile wg_tile(const void* at, u32 next_n, u32 next_k
     return {((u32)__cvta_generic_to_shared(at) & 0x3ffff) >> 4 | (next_k >> 4) << 16, next_n >> 4};
 }
 __device__ __forceinline__ WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors, t.layout}; }
+// The same in lines: of 128 bytes, 64 elements of k; line n's 16 bytes are exchanged, place by place, by n % 8; at multiples of 1024 bytes.
+// wg_at goes on in k by so many 16 bytes, within the line.
+struct WgLines { u32 at; };
+__device__ __forceinline__ WgLines wg_lines(const void* at) { return {((u32)__cvta_generic_to_shared(at) & 0x3ffff) >> 4 | 1u << 16}; }
+__device__ __forceinline__ WgLines wg_at(WgLines l, u32 vectors) { return {l.at + vectors}; }
 // As the matrix unit takes it: of shared memory fewer than 256 KiB, so that what is added to an address stays in its bits.
 __device__ __forceinline__ u64 wg_descriptor(WgTile t) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(t.at), "r"(t.layout)); return d; }
+// Eight lines are 1024 bytes, and exchanged in 128.
+__device__ __forceinline__ u64 wg_descriptor(WgLines l) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(l.at), "r"(64u | 1u << 30)); return d; }
+// Names of ten operands; one tile of sums.
+#define WG_TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
+#define WG_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define WG_D4(n) WG_D(n), WG_D(n + 1), WG_D(n + 2), WG_D(n + 3)
 template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[2][4], const u32 (&a)[4], WgTile b) {
     asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,adds,1,1,%13; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {" "%0,%1,%2,%3,%4,%5,%6,%7" "},{%8,%9,%10,%11},%12,adds,1,1,%13; }"
+                 : WG_D(0), WG_D(1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
 }
 template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[4][4], const u32 (&a)[4], WgTile b) {
     asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},{%16,%17,%18,%19},%20,adds,1,1,%21; }"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" WG_TEN("") "," "%10,%11,%12,%13,%14,%15" "},{%16,%17,%18,%19},%20,adds,1,1,%21; }"
+                 : WG_D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
 }
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_b(float (&d)[8][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %38, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," "%30,%31" "},{%32,%33,%34,%35},%36,adds,1,1,%37; }"
+                 : WG_D4(0), WG_D4(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
+}
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_b(float (&d)[10][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %46, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," WG_TEN("3") "},{%40,%41,%42,%43},%44,adds,1,1,%45; }"
+                 : WG_D4(0), WG_D4(4), WG_D(8), WG_D(9) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
+}
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_b(float (&d)[12][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %54, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," WG_TEN("3") "," "%40,%41,%42,%43,%44,%45,%46,%47" "},{%48,%49,%50,%51},%52,adds,1,1,%53; }"
+                 : WG_D4(0), WG_D4(4), WG_D4(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
+}
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_b(float (&d)[16][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %70, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," WG_TEN("3") "," WG_TEN("4") "," WG_TEN("5") "," "%60,%61,%62,%63" "},{%64,%65,%66,%67},%68,adds,1,1,%69; }"
+                 : WG_D4(0), WG_D4(4), WG_D4(8), WG_D4(12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
+}
+__device__ __forceinline__ void wg_mma_b(float (&d)[16][4], WgLines a, WgLines b) {
+    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," WG_TEN("3") "," WG_TEN("4") "," WG_TEN("5") "," "%60,%61,%62,%63" "},%64,%65,adds,1,1,0,0; }"
+                 : WG_D4(0), WG_D4(4), WG_D4(8), WG_D4(12) : "l"(wg_descriptor(a)), "l"(wg_descriptor(b)));
+}
+__device__ __forceinline__ void wg_mma_b(float (&d)[32][4], WgLines a, WgLines b) {
+    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" WG_TEN("") "," WG_TEN("1") "," WG_TEN("2") "," WG_TEN("3") "," WG_TEN("4") "," WG_TEN("5") "," WG_TEN("6") "," WG_TEN("7") "," WG_TEN("8") "," WG_TEN("9") "," WG_TEN("10") "," WG_TEN("11") "," "%120,%121,%122,%123,%124,%125,%126,%127" "},%128,%129,adds,1,1,0,0; }"
+                 : WG_D4(0), WG_D4(4), WG_D4(8), WG_D4(12), WG_D4(16), WG_D4(20), WG_D4(24), WG_D4(28) : "l"(wg_descriptor(a)), "l"(wg_descriptor(b)));
+}
+#undef WG_TEN
+#undef WG_D
+#undef WG_D4
 __device__ __forceinline__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wg_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
