@@ -5,6 +5,7 @@
 #include "lora.cuh"
 #include "moves.cuh"
 #include "prefill.cuh"
+#include "prefill_wg.cuh"
 #include "probe.cuh"
 #include "rebuild.cuh"
 #include "rows.cuh"
@@ -27,6 +28,7 @@
     X(attend_exact_b16_64) X(attend_exact_b16_80) X(attend_exact_b16_96) X(attend_exact_b16_128) \
     X(attend_exact_f32_64) X(attend_exact_f32_80) X(attend_exact_f32_96) X(attend_exact_f32_128) X(merge) \
     STRAIT_PREFILL(X, 64) STRAIT_PREFILL(X, 80) STRAIT_PREFILL(X, 96) STRAIT_PREFILL(X, 128) \
+    X(prefill_wg_64) X(prefill_wg_80) X(prefill_wg_96) X(prefill_wg_128) \
     X(embed) X(rms_norm) X(silu_mul) X(rope_append_b16) X(rope_append_f32) \
     X(seal_project_b16) X(seal_project_f32) X(seal_codes) \
     X(linear_few_m1_n1) X(linear_few_m1_n2) X(linear_few_m1_n4) X(linear_few_m1_n8) \

@@ -23,9 +23,10 @@ use strait::model::delta::{Delta, Factors, HeldAs, Site, SiteDelta};
 use strait::model::draw::{Answer, Ask, Draw, NotFinite};
 use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
-use strait::ops::cuda::linear::{Job, Linears, Mode};
+use strait::ops::cuda::linear::{Job, Linears, MANY, Mode};
 use strait::ops::cuda::prefill::Prefill;
-use strait::ops::cuda::{CudaError, Device, Memory};
+use strait::ops::cuda::trial;
+use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
 use strait::request::Sampling;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
@@ -127,6 +128,14 @@ fn run() -> Result<(), String> {
 fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
     let ceiling = ceiling(device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
+    // On a device of its own, as it leaves out what does not hold, and these tables tell of what is asked for.
+    if [Own::Prefill, Own::Linear].into_iter().any(|own| device.runs(own)) {
+        let shape = trial::Shape { heads: SHAPE, matrix: sizes.matrices[0], rows: sizes.chunk.max(MANY), history: 3 * sizes.chunk };
+        for trial in trial::choose(&Device::open(device.ordinal())?, &shape)? {
+            println!("trial: {trial}");
+        }
+        println!();
+    }
     let tables: [(&str, Table); 7] = [
         ("attention", attention),
         ("prefill", prefill),

@@ -1,6 +1,6 @@
-// prefill.cuh against a definition in f64, thread by thread on a CPU:
+// prefill.cuh and prefill_wg.cuh against a definition in f64, thread by thread on a CPU:
 //   g++ -O2 -march=x86-64-v3 -std=c++17 -DSTRAIT_EMULATED -I.. test_prefill.cpp -o test_prefill && ./test_prefill
-#include "prefill.cuh"
+#include "prefill_wg.cuh"
 #include <random>
 
 static int failures = 0;
@@ -13,8 +13,12 @@ static float normal() { return std::normal_distribution<float>()(random_bits); }
 
 struct Sequence { u32 position, n; };  // what is in the cache already, and queries
 
+// How the kernels over D channels are launched: S tells queries and threads of a block, and bytes.
+template <int D, int WARPS, int M> using By = prefill::Shape<D, WARPS, M>;
+template <int D> using Wide = prefill::Wide<D>;
+
 // One cache, its queries computed by chunks of `chunk`; returns out. NaN in the cache wherever no position was written, and in q beyond its rows.
-template <int D, int WARPS, int M, class K> struct Case {
+template <int D, class S, class K> struct Case {
     K kernel; u32 heads, kv_heads; std::vector<Sequence> sequences;
     u32 rows = 0, total_pages = 0, offset, unit;
     std::vector<u8> room; u8* arena; std::vector<u32> table, starts; std::vector<float> q;
@@ -52,7 +56,6 @@ template <int D, int WARPS, int M, class K> struct Case {
     std::vector<u16> run(u32 chunk, u64 seed, u32 split = 0) {
         std::vector<float> carried((size_t)rows * heads * D, NAN), state((size_t)rows * heads * 2, NAN);
         std::vector<u16> out((size_t)(rows + 1) * heads * D, 0xffff);
-        constexpr u32 QUERIES = prefill::Shape<D, WARPS, M>::QUERIES;
         for (size_t s = 0; s < sequences.size(); s++) for (u32 i = 0; i < sequences[s].n; i++) write(s, sequences[s].position + i, true);
         for (u32 done = 0;; done += chunk) {
             std::vector<prefill::Row> rs; std::vector<prefill::Item> items; u32 first = 0;
@@ -60,12 +63,12 @@ template <int D, int WARPS, int M, class K> struct Case {
                 if (done >= sequences[s].n) continue;
                 u32 n = std::min(chunk, sequences[s].n - done);
                 for (u32 i = 0; i < n; i++) write(s, sequences[s].position + done + i, false);
-                for (u32 i = 0; i < n; i += QUERIES) items.push_back({(u32)rs.size(), i});
+                for (u32 i = 0; i < n; i += S::QUERIES) items.push_back({(u32)rs.size(), i});
                 rs.push_back({first + done, n, sequences[s].position + done, starts[s]});
             }
             if (rs.empty()) return out;
             auto launch = [&] {
-                emu::launch(dim3(heads, items.size()), dim3(32 * WARPS), prefill::Shape<D, WARPS, M>::BYTES,
+                emu::launch(dim3(heads, items.size()), dim3(S::THREADS), S::BYTES,
                             [&] { kernel({arena, table.data(), rs.data(), items.data(), q.data(), out.data(), heads * D, offset, kv_heads, scale, carried.data(), state.data()}); }, seed);
             };
             for (u32 at = 0; split; at += split) {
@@ -105,14 +108,14 @@ template <int D, int WARPS, int M, class K> struct Case {
                 if (!(e <= most)) most = e;
             }
         }
-        char what[100]; snprintf(what, sizeof what, "prefill %d, %d warps of %d, %u / %u heads: error of the sum of |weight value|", D, WARPS, 16 * M, heads, kv_heads);
+        char what[100]; snprintf(what, sizeof what, "prefill %d, %d queries by %d threads, %u / %u heads: error of the sum of |weight value|", D, S::QUERIES, S::THREADS, heads, kv_heads);
         check(most < 1.0 / 128, what, most, 1.0 / 128);
         for (size_t i = (size_t)rows * heads * D; i < out.size(); i++) if (out[i] != 0xffff) { check(false, "writes beyond its rows", 0, 0); break; }
     }
 };
 
-template <int D, int WARPS, int M, class K> static void test(K kernel, u32 heads, u32 kv_heads, std::vector<Sequence> sequences, std::vector<u32> chunks, u64 seed) {
-    Case<D, WARPS, M, K> c(kernel, heads, kv_heads, sequences);
+template <int D, class S, class K> static void test(K kernel, u32 heads, u32 kv_heads, std::vector<Sequence> sequences, std::vector<u32> chunks, u64 seed) {
+    Case<D, S, K> c(kernel, heads, kv_heads, sequences);
     auto whole = c.run(1 << 20, seed);
     c.compare(whole);
     c.compare(seed ? c.run(70, seed + 1, 2) : c.run(1 << 20, seed, 1));
@@ -136,29 +139,33 @@ template <int D, int WARPS, int M, class K> static void test(K kernel, u32 heads
 template <int D, class A, class B, class C> static void test_alike(A a, B b, C c, u64 seed) {
     std::vector<Sequence> sequences = {{70, 135}, {0, 9}};
     auto state = random_bits;
-    auto x = Case<D, 4, 1, A>(a, 2, 1, sequences).run(1 << 20, seed);
+    auto x = Case<D, By<D, 4, 1>, A>(a, 2, 1, sequences).run(1 << 20, seed);
     random_bits = state;
-    auto y = Case<D, 8, 1, B>(b, 2, 1, sequences).run(1 << 20, seed);
+    auto y = Case<D, By<D, 8, 1>, B>(b, 2, 1, sequences).run(1 << 20, seed);
     random_bits = state;
-    auto z = Case<D, 4, 2, C>(c, 2, 1, sequences).run(50, seed);
+    auto z = Case<D, By<D, 4, 2>, C>(c, 2, 1, sequences).run(50, seed);
     check(x == y, "results that 8 warps change", 0, 0);
     check(x == z, "results that 32 queries a warp change", 0, 0);
 }
 
 int main() {
     for (u64 seed : {0, 11, 12}) {
-        test<64, 4, 1>(prefill_64_64_16, 4, 2, {{0, 130}, {63, 1}, {50, 20}, {0, 1}}, {64, 37}, seed);
-        test<80, 4, 1>(prefill_80_64_16, 2, 2, {{3, 70}, {0, 64}}, {13}, seed);
-        test<96, 4, 1>(prefill_96_64_16, 3, 1, {{100, 65}, {128, 2}}, {48}, seed);
-        test<128, 4, 1>(prefill_128_64_16, 4, 1, {{190, 7}, {0, 90}}, {17}, seed);
-        test<64, 8, 1>(prefill_64_128_16, 2, 1, {{5, 140}, {0, 3}}, {128}, seed);
-        test<80, 8, 1>(prefill_80_128_16, 1, 1, {{64, 30}}, {11}, seed);
-        test<96, 8, 1>(prefill_96_128_16, 2, 2, {{1, 128}, {64, 64}}, {100}, seed);
-        test<128, 8, 1>(prefill_128_128_16, 2, 1, {{40, 129}}, {64}, seed);
-        test<64, 4, 2>(prefill_64_128_32, 2, 1, {{5, 140}, {0, 3}}, {128}, seed);
-        test<80, 4, 2>(prefill_80_128_32, 2, 2, {{64, 30}, {0, 33}}, {11}, seed);
-        test<96, 4, 2>(prefill_96_128_32, 3, 1, {{1, 128}, {64, 64}}, {100}, seed);
-        test<128, 4, 2>(prefill_128_128_32, 4, 2, {{40, 129}, {63, 1}}, {64}, seed);
+        test<64, By<64, 4, 1>>(prefill_64_64_16, 4, 2, {{0, 130}, {63, 1}, {50, 20}, {0, 1}}, {64, 37}, seed);
+        test<80, By<80, 4, 1>>(prefill_80_64_16, 2, 2, {{3, 70}, {0, 64}}, {13}, seed);
+        test<96, By<96, 4, 1>>(prefill_96_64_16, 3, 1, {{100, 65}, {128, 2}}, {48}, seed);
+        test<128, By<128, 4, 1>>(prefill_128_64_16, 4, 1, {{190, 7}, {0, 90}}, {17}, seed);
+        test<64, By<64, 8, 1>>(prefill_64_128_16, 2, 1, {{5, 140}, {0, 3}}, {128}, seed);
+        test<80, By<80, 8, 1>>(prefill_80_128_16, 1, 1, {{64, 30}}, {11}, seed);
+        test<96, By<96, 8, 1>>(prefill_96_128_16, 2, 2, {{1, 128}, {64, 64}}, {100}, seed);
+        test<128, By<128, 8, 1>>(prefill_128_128_16, 2, 1, {{40, 129}}, {64}, seed);
+        test<64, By<64, 4, 2>>(prefill_64_128_32, 2, 1, {{5, 140}, {0, 3}}, {128}, seed);
+        test<80, By<80, 4, 2>>(prefill_80_128_32, 2, 2, {{64, 30}, {0, 33}}, {11}, seed);
+        test<96, By<96, 4, 2>>(prefill_96_128_32, 3, 1, {{1, 128}, {64, 64}}, {100}, seed);
+        test<128, By<128, 4, 2>>(prefill_128_128_32, 4, 2, {{40, 129}, {63, 1}}, {64}, seed);
+        test<64, Wide<64>>(prefill_wg_64, 4, 2, {{0, 300}, {63, 1}, {50, 20}, {0, 1}}, {128, 37}, seed);
+        test<80, Wide<80>>(prefill_wg_80, 2, 2, {{3, 70}, {0, 64}, {200, 129}}, {13}, seed);
+        test<96, Wide<96>>(prefill_wg_96, 3, 1, {{100, 65}, {128, 2}, {500, 1}}, {48}, seed);
+        test<128, Wide<128>>(prefill_wg_128, 4, 1, {{190, 7}, {0, 190}}, {17, 128}, seed);
     }
     test_alike<64>(prefill_64_64_16, prefill_64_128_16, prefill_64_128_32, 5);
     test_alike<128>(prefill_128_64_16, prefill_128_128_16, prefill_128_128_32, 0);

@@ -467,6 +467,9 @@ pub struct ServeFlags {
     /// cpu, cuda, cuda:N, or auto: a CUDA device where there is one [default: cpu].
     #[arg(long, env = "STRAIT_DEVICE")]
     pub device: Option<DeviceArg>,
+    /// Kernels of a CUDA device: auto, those of its own architecture where they hold in a trial at start; or common, those of all [default: auto].
+    #[arg(long, value_enum, env = "STRAIT_DEVICE_KERNELS")]
+    pub device_kernels: Option<KernelsArg>,
     /// Worker threads [default: all cores].
     #[arg(long, short, env = "STRAIT_THREADS")]
     pub threads: Option<usize>,
@@ -546,6 +549,7 @@ impl ServeFlags {
             max_model_len: self.max_model_len.or(other.max_model_len),
             dtype: self.dtype.or(other.dtype),
             device: self.device.or(other.device),
+            device_kernels: self.device_kernels.or(other.device_kernels),
             threads: self.threads.or(other.threads),
             kv_cache_memory_bytes: self.kv_cache_memory_bytes.or(other.kv_cache_memory_bytes),
             cache_profile: self.cache_profile.or(other.cache_profile),
@@ -668,6 +672,14 @@ impl TryFrom<String> for DeviceArg {
     fn try_from(s: String) -> Result<Self, String> {
         s.parse()
     }
+}
+
+/// `--device-kernels`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelsArg {
+    Auto,
+    Common,
 }
 
 /// A number of bytes, as people write it.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::adapters::BaseChoice;
-use crate::config::args::{Bytes, DeviceArg, DtypeArg, LogFormat, ServeFlags};
+use crate::config::args::{Bytes, DeviceArg, DtypeArg, KernelsArg, LogFormat, ServeFlags};
 use crate::config::profiles::{DEFAULT_PROFILE, builtin};
 use crate::kv::layout::Profile;
 use crate::model::weights::LoadDtype;
@@ -25,6 +25,8 @@ pub struct Settings {
     pub max_model_len: Option<u32>,
     pub dtype: LoadDtype,
     pub device: DeviceArg,
+    /// Whether a device may run kernels of its own architecture.
+    pub own_kernels: bool,
     pub threads: usize,
     pub kv_cache_memory_bytes: Option<u64>,
     pub profiles: Vec<Profile>,
@@ -187,6 +189,7 @@ impl Settings {
                 DtypeArg::F32 => LoadDtype::F32,
             },
             device: flags.device.unwrap_or(DeviceArg::Cpu),
+            own_kernels: flags.device_kernels.unwrap_or(KernelsArg::Auto) == KernelsArg::Auto,
             threads,
             kv_cache_memory_bytes: flags.kv_cache_memory_bytes.map(|Bytes(n)| n),
             profiles,

@@ -26,6 +26,7 @@ use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
 use crate::ops::cuda::sample::WIDEST;
 use crate::ops::cuda::seal::{DownMaps, SealedJob, seal};
+use crate::ops::cuda::trial::{self, Trial};
 use crate::ops::cuda::{CudaError, Device, Memory, Part, Pinned, Recording};
 use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
@@ -870,6 +871,16 @@ pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(
 
 fn is_f32(w: &Weight<'_>) -> bool {
     matches!(w.matrix().data, MatrixData::F32(_))
+}
+
+/// Tries the device's own kernels on the shapes of a model; those that do not hold are left out.
+///
+/// # Errors
+/// Where the device fails.
+pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Trial>, CudaError> {
+    let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
+    let matrix = (config.intermediate.min(4096), config.hidden);
+    trial::choose(device, &trial::Shape { heads, matrix, rows: 2048, history: 6144 })
 }
 
 /// Whether a device serves a cache profile.

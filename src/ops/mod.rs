@@ -106,7 +106,7 @@ pub struct AttendRow<'a> {
 }
 
 /// Shapes shared by all rows of an attention call.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Heads {
     pub heads: usize,
     pub kv_heads: usize,

@@ -196,10 +196,19 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let exact = ready::exact_type(&weights);
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
-    let device = device(settings.device)?;
-    if device.is_some() {
+    let device = device(settings.device, settings.own_kernels)?;
+    if let Some(device) = &device {
         // Before bases are computed, which takes long.
         cuda::check_model(model, decoder.weights())?;
+        let trials = cuda::try_kernels(device, model)
+            .context("the device failed in a trial of kernels; --device-kernels common serves without those of its own architecture")?;
+        for trial in &trials {
+            if trial.holds() {
+                tracing::info!("{trial}");
+            } else {
+                tracing::warn!("{trial}");
+            }
+        }
     }
     let (mut profile_specs, mut profiles, bases) = ready::profiles(&opened, &mut decoder, &*ops, exact, settings)?;
     if let Some(device) = &device {
@@ -325,11 +334,12 @@ fn default_arena(free: u64, full: &PageLayout, sizes: &[ProfileSizes], (context,
 ///
 /// # Errors
 /// Where a device was named and cannot be had.
-fn device(asked: DeviceArg) -> anyhow::Result<Option<Arc<Device>>> {
+fn device(asked: DeviceArg, own_kernels: bool) -> anyhow::Result<Option<Arc<Device>>> {
+    let open = |n| if own_kernels { Device::open(n) } else { Device::open_common(n) };
     match asked {
         DeviceArg::Cpu => Ok(None),
-        DeviceArg::Cuda(n) => Ok(Some(Device::open(n as usize)?)),
-        DeviceArg::Auto => match Device::open(0) {
+        DeviceArg::Cuda(n) => Ok(Some(open(n as usize)?)),
+        DeviceArg::Auto => match open(0) {
             Ok(device) => Ok(Some(device)),
             Err(why) => {
                 tracing::info!("serving on the CPU: {why}");

@@ -17,7 +17,7 @@ use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, serves, span};
-use strait::ops::cuda::{CudaError, Device, Memory};
+use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
 use strait::request::{Event, Failure, GenerateRequest};
@@ -215,7 +215,7 @@ fn sealed_attention_on_the_device_agrees_with_the_definition() {
                 let off = rms(&attend(&device, cache, &[(&seq, 2)], &q), &want);
                 // Queries and weights have the 11 bits of f16, partial results too.
                 let Heads { heads, kv_heads, head_dim, .. } = shape;
-                let on = if device.warpgroups { "warpgroups" } else { "warps" };
+                let on = if device.runs(Own::Sealed) { "warpgroups" } else { "warps" };
                 assert!(off < 3e-3, "{bits:?} bits, {exact:?} {heads}/{kv_heads} of {head_dim}, {pages} pages, {on}: off by {off:e}");
             }
         }
@@ -234,7 +234,7 @@ fn long_spans_of_sealed_pages_agree_with_the_definition() {
         let want = cache.attend(&Reference, &[(&seq, 1)], &q);
         for (most, device) in devices().iter().flat_map(|device| [(8, device), (32, device)]) {
             let off = rms(&attend_in(device, cache, &[(&seq, 1)], &q, most), &want);
-            assert!(off < 3e-3, "{bits} bits, spans of {most} pages, warpgroups {}: off by {off:e}", device.warpgroups);
+            assert!(off < 3e-3, "{bits} bits, spans of {most} pages, warpgroups {}: off by {off:e}", device.runs(Own::Sealed));
         }
     }
 }

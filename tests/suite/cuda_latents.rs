@@ -15,7 +15,7 @@ use strait::ops::cuda::seal::{DownMaps, SealedJob, seal};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads, LayerView};
 
-use crate::cuda::{attend, device, in_lockstep, rms};
+use crate::cuda::{attend, device, devices, in_lockstep, rms};
 use crate::ops::{Cache, LAYER, Sequence, assert_same, heads, turned};
 
 /// Shares of the channels that give odd ranks, at these bits of keys and values, by the Hadamard quantiser or not.
@@ -130,7 +130,6 @@ fn chunks(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &
 
 #[test]
 fn chunks_over_any_sealed_pages_agree_with_the_definition() {
-    let device = device();
     let mut cases: Vec<_> = table().into_iter().filter(|(_, exact, _)| *exact == ExactType::Bf16).collect();
     // What single positions meet as words, and what drops all but its sinks.
     cases.push((profile(BasisKind::Frequency, (4, 3), [true; 2], 4), ExactType::Bf16, heads(4, 2, 64)));
@@ -148,12 +147,14 @@ fn chunks_over_any_sealed_pages_agree_with_the_definition() {
         let rows = [(&one, 70), (&two, 5)];
         let q: Vec<f32> = cache.queries(75).iter().map(|x| x / 3.0).collect();
         let want = cache.attend(&Reference, &rows, &q);
-        let got = chunks(&device, cache, &rows, &q, 2);
-        let off = rms(&got, &want);
-        // Queries, keys, values, weights and what comes out have the 8 bits of bf16.
-        assert!(off < 8e-3, "{}: off by {off:e}", named(&case));
         let width = shape.heads * shape.head_dim;
-        assert_same(&chunks(&device, cache, &rows[1..], &q[70 * width..], 2), &got[70 * width..], format_args!("alone, {}", named(&case)));
+        for device in devices() {
+            let got = chunks(&device, cache, &rows, &q, 2);
+            let off = rms(&got, &want);
+            // Queries, keys, values, weights and what comes out have the 8 bits of bf16.
+            assert!(off < 8e-3, "{}: off by {off:e}", named(&case));
+            assert_same(&chunks(&device, cache, &rows[1..], &q[70 * width..], 2), &got[70 * width..], format_args!("alone, {}", named(&case)));
+        }
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use strait::ops::Heads;
 use strait::ops::cuda::linear::{Job, Linears, Mode, Norm};
-use strait::ops::cuda::{Device, Memory};
+use strait::ops::cuda::trial::{self, Shape};
+use strait::ops::cuda::{Device, Memory, Own};
 
-use crate::cuda::device;
+use crate::cuda::{device, devices, own_device};
 
 /// Numbers in -1 ..= 1.
 struct Rng(u64);
@@ -68,4 +70,22 @@ fn rows_are_normed_apart_where_their_products_would_lose_a_block() {
         assert!(norms(2 * device.processors, 5, 4096) && !norms(2 * device.processors, 6, 4096), "two blocks have room for five");
         assert!(norms(many, 8, 256) && !norms(many, 8, 512), "three blocks have room for eight short rows");
     }
+}
+
+#[test]
+fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
+    let device = own_device();
+    for head_dim in [64, 80, 96, 128] {
+        let heads = Heads { heads: 2, kv_heads: 1, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70 }).unwrap() {
+            assert!(trial.off < 1e-2, "{head_dim} channels: {trial}");
+            // Times of an emulated device tell nothing.
+            assert_eq!(device.runs(trial.of), trial.holds(), "{trial}");
+        }
+    }
+    // What has none of its own has nothing to try, and goes on without.
+    let [_, common] = devices();
+    let heads = Heads { heads: 1, kv_heads: 1, head_dim: 64, scale: 0.125 };
+    assert!(trial::choose(&common, &Shape { heads, matrix: (8, 8), rows: 65, history: 0 }).unwrap().is_empty());
+    assert!([Own::Sealed, Own::Prefill, Own::Linear].into_iter().all(|own| !common.runs(own)));
 }

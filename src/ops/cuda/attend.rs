@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
-use super::driver::{Device, Memory};
+use super::driver::{Device, Memory, Own};
 use super::latents::{LatentsArgs, Meets, Spread, THREADS, first_key, key_width};
 use super::{CudaError, STATIC_SHARED};
 use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
@@ -633,7 +633,7 @@ impl DeviceWork {
         let mt = tiles_at_once(layer.shape.heads);
         let bits = [k.bits, v.bits].map(|bits| bits as usize - 2);
         let own = warpgroup_shared(layer.shape.heads, &part);
-        let (kernel, warps, shared) = if device.warpgroups && v.rank <= 256 && k.rank + v.rank > 0 && own <= device.shared {
+        let (kernel, warps, shared) = if device.runs(Own::Sealed) && v.rank <= 256 && k.rank + v.rank > 0 && own <= device.shared {
             (SEALED_WARPGROUP[mt - 1][usize::from(v.rank > 128)][bits[0]][bits[1]], 4, own)
         } else {
             (SEALED[mt - 1][usize::from(v.rank > 32 * WARPS)][bits[0]][bits[1]], WARPS, sealed_shared(layer.shape.heads, &part))

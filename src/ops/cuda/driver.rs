@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
@@ -19,6 +20,18 @@ static IMAGE: &[u8] = include_bytes!("../../../kernels/strait.fatbin");
 /// Least driver that runs the image, which CUDA 13.0's compiler made.
 const LEAST_DRIVER: i32 = 13_000;
 
+/// Kernels of one architecture alone, by what they are for; each does what kernels of all architectures do too. Hopper has them, for its
+/// products of warpgroups.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Own {
+    /// Decoded positions over words of codes (`warpgroup.cuh`).
+    Sealed,
+    /// Chunks of queries (`prefill_wg.cuh`).
+    Prefill,
+    /// Products of many rows (`linear_wg.cuh`).
+    Linear,
+}
+
 /// A device with its kernels loaded.
 pub struct Device {
     context: Arc<CudaContext>,
@@ -32,8 +45,8 @@ pub struct Device {
     pub shared: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
     overlaps: bool,
-    /// Whether kernels for warpgroups (`warpgroup.cuh`) run on it.
-    pub warpgroups: bool,
+    /// Which kernels of its own architecture run on it.
+    own: [AtomicBool; 3],
 }
 
 #[derive(Clone, Copy)]
@@ -117,8 +130,18 @@ impl Device {
             processors,
             shared,
             overlaps: capability.0 >= 9,
-            warpgroups: own && capability.0 == 9,
+            own: [(); 3].map(|()| AtomicBool::new(own && capability.0 == 9)),
         }))
+    }
+
+    /// Whether these kernels run on it, and not those of all architectures.
+    pub fn runs(&self, own: Own) -> bool {
+        self.own[own as usize].load(Ordering::Relaxed)
+    }
+
+    /// Runs these kernels, on a device of their architecture, or those of all architectures. What was made for launches before may go on as it was.
+    pub(super) fn choose(&self, own: Own, runs: bool) {
+        self.own[own as usize].store(runs, Ordering::Relaxed);
     }
 
     /// Its number among the devices of this machine.

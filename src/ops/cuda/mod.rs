@@ -12,8 +12,9 @@ pub mod prefill;
 pub mod rows;
 pub mod sample;
 pub mod seal;
+pub mod trial;
 
-pub use driver::{Device, Memory, Part, Pinned, Recording};
+pub use driver::{Device, Memory, Own, Part, Pinned, Recording};
 
 /// Bytes of shared memory that kernels have beside what is asked for.
 const STATIC_SHARED: usize = 64;

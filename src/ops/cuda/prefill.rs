@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::attend::AttendLayer;
-use super::driver::{Device, Memory};
+use super::driver::{Device, Memory, Own};
 use super::latents::{Meets, PartArgs, Spread, THREADS};
 use super::{CudaError, STATIC_SHARED};
 use crate::ids::PAGE_TOKENS;
@@ -93,8 +93,10 @@ struct RebuildArgs {
     values: PartArgs,
 }
 
-/// Queries of a block.
-const BLOCK: u32 = 64;
+/// Channels of a head, and their kernels.
+const D: [usize; 4] = [64, 80, 96, 128];
+const COMMON: [&str; 4] = ["prefill_64_64_16", "prefill_80_64_16", "prefill_96_64_16", "prefill_128_64_16"];
+const WIDE: [&str; 4] = ["prefill_wg_64", "prefill_wg_80", "prefill_wg_96", "prefill_wg_128"];
 
 /// The sealed pages that a row of the batch meets before its exact ones.
 struct Sealed {
@@ -117,6 +119,8 @@ pub struct Prefill {
     table: Vec<u32>,
     sealed: Vec<Sealed>,
     span: usize,
+    /// Whether warpgroups meet its chunks.
+    wide: bool,
     device_rows: Memory<PrefillRow>,
     device_items: Memory<Item>,
     device_table: Memory<u32>,
@@ -149,6 +153,7 @@ impl Prefill {
             table: vec![],
             sealed: vec![],
             span,
+            wide: device.runs(Own::Prefill),
             device_rows: device.alloc(1)?,
             device_items: device.alloc(1)?,
             device_table: device.alloc(1)?,
@@ -201,7 +206,8 @@ impl Prefill {
     /// # Errors
     /// Where there is no room.
     pub fn set(&mut self, shape: Heads) -> Result<(), CudaError> {
-        let blocks = |row: usize, n: u32| (0..n).step_by(BLOCK as usize).map(move |query| Item { row: row as u32, query });
+        let block = if self.wide { 128 } else { 64 };
+        let blocks = |row: usize, n: u32| (0..n).step_by(block).map(move |query| Item { row: row as u32, query });
         let (mut rows, mut table) = (self.rows.clone(), self.table.clone());
         let mut items: Vec<Item> = rows.iter().enumerate().flat_map(|(row, r)| blocks(row, r.n)).collect();
         // Those that see most first, so that the last to begin are soon done.
@@ -272,9 +278,9 @@ impl Prefill {
         assert!(self.rows.iter().all(|r| (r.first + r.n) as usize <= layer.batch), "chunks beyond the batch");
         for round in &self.rounds {
             self.rebuild(device, layer, round)?;
-            self.meet(device, layer, (self.rebuilt.ptr(), 0), round.items.clone())?;
+            self.meet(device, layer.shape, (layer.q, layer.out), (self.rebuilt.ptr(), 0), round.items.clone())?;
         }
-        self.meet(device, layer, (layer.arena, layer.exact_offset), 0..self.items)
+        self.meet(device, layer.shape, (layer.q, layer.out), (layer.arena, layer.exact_offset), 0..self.items)
     }
 
     /// Rebuilds all sealed pages of a layer, and meets none of them: what that costs by itself.
@@ -319,18 +325,19 @@ impl Prefill {
     fn meet(
         &self,
         device: &Device,
-        layer: &AttendLayer<'_>,
+        shape: Heads,
+        (q, out): (u64, u64),
         (arena, offset): (u64, usize),
         items: std::ops::Range<usize>,
     ) -> Result<(), CudaError> {
-        let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
+        let Heads { heads, kv_heads, head_dim: d, scale } = shape;
         let args = PrefillArgs {
             arena,
             pages: self.device_table.ptr(),
             rows: self.device_rows.ptr(),
             items: self.device_items.part(items.start, items.len()).ptr(),
-            q: layer.q,
-            out: layer.out,
+            q,
+            out,
             q_stride: (heads * d) as u32,
             offset: offset as u32,
             kv_heads: kv_heads as u32,
@@ -338,16 +345,29 @@ impl Prefill {
             carried: self.carried.ptr(),
             carried_state: self.carried_state.ptr(),
         };
-        let kernel = match d {
-            64 => "prefill_64_64_16",
-            80 => "prefill_80_64_16",
-            96 => "prefill_96_64_16",
-            128 => "prefill_128_64_16",
-            _ => panic!("heads of {d} channels were refused"),
-        };
+        let at = D.iter().position(|&of| of == d).unwrap_or_else(|| panic!("heads of {d} channels were refused"));
+        let (kernel, block, shared) = if self.wide { (WIDE[at], 256, 1536 * d) } else { (COMMON[at], 128, 4 * (72 * d + 64 * (d + 8))) };
         // SAFETY: shapes were checked; pages were leased by who made the chunks.
-        unsafe { device.launch(kernel, [heads, items.len(), 1], 128, 4 * (72 * d + 64 * (d + 8)), &args) }
+        unsafe { device.launch(kernel, [heads, items.len(), 1], block, shared, &args) }
     }
+}
+
+/// Attention of `n` queries after a history, all at random and always the same, by the kernels the device runs: what comes out, `[n][heads * D]`,
+/// and the milliseconds it took.
+///
+/// # Errors
+/// Where there is no room, or the device fails.
+pub(super) fn trial(device: &Arc<Device>, shape: Heads, n: usize, history: usize) -> Result<(Vec<f32>, f64), CudaError> {
+    let pages = (history + n).div_ceil(P);
+    let arena = super::trial::random(device, pages * page_units(shape) * 32, 1.0)?;
+    let q = super::trial::uniform(n * shape.heads * shape.head_dim, 4.0);
+    let (q, out) = (device.upload(&q)?, device.alloc::<u16>(q.len())?);
+    let mut work = Prefill::new(device)?;
+    work.rows.push(PrefillRow { first: 0, n: n as u32, position: history as u32, pages: 0, seen: 0, carry: 0 });
+    work.table = (0..pages).map(|page| (page * page_units(shape)) as u32).collect();
+    work.set(shape)?;
+    let ms = device.time(3, || work.meet(device, shape, (q.ptr(), out.ptr()), (arena.ptr(), 0), 0..work.items))?;
+    Ok((out.to_vec()?.iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect(), ms))
 }
 
 /// Units of page addresses that one layer of an exact page of bf16 takes.
