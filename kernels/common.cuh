@@ -10,8 +10,8 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// Dynamic shared memory, aligned for every access below.
-extern __shared__ __align__(128) unsigned char strait_shared[];
+// Dynamic shared memory, aligned for every access below: of a warpgroup to lines.
+extern __shared__ __align__(1024) unsigned char strait_shared[];
 #define SHARED(T, name) T* name = reinterpret_cast<T*>(strait_shared)
 #endif
 
