@@ -32,7 +32,7 @@ pub struct Device {
     pub shared: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
     overlaps: bool,
-    /// Whether kernels for warpgroups (`warpgroup.cuh`) run on it.
+    /// Whether kernels for warpgroups (`warpgroup.cuh`, `linear_wg.cuh`) run on it.
     pub warpgroups: bool,
 }
 
