@@ -31,10 +31,109 @@
 #include "linear.cuh"
 
 #if WARPGROUPS
+// Writes this lane's sums of a tile whose first output is `at`: of `row` and the eighth one from it. WHOLE: all outputs there are, and
+// 16 bytes of y may be written at once (`wide`); apart from what asks, so that the code for most tiles is short.
+template <int N8, bool WHOLE> __device__ __forceinline__ void linear_wg_write(const Linear& j, float (&d)[N8][4], int row, int rows, int at, bool wide) {
+    const int t = threadIdx.x & 3, end = j.out - at;
+    const bool pair = j.mode == LINEAR_GATED, adds = j.mode == LINEAR_ADD;
+#pragma unroll
+    for (int n = 0; n < N8; n++) {
+        const float* bias = j.bias[pair ? n & 1 : 0];
+        const int o = (pair ? n >> 1 : n) * 8 + t * 2;
+        if (bias)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float b = WHOLE || o + i < end ? bias[at + o + i] : 0.0f;
+                d[n][i] += b, d[n][2 + i] += b;
+            }
+    }
+    // Lanes hold two neighbours of a row, and exchange them for 16 bytes.
+    if (adds || j.mode == LINEAR_F32) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            // Even lanes take four of a tile of eight, odd ones of the next.
+            const int o = (t & 1) * 8 + (t & 2) * 2, left = end - o;
+            float* y = static_cast<float*>(j.y) + (size_t)(row + half * 8) * j.ldy + at + o;
+            const bool there = row + half * 8 < rows;
+            // What is there already, all at once: with stores in between each load would wait for the one before.
+            float old[N8 / 2][4] = {};
+            if (adds && there)
+#pragma unroll
+                for (int n = 0; n < N8 / 2; n++) {
+                    const float* q = y + n * 16;
+                    if (WHOLE || (wide && n * 16 + 4 <= left)) {
+                        const float4 v = *reinterpret_cast<const float4*>(q);
+                        old[n][0] = v.x, old[n][1] = v.y, old[n][2] = v.z, old[n][3] = v.w;
+                    } else
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            if (n * 16 + i < left) old[n][i] = q[i];
+                }
+#pragma unroll
+            for (int n = 0; n < N8 / 2; n++) {
+                float v[4];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float lo = d[2 * n][half * 2 + i], hi = d[2 * n + 1][half * 2 + i], got = __shfl_xor_sync(~0u, t & 1 ? lo : hi, 1);
+                    v[i] = old[n][i] + (t & 1 ? got : lo), v[2 + i] = old[n][2 + i] + (t & 1 ? hi : got);
+                }
+                float* q = y + n * 16;
+                if (!there) continue;
+                if (WHOLE || (wide && n * 16 + 4 <= left)) *reinterpret_cast<float4*>(q) = make_float4(v[0], v[1], v[2], v[3]);
+                else
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (n * 16 + i < left) q[i] = v[i];
+            }
+        }
+        return;
+    }
+    // Four tiles' two neighbours become eight of one tile: lane t's of the t-th.
+    auto put = [&](u32(&v)[4], int half, int o) {
+#pragma unroll
+        for (int b = 1; b < 4; b *= 2)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!(i & b)) {
+                    const u32 got = __shfl_xor_sync(~0u, t & b ? v[i] : v[i | b], b);
+                    if (t & b) v[i] = got;
+                    else v[i | b] = got;
+                }
+        o += t * 8;
+        u16* y = static_cast<u16*>(j.y) + (size_t)(row + half * 8) * j.ldy + at + o;
+        if (row + half * 8 >= rows) return;
+        if (WHOLE || (wide && o + 8 <= end)) *reinterpret_cast<uint4*>(y) = make_uint4(v[0], v[1], v[2], v[3]);
+        else
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (o + i < end) y[i] = (u16)(v[i >> 1] >> (i & 1) * 16);
+    };
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        if (pair)
+#pragma unroll
+            for (int n = 0; n < N8; n += 8) {
+                u32 v[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float *gate = d[n + 2 * i] + half * 2, *up = d[n + 2 * i + 1] + half * 2;
+                    v[i] = b_pair(linear_gate(gate[0], up[0]), linear_gate(gate[1], up[1]));
+                }
+                put(v, half, n * 4);
+            }
+        else
+#pragma unroll
+            for (int n = 0; n < N8; n += 4) {
+                u32 v[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) v[i] = b_pair(d[n + i][half * 2], d[n + i][half * 2 + 1]);
+                put(v, half, n * 8);
+            }
+}
 template <int N8> __device__ __forceinline__ void linear_wg(const Linears& p) {
     constexpr int OUTS = 8 * N8, S = N8 == 32 ? 4 : 6, AHEAD = S - 2, ROWS = 128, X = ROWS * 128, STAGE = X + OUTS * 128, TOGETHER = 16;
     SHARED(u8, shared);
-    const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, t = lane & 3;
+    const int tid = threadIdx.x, g = tid >> 2 & 7;
     const int in = p.in, steps = (in + 63) / 64, row_tiles = (p.rows + ROWS - 1) / ROWS;
     int out_tiles = 0;
     for (int j = 0; j < p.jobs; j++) out_tiles += linear_tiles<OUTS>(p.job[j]);
@@ -132,101 +231,10 @@ template <int N8> __device__ __forceinline__ void linear_wg(const Linears& p) {
 
         int row0, at;
         const Linear& j = find(tile, row0, at);
-        const bool pair = j.mode == LINEAR_GATED, adds = j.mode == LINEAR_ADD;
-        const int row = row0 + (tid >> 5) * 16 + g;
-#pragma unroll
-        for (int n = 0; n < N8; n++) {
-            const float* bias = j.bias[pair ? n & 1 : 0];
-            const int o = at + (pair ? n >> 1 : n) * 8 + t * 2;
-            if (bias)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float b = o + i < j.out ? bias[o + i] : 0.0f;
-                    d[n][i] += b, d[n][2 + i] += b;
-                }
-        }
-        // Lanes hold two neighbours of a row, and exchange them for 16 bytes.
-        if (adds || j.mode == LINEAR_F32) {
-            const bool whole = (j.ldy & 3) == 0 && (reinterpret_cast<size_t>(j.y) & 15) == 0;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float* y = static_cast<float*>(j.y) + (size_t)(row + half * 8) * j.ldy + at;
-                const int left = row + half * 8 < p.rows ? j.out - at : 0;
-                // Even lanes take four of a tile, odd ones of the next.
-                const int o = (t & 1) * 8 + (t & 2) * 2;
-                // What is there already, all at once: stores in between would have each load wait for the one before.
-                float old[N8 / 2][4] = {};
-                if (adds)
-#pragma unroll
-                    for (int n = 0; n < N8 / 2; n++) {
-                        const float* q = y + n * 16 + o;
-                        if (whole && n * 16 + o + 4 <= left) {
-                            const float4 v = *reinterpret_cast<const float4*>(q);
-                            old[n][0] = v.x, old[n][1] = v.y, old[n][2] = v.z, old[n][3] = v.w;
-                        } else
-#pragma unroll
-                            for (int i = 0; i < 4; i++)
-                                if (n * 16 + o + i < left) old[n][i] = q[i];
-                    }
-#pragma unroll
-                for (int n = 0; n < N8 / 2; n++) {
-                    float v[4];
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const float lo = d[2 * n][half * 2 + i], hi = d[2 * n + 1][half * 2 + i], got = __shfl_xor_sync(~0u, t & 1 ? lo : hi, 1);
-                        v[i] = old[n][i] + (t & 1 ? got : lo), v[2 + i] = old[n][2 + i] + (t & 1 ? hi : got);
-                    }
-                    float* q = y + n * 16 + o;
-                    if (whole && n * 16 + o + 4 <= left) *reinterpret_cast<float4*>(q) = make_float4(v[0], v[1], v[2], v[3]);
-                    else
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            if (n * 16 + o + i < left) q[i] = v[i];
-                }
-            }
-        } else {
-            // Four tiles of two neighbours become eight of one: lane t's of the t-th.
-            const bool whole = (j.ldy & 7) == 0 && (reinterpret_cast<size_t>(j.y) & 15) == 0;
-            auto put = [&](u32(&v)[4], int half, int o) {
-#pragma unroll
-                for (int b = 1; b < 4; b *= 2)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        if (!(i & b)) {
-                            const u32 got = __shfl_xor_sync(~0u, t & b ? v[i] : v[i | b], b);
-                            (t & b ? v[i] : v[i | b]) = got;
-                        }
-                o += t * 8;
-                u16* y = static_cast<u16*>(j.y) + (size_t)(row + half * 8) * j.ldy + o;
-                if (row + half * 8 >= p.rows) return;
-                if (whole && o + 8 <= j.out) *reinterpret_cast<uint4*>(y) = make_uint4(v[0], v[1], v[2], v[3]);
-                else
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        if (o + i < j.out) y[i] = (u16)(v[i >> 1] >> (i & 1) * 16);
-            };
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                if (pair)
-#pragma unroll
-                    for (int n = 0; n < N8; n += 8) {
-                        u32 v[4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            const float *gate = d[n + 2 * i] + half * 2, *up = d[n + 2 * i + 1] + half * 2;
-                            v[i] = b_pair(linear_gate(gate[0], up[0]), linear_gate(gate[1], up[1]));
-                        }
-                        put(v, half, at + n * 4);
-                    }
-                else
-#pragma unroll
-                    for (int n = 0; n < N8; n += 4) {
-                        u32 v[4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) v[i] = b_pair(d[n + i][half * 2], d[n + i][half * 2 + 1]);
-                        put(v, half, at + n * 8);
-                    }
-        }
+        const int row = row0 + (tid >> 5) * 16 + g, outs = j.mode == LINEAR_GATED ? OUTS / 2 : OUTS;
+        const bool wide = ((j.ldy & (j.mode == LINEAR_F32 || j.mode == LINEAR_ADD ? 3 : 7)) | (int)(reinterpret_cast<size_t>(j.y) & 15)) == 0;
+        if (wide && at + outs <= j.out) linear_wg_write<N8, true>(j, d, row, p.rows, at, wide);
+        else linear_wg_write<N8, false>(j, d, row, p.rows, at, wide);
     }
 }
 KERNEL(256, 1, linear_wg_256)(const __grid_constant__ Linears p) { linear_wg<32>(p); }
