@@ -10,8 +10,8 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// Dynamic shared memory, aligned for every access below.
-extern __shared__ __align__(128) unsigned char strait_shared[];
+// Dynamic shared memory, aligned for every access below: of a warpgroup to lines.
+extern __shared__ __align__(1024) unsigned char strait_shared[];
 #define SHARED(T, name) T* name = reinterpret_cast<T*>(strait_shared)
 #endif
 
@@ -209,7 +209,7 @@ __device__ __forceinline__ WgTile wg_tile(const void* at, u32 next_n, u32 next_k
 }
 __device__ __forceinline__ WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors, t.layout}; }
 // The same in lines: of 128 bytes, 64 elements of k; line n's 16 bytes are exchanged, place by place, by n % 8; at multiples of 1024 bytes.
-// wg_at goes on in k by so many 16 bytes, within the line.
+// wg_at goes on in k by so many 16 bytes, within the line; and by eights of lines, 64 of them each.
 struct WgLines { u32 at; };
 __device__ __forceinline__ WgLines wg_lines(const void* at) { return {((u32)__cvta_generic_to_shared(at) & 0x3ffff) >> 4 | 1u << 16}; }
 __device__ __forceinline__ WgLines wg_at(WgLines l, u32 vectors) { return {l.at + vectors}; }

@@ -403,7 +403,7 @@ LINEAR_NORMED(2)
 #undef LINEAR_WORN
 #undef LINEAR_NORMED
 
-// Prefill: y = x . W^T by tiles of 128 rows by 128 outputs.
+// Prefill: y = x . W^T by tiles of 128 rows by 128 outputs; on Hopper linear_wg.cuh has the same by products of warpgroups.
 //
 // Bytes: x once for every tile of outputs and W once for every tile of rows, from the second-level cache for the most part:
 // 2 in rows out / 64. FLOPs: 2 rows in out, rows and outputs rounded up to 128. Bound by the tensor cores from about 256 rows on, and

@@ -2,6 +2,7 @@
 #include "attend.cuh"
 #include "latent.cuh"
 #include "linear.cuh"
+#include "linear_wg.cuh"
 #include "lora.cuh"
 #include "moves.cuh"
 #include "prefill.cuh"
@@ -34,5 +35,5 @@
     X(linear_few_m1_n1) X(linear_few_m1_n2) X(linear_few_m1_n4) X(linear_few_m1_n8) \
     X(linear_few_m2_n1) X(linear_few_m2_n2) X(linear_few_m2_n4) X(linear_few_m2_n8) X(linear_few_m4_n4) X(linear_few_m4_n8) \
     X(linear_worn_m1_n1) X(linear_worn_m1_n2) X(linear_worn_m1_n4) X(linear_worn_m1_n8) \
-    X(linear_worn_m2_n1) X(linear_worn_m2_n2) X(linear_worn_m2_n4) X(linear_worn_m2_n8) X(linear_normed_m1) X(linear_normed_m2) X(linear_many) X(lora_shrink) X(lora_expand) X(adapt_rows) X(embed_adapted) X(probe_read) X(hidden_rows) X(pick_rows) X(keep_sinks) \
+    X(linear_worn_m2_n1) X(linear_worn_m2_n2) X(linear_worn_m2_n4) X(linear_worn_m2_n8) X(linear_normed_m1) X(linear_normed_m2) X(linear_many) X(linear_wg_256) X(linear_wg_128) X(lora_shrink) X(lora_expand) X(adapt_rows) X(embed_adapted) X(probe_read) X(hidden_rows) X(pick_rows) X(keep_sinks) \
     X(sample_best) X(sample_top) X(sample_bend) X(sample_weigh) X(sample_gather) X(sample_choose)

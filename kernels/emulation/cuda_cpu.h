@@ -1,8 +1,8 @@
 // Runs a CUDA C++ kernel as plain C++ (x86-64 and others, g++ and clang): one block at a time on an operating system's thread,
 // every CUDA thread a fiber, so that barriers, shuffles and the collective products of a warp meet the kernel's real control flow.
 //
-// Hostile on purpose: shared memory begins as 0xff (NaN in every float type); what is copied asynchronously lands when it is waited
-// for, no earlier; a seed picks the order of threads at every switch; a barrier that not all reach, or a shuffle that names a
+// Hostile on purpose: shared memory begins as 0xff (NaN in every float type), and is so again where an asynchronous copy is asked for,
+// which lands when it is waited for, no earlier; a seed picks the order of threads at every switch; a barrier that not all reach, or a shuffle that names a
 // thread that left, ends the program with who waits where.
 #pragma once
 #include <cstdint>
@@ -200,15 +200,16 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
   blk=old; if(getenv("EMU_STAT")) fprintf(stderr,"emu: %llu switches\n",(unsigned long long)b.nswitch);
 }
 } // namespace emu
-// cp.async lands only when waited for (the latest moment the hardware allows): a missing wait reads poison
-static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); f.cp.push_back({d,s,n,f.cpg}); }
+// cp.async lands only when waited for (the latest moment the hardware allows), and what lay there is gone when it is asked for (the
+// soonest): a missing wait reads poison, and so does who is not through with what lay there
+static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); memset(d,0xff,n); f.cp.push_back({d,s,n,f.cpg}); }
 static inline void emu_cp_commit(){ emu::self().cpg++; }
 static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
 // bulk copies land when their barrier is first waited for, and all are asked for; a barrier's word is the rounds that are over and the bytes that this one has to come
 static inline void emu_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
 static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
 static inline void emu_bulk_copy(void* d,const void* s,unsigned n,unsigned long long* bar){
-  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bad("a bulk copy that is not of multiples of 16"); emu::blk->bulk.push_back({d,s,n,bar}); }
+  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bad("a bulk copy that is not of multiples of 16"); memset(d,0xff,n); emu::blk->bulk.push_back({d,s,n,bar}); }
 static inline void emu_bulk_wait(unsigned long long* bar,unsigned round){
   auto& all=emu::blk->bulk; uint64_t over, n; size_t k=0;
   for(;;){

@@ -1,7 +1,7 @@
-// linear.cuh against sums in f64: ragged shapes, every epilogue, poisoned and forbidden memory, shuffled threads, and a row's bits
+// linear.cuh and linear_wg.cuh against sums in f64: ragged shapes, every epilogue, poisoned and forbidden memory, shuffled threads, and a row's bits
 // among others. A crash is a read past an input.
 // g++ -O2 -march=x86-64-v3 -std=c++17 -DSTRAIT_EMULATED -I.. test_linear.cpp && ./a.out
-#include "linear.cuh"
+#include "linear_wg.cuh"
 #include <algorithm>
 #include <malloc.h>
 #include <sys/mman.h>
@@ -44,16 +44,18 @@ static double worst_f32 = 0, worst_bf16 = 0;
 #define FAIL(...) do { failures++; if (failures < 20) { printf(__VA_ARGS__); printf("\n"); } } while (0)
 
 typedef void (*Kernel)(const Linears);
-struct Named { const char* name; Kernel run; int m, n; };
+struct Named { const char* name; Kernel run; int m, n, outs = 128; };
 static const Named FEW[] = {{"m1_n1", linear_few_m1_n1, 1, 1}, {"m1_n2", linear_few_m1_n2, 1, 2}, {"m1_n4", linear_few_m1_n4, 1, 4}, {"m1_n8", linear_few_m1_n8, 1, 8},
                             {"m2_n1", linear_few_m2_n1, 2, 1}, {"m2_n2", linear_few_m2_n2, 2, 2}, {"m2_n4", linear_few_m2_n4, 2, 4}, {"m2_n8", linear_few_m2_n8, 2, 8},
                             {"m4_n4", linear_few_m4_n4, 4, 4}, {"m4_n8", linear_few_m4_n8, 4, 8}};
 static const Named MANY = {"many", linear_many, 0, 0};
+static const Named WG[] = {{"wg_256", linear_wg_256, 0, 1, 256}, {"wg_128", linear_wg_128, 0, 1, 128}};
 
 static void launch(const Named& k, const Linears& p, int blocks, u64 seed) {
-    int per = k.m ? k.m * 16 : 128, tiles = 0;
+    int per = k.m ? k.m * 16 : k.outs, tiles = 0;
     for (int j = 0; j < p.jobs; j++) { int q = p.job[j].mode == LINEAR_GATED ? per / 2 : per; tiles += (p.job[j].out + q - 1) / q; }
     if (k.m) emu::launch(dim3(std::min(tiles, blocks)), dim3(256), (k.m == 4 ? 131072 : 65536) + 4096 * k.n, [&] { k.run(p); }, seed);
+    else if (k.n) emu::launch(dim3(std::min((p.rows + 127) / 128 * tiles, blocks)), dim3(256), 196608, [&] { k.run(p); }, seed);
     else emu::launch(dim3((p.rows + 127) / 128, tiles), dim3(256), 65536, [&] { k.run(p); }, seed);
 }
 
@@ -77,16 +79,19 @@ static std::vector<std::vector<u8>> check(const Named& k, int rows, int in, std:
         // The row length of y is odd where the output's is; its gaps are NaN and stay so.
         const int ldy = outs[j] + (j & 1) * 2;
         const bool half = modes[j] == LINEAR_BF16 || modes[j] == LINEAR_GATED;
-        y.emplace_back(((size_t)rows * ldy * (half ? 2 : 4) + 3) / 4);
+        // Where a pair is all that y is aligned to, no kernel for warpgroups may take it for more.
+        const size_t shift = !k.m && k.n && data & 4 ? (half ? 1 : 2) : 0;
+        y.emplace_back(((size_t)rows * ldy * (half ? 2 : 4) + 3) / 4 + shift);
+        float* const to = y[j].at() + shift;
         if (modes[j] == LINEAR_ADD) {
             before[j].resize((size_t)rows * ldy);
             // By row, so that a row means the same however many there are.
-            for (int r = 0; r < rows; r++) for (int o = 0; o < outs[j]; o++) y[j].at()[(size_t)r * ldy + o] = before[j][(size_t)r * ldy + o] = (float)((r * 131 + o * 17) % 64) / 32.0f - 1.0f;
+            for (int r = 0; r < rows; r++) for (int o = 0; o < outs[j]; o++) to[(size_t)r * ldy + o] = before[j][(size_t)r * ldy + o] = (float)((r * 131 + o * 17) % 64) / 32.0f - 1.0f;
         }
         Linear& q = p.job[j];
         q.w[0] = w[j * 2].at(); q.w[1] = modes[j] == LINEAR_GATED ? w[j * 2 + 1].at() : nullptr;
         if (bias) { q.bias[0] = b[j * 2].at(); if (modes[j] == LINEAR_GATED) q.bias[1] = b[j * 2 + 1].at(); }
-        q.y = y[j].at(); q.out = outs[j]; q.ldy = ldy; q.mode = modes[j];
+        q.y = to; q.out = outs[j]; q.ldy = ldy; q.mode = modes[j];
     }
     Guarded<u16> x((size_t)rows * ldx - (ldx - in));
     fill(x, rows, in, ldx, 1.0f);
@@ -97,7 +102,7 @@ static std::vector<std::vector<u8>> check(const Named& k, int rows, int in, std:
         const Linear& q = p.job[j];
         const bool half = modes[j] == LINEAR_BF16 || modes[j] == LINEAR_GATED;
         const size_t size = half ? 2 : 4;
-        if (!y[j].whole()) FAIL("%s rows %d in %d out %d: wrote outside y", k.name, rows, in, outs[j]);
+        if (!y[j].whole() || std::any_of((u8*)y[j].at(), (u8*)q.y, [](u8 v) { return v != 255; })) FAIL("%s rows %d in %d out %d: wrote outside y", k.name, rows, in, outs[j]);
         bytes.emplace_back();
         for (int r = 0; r < rows; r++) {
             for (int o = 0; o < q.ldy; o++) {
@@ -219,6 +224,30 @@ int main() {
         }
         auto many = check(MANY, 130, 200, {66}, {mode}, true, 0, 1, 22)[0], one = check(MANY, 1, 200, {66}, {mode}, true, 0, 0, 22)[0];
         if (memcmp(one.data(), many.data(), one.size())) FAIL("many: bits of a row differ, mode %d", mode);
+    }
+    // Products of warpgroups: about the edges of their tiles; epilogues, tiles, biases and grids in turn.
+    for (int rows : {1, 64, 129, 200}) for (int out : {1, 16, 130, 264, 300}) for (int in : {8, 64, 72, 328}) {
+        const Named& k = WG[n / 4 % 2];
+        check(k, rows, in, {out}, {n % 4}, n >> 3 & 1, 1 + n % 5, n % 3, n + 1);
+        n++;
+    }
+    for (u64 seed = 0; seed < 3; seed++)
+        for (const Named& k : WG) {
+            check(k, 70, 72, {270, 65, 18}, {LINEAR_BF16, LINEAR_GATED, LINEAR_ADD}, seed & 1, 3, seed, seed + 14);
+            check(k, 130, 136, {33, 140, 258}, {LINEAR_GATED, LINEAR_F32, LINEAR_GATED}, !(seed & 1), 2 + seed, seed, seed + 15);
+        }
+    // More rows than are met together, by one block and by many.
+    check(WG[0], 2180, 8, {260}, {LINEAR_F32}, true, 1, 1, 31);
+    check(WG[1], 2180, 72, {20, 70}, {LINEAR_GATED, LINEAR_ADD}, false, 7, 0, 32);
+    // A row's bits: alone or among others, in tiles of 256 or 128 outputs, by any number of blocks, in any order of threads.
+    for (int mode = 0; mode < 4; mode++) {
+        const auto all = check(WG[0], 200, 328, {150}, {mode}, true, 1, 1, 24)[0];
+        const size_t row = all.size() / 200;
+        for (const Named& k : WG)
+            for (int rows : {1, 64, 130}) {
+                const auto some = check(k, rows, 328, {150}, {mode}, true, 1 + rows % 5, rows % 3, 24)[0];
+                if (some.size() != row * rows || memcmp(some.data(), all.data(), some.size())) FAIL("%s: bits of %d rows differ from those among 200, mode %d", k.name, rows, mode);
+            }
     }
     // Every count of rows, widths that fill neither a chunk nor a thread's quads, and beyond what a thread keeps of a row.
     for (int rows = 1; rows <= 8; rows++)

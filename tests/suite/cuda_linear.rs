@@ -1,4 +1,5 @@
-//! Products with weights on the device that norm their input themselves, against a norm apart: the same bits.
+//! Products with weights on the device: of many rows, against their definition; those that norm their input themselves, against a norm
+//! apart: the same bits.
 
 use std::sync::Arc;
 
@@ -74,8 +75,9 @@ fn rows_are_normed_apart_where_their_products_would_lose_a_block() {
 
 #[test]
 fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
-    let device = own_device();
     for head_dim in [64, 80, 96, 128] {
+        let device = own_device();
+        assert!(device.runs(Own::Prefill) && device.runs(Own::Linear));
         let heads = Heads { heads: 2, kv_heads: 1, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
         for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70 }).unwrap() {
             assert!(trial.off < 1e-2, "{head_dim} channels: {trial}");
@@ -88,4 +90,45 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
     let heads = Heads { heads: 1, kv_heads: 1, head_dim: 64, scale: 0.125 };
     assert!(trial::choose(&common, &Shape { heads, matrix: (8, 8), rows: 65, history: 0 }).unwrap().is_empty());
     assert!([Own::Sealed, Own::Prefill, Own::Linear].into_iter().all(|own| !common.runs(own)));
+}
+
+#[test]
+fn products_of_many_rows_are_those_of_the_definition() {
+    let rng = &mut Rng(12);
+    // Tiles of 256 outputs and of 128, by processors few and many, and beyond their edges.
+    let cases = [(65, 72, 300, Mode::F32), (129, 64, 8300, Mode::Gated), (200, 136, 130, Mode::Add), (300, 200, 1048, Mode::Bf16)];
+    for (rows, inputs, out, mode) in cases {
+        let mut halves = |n: usize| (0..n).map(|_| half::bf16::from_f32(rng.next())).collect::<Vec<_>>();
+        let (x, w) = (halves(rows * inputs), [halves(out * inputs), halves(out * inputs)]);
+        let bias = [0.25f32, -0.75].map(|b| vec![b; out]);
+        for device in devices() {
+            let upload = |of: &[half::bf16]| device.upload(&of.iter().map(|v| v.to_bits()).collect::<Vec<_>>()).unwrap();
+            let (on, weights) = (upload(&x), [upload(&w[0]), upload(&w[1])]);
+            let biases = [device.upload(&bias[0]).unwrap(), device.upload(&bias[1]).unwrap()];
+            let y = device.upload(&vec![0.5f32; rows * out]).unwrap();
+            let second = if mode == Mode::Gated { [weights[1].ptr(), biases[1].ptr()] } else { [0; 2] };
+            let job = Job { w: [weights[0].ptr(), second[0]], bias: [biases[0].ptr(), second[1]], y: y.ptr(), out, ldy: out, mode };
+            Linears { jobs: &[job], x: on.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None }.launch(&device).unwrap();
+            let y = y.to_vec().unwrap();
+            for row in 0..rows {
+                for o in (row % 13..out).step_by(13).chain([out - 1]) {
+                    let sum = |of: usize| {
+                        let pairs = x[row * inputs..][..inputs].iter().zip(&w[of][o * inputs..][..inputs]);
+                        pairs.map(|(a, b)| f64::from(a.to_f32()) * f64::from(b.to_f32())).sum::<f64>() + f64::from(bias[of][o])
+                    };
+                    let at = row * out + o;
+                    let short = half::bf16::from_bits((y[at / 2].to_bits() >> (16 * (at % 2))) as u16).to_f32();
+                    let (want, got) = match mode {
+                        Mode::F32 => (sum(0), y[at]),
+                        Mode::Add => (sum(0) + 0.5, y[at]),
+                        Mode::Bf16 => (sum(0), short),
+                        Mode::Gated => (sum(0) / (1.0 + (-sum(0)).exp()) * sum(1), short),
+                    };
+                    let near = (f64::from(got) - want).abs() < 1e-3 + want.abs() / 128.0;
+                    let by = if device.runs(Own::Linear) { "warpgroups" } else { "warps" };
+                    assert!(near, "{rows} rows of {inputs}, {mode:?}, by {by}: y[{row}][{o}] is {got}, not {want}");
+                }
+            }
+        }
+    }
 }

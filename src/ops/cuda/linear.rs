@@ -1,7 +1,7 @@
-//! Products with weights on the device: which kernel of `linear.cuh`, and how it is launched.
+//! Products with weights on the device: which kernel of `linear.cuh` or `linear_wg.cuh`, and how it is launched.
 
 use super::CudaError;
-use super::driver::Device;
+use super::driver::{Device, Own};
 use super::lora::Fused;
 
 /// What becomes of a product.
@@ -119,6 +119,13 @@ impl Linears<'_> {
         (m, n)
     }
 
+    /// Outputs of a tile of many rows, on warpgroups: 256, or 128 where so many processors are through with those sooner. To be timed: a
+    /// tile of 128 is taken for five eighths of the work of one of 256, half the products and two thirds of the bytes.
+    fn outputs_of_many(&self, processors: usize) -> usize {
+        let turns = |outputs: usize| (self.rows.div_ceil(128) * self.tiles(outputs)).div_ceil(processors);
+        if 5 * turns(128) < 8 * turns(256) { 128 } else { 256 }
+    }
+
     /// Whether the products norm their input themselves: that of few rows, which then finds room in shared memory beside the weights on
     /// their way, without a block less on a multiprocessor.
     pub fn norms(&self, device: &Device) -> bool {
@@ -161,8 +168,16 @@ impl Linears<'_> {
         };
         if self.rows >= MANY {
             assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
-            // SAFETY: shapes as the kernel documents; the caller's memory.
-            return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), self.tiles(128), 1], 256, 65536, &args) };
+            let (kernel, grid, shared) = if device.runs(Own::Linear) {
+                let outputs = self.outputs_of_many(device.processors);
+                let kernel = if outputs == 256 { "linear_wg_256" } else { "linear_wg_128" };
+                let tiles = self.rows.div_ceil(128) * self.tiles(outputs);
+                (kernel, [tiles.min(device.processors), 1, 1], 196_608)
+            } else {
+                ("linear_many", [self.rows.div_ceil(128), self.tiles(128), 1], 65_536)
+            };
+            // SAFETY: shapes as the kernels document; the caller's memory.
+            return unsafe { device.launch(kernel, grid, 256, shared, &args) };
         }
         let (m, n) = self.tile(device);
         let grid = |blocks: usize| [self.tiles(16 * m).min(device.processors * blocks), 1, 1];
