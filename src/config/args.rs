@@ -222,7 +222,7 @@ pub struct Compress {
     /// Tokens to calibrate on, at most.
     #[arg(long, default_value_t = 16384)]
     pub tokens: usize,
-    /// Leave the built-in profiles at even ranks, their savings nominal, as in the paper; otherwise each is spread like a budget.
+    /// Leave the built-in profiles as they are without an artifact, at the same ranks in every layer; otherwise each is spread like a budget.
     #[arg(long)]
     pub uniform: bool,
     /// Also make profiles of so many bytes per token over all layers, named budget-BYTES: spread over layers, keys and values, ranks

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use strait::compress::{FrequencyMap, Group, KeyMap, LayerCompression, Projection};
+use strait::config::profiles::builtin;
 use strait::ids::PageAddr;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser, SealedLayer, Size};
 use strait::model::checkpoint::Checkpoint;
@@ -153,7 +154,11 @@ fn chunks_over_any_sealed_pages_agree_with_the_definition() {
             let off = rms(&got, &want);
             // Queries, keys, values, weights and what comes out have the 8 bits of bf16.
             assert!(off < 8e-3, "{}: off by {off:e}", named(&case));
-            assert_same(&chunks(&device, cache, &rows[1..], &q[70 * width..], 2), &got[70 * width..], format_args!("alone, {}", named(&case)));
+            assert_same(
+                &chunks(&device, cache, &rows[1..], &q[70 * width..], 2),
+                &got[70 * width..],
+                format_args!("alone, {}", named(&case)),
+            );
         }
     }
 }
@@ -260,11 +265,11 @@ fn the_demo_model_says_the_same_over_rebuilt_and_over_affine_latents() {
 fn what_blocks_have_room_for_is_served_and_the_rest_is_refused_by_name() {
     // Shared memory of a block: of an Ada or a small Blackwell, an Ampere, a Hopper.
     const SIZES: [usize; 3] = [101_376, 166_912, 232_448];
-    let serves_at = |shape: Heads, basis: BasisKind, share: f64, bits: u32, shared: usize| {
+    let serves_profile = |shape: Heads, cskv: Cskv, shared: usize| {
         let Heads { heads, kv_heads, head_dim, .. } = shape;
         let demo = strait::demo::checkpoint().unwrap().config;
         let config = ModelConfig { heads, kv_heads, head_dim, layers: 1, ..demo };
-        let cskv = Cskv::shares((share, share), bits, (64, 4), basis);
+        let basis = cskv.basis;
         let layout = PageLayout::new(&config, ExactType::Bf16, &Profile { name: "p".into(), cskv: Some(cskv) }, None);
         let (channels, groups, sealed) = (config.kv_channels(), basis.blocks(kv_heads), layout.sealed[0]);
         // Only their shapes are asked for.
@@ -284,9 +289,11 @@ fn what_blocks_have_room_for_is_served_and_the_rest_is_refused_by_name() {
             }
             _ => KeyMap::Channels(even(sealed.keys.rank)),
         };
-        let compression = LayerCompression { keys, values: even(sealed.values.rank) };
+        let computed = || LayerCompression { keys, values: even(sealed.values.rank) };
+        let compression = if basis == BasisKind::Identity { LayerCompression::identity(&config) } else { computed() };
         serves(&LayerView { layer: 0, layout: &layout, compression: Some(&compression) }, shape, shared)
     };
+    let serves_at = |shape, basis, share, bits, shared| serves_profile(shape, Cskv::shares((share, share), bits, (64, 4), basis), shared);
     let (grouped, many) = (heads(32, 8, 128), heads(32, 32, 128));
     for shared in SIZES {
         for (shape, basis, share, bits) in [
@@ -299,6 +306,12 @@ fn what_blocks_have_room_for_is_served_and_the_rest_is_refused_by_name() {
             (many, BasisKind::Grouped(4), 0.5, 4),
         ] {
             serves_at(shape, basis, share, bits, shared).unwrap_or_else(|e| panic!("{basis:?} {share} {bits} in {shared}: {e}"));
+        }
+    }
+    // What a server has without an artifact, of an 8B.
+    for (Profile { name, cskv }, shared) in builtin().into_iter().flat_map(|p| SIZES.map(|shared| (p.clone(), shared))) {
+        if let Some(cskv) = cskv {
+            serves_profile(grouped, cskv, shared).unwrap_or_else(|e| panic!("{name} in {shared}: {e}"));
         }
     }
     let refused = serves_at(many, BasisKind::Frequency, 0.5, 16, SIZES[0]).unwrap_err();

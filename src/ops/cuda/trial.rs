@@ -41,7 +41,10 @@ impl std::fmt::Display for Trial {
             Own::Linear => "products of many rows",
         };
         let verdict = if self.holds() { "in use" } else { "left out" };
-        write!(f, "{what}: {own_ms:.3} ms by kernels of this architecture, {common_ms:.3} by those of all, off by {off:.1e} at most: {verdict}")
+        write!(
+            f,
+            "{what}: {own_ms:.3} ms by kernels of this architecture, {common_ms:.3} by those of all, off by {off:.1e} at most: {verdict}"
+        )
     }
 }
 
