@@ -18,10 +18,10 @@ const SINKS: u32 = 4;
 /// `full`; `cskv-50`, `cskv-80`, `cskv-95`, by how much of the exact cache each saves; and `cskv-fast`. These are what they are without an
 /// artifact: the same ranks in every layer, of bases that nothing was trained for; see [`BUDGETED`] for what a calibration makes of the names.
 ///
-/// So bytes go to channels before they go to bits: of the paper's shares of the channels at 16 bits an untrained basis loses most. On the demo model (KL
-/// from the exact cache past compressed, at the bytes of a position; the paper's shares in a joint basis beside it): `cskv-50` 0.0030 at 1020 (0.0085 at
-/// 1280), `cskv-80` 0.0498 at 505 (0.3589 at 480), `cskv-95` 0.2445 at 140 (0.3874 at 150). Where all channels of keys are kept they decode without being
-/// rebuilt; of the few of `cskv-95` only a joint basis holds enough.
+/// So bytes go to channels before they go to bits: of the paper's shares of the channels at 16 bits an untrained basis loses most. On the demo model,
+/// with bases from 1,024 tokens of built-in text (KL from the exact cache past compressed, at the bytes of a position; the paper's shares in a joint basis
+/// beside it): `cskv-50` 0.0030 at 1020 (0.0203 at 1280), `cskv-80` 0.0464 at 505 (0.5807 at 480), `cskv-95` 0.3304 at 140 (0.5981 at 150). Where most
+/// channels of keys are kept they decode without being rebuilt; of the few of `cskv-95` only a joint basis holds enough.
 pub fn builtin() -> Vec<Profile> {
     use BasisKind::{Frequency, Identity, Joint};
     use Quantiser::{Affine, Hadamard};
