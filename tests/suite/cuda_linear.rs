@@ -1,6 +1,7 @@
 //! Products with weights on the device: of many rows, against their definition; those that norm their input themselves, against a norm
 //! apart: the same bits.
 
+use std::ffi::c_char;
 use std::sync::Arc;
 
 use strait::ops::Heads;
@@ -9,6 +10,7 @@ use strait::ops::cuda::trial::{self, Shape};
 use strait::ops::cuda::{Device, Memory, Own};
 
 use crate::cuda::{device, devices, own_device};
+use crate::emulated;
 
 /// Numbers in -1 ..= 1.
 struct Rng(u64);
@@ -83,6 +85,23 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
             assert!(trial.off < 1e-2, "{head_dim} channels: {trial}");
             // Times of an emulated device tell nothing.
             assert_eq!(device.runs(trial.of), trial.holds(), "{trial}");
+        }
+    }
+    // Kernels that compute nothing are found, each by itself.
+    if let Some(emulated) = emulated::EMULATED.get() {
+        for (spoilt, of) in [(c"prefill_wg_", Own::Prefill), (c"linear_wg_", Own::Linear)] {
+            let device = own_device();
+            let stream = device.stream().cu_stream() as usize;
+            // SAFETY: a function of the emulated driver, of this type, which copies the name.
+            unsafe {
+                emulated.get::<unsafe extern "C" fn(usize, *const c_char)>(b"strait_emulated_spoil").unwrap()(stream, spoilt.as_ptr())
+            };
+            let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64, scale: 0.125 };
+            let trials = trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70 }).unwrap();
+            for trial in &trials {
+                assert_eq!(trial.off.is_infinite(), trial.of == of, "{trial}");
+            }
+            assert!(trials.len() == 2 && !device.runs(of));
         }
     }
     // What has none of its own has nothing to try, and goes on without.
