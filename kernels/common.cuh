@@ -95,6 +95,9 @@ static inline WgTile wg_at(WgTile t, u32 vectors) { return {t.at + vectors * 16,
 struct WgLines { const u8* at; u32 vectors; };
 static inline WgLines wg_lines(const void* at) { if ((uintptr_t)at % 1024) emu_bad("lines for a warpgroup that do not begin at a multiple of 1024"); return {(const u8*)at, 0}; }
 static inline WgLines wg_at(WgLines l, u32 vectors) { return {l.at, l.vectors + vectors}; }
+// From where on, and how far, 16 k of 8 n8 columns are read.
+static inline void wg_handed_over(WgTile b, int n8) { emu_wg_handed_over(b.at, (n8 - 1) * b.next_n + b.next_k + 128); }
+static inline void wg_handed_over(WgLines l, int n8) { emu_wg_handed_over(l.at + l.vectors / 64 * 1024, n8 * 1024); }
 static inline u16 wg_element(WgTile b, bool rows_of_k, int n, int k) {
     u16 v; memcpy(&v, b.at + n / 8 * b.next_n + k / 8 * b.next_k + (rows_of_k ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2), 2); return v;
 }
@@ -104,6 +107,7 @@ static inline u16 wg_element(WgLines l, bool, int n, int k) {
 // Of a pending product d is poison, what is shared is read when it is waited for, and a must be as it was then: none may be touched before.
 template <bool ROWS_OF_K, int N8, class B, class F> static inline void emu_wg_mma(float (&d)[N8][4], const u32 (&a)[4], B b, bool adds, F of) {
     auto s = emu::deposit(~0u, a, 16, "wgmma");
+    wg_handed_over(b, N8);
     unsigned l = emu::self().lane, g = l >> 2, t = l & 3;
     struct Product { float a[2][16], before[N8][4]; float (*d)[4]; B b; bool first, adds; unsigned t; const u32* from; u32 own[4]; F of; } p{{}, {}, d, b, emu_wg_first(d), adds, t, a, {}, of};
     for (int half = 0; half < 2; half++)
@@ -125,6 +129,7 @@ template <bool ROWS_OF_K, bool ADDS, int N8> static inline void wg_mma_b(float (
 // Both from shared memory; all lanes come together, as they must.
 template <int N8> static inline void wg_mma_b(float (&d)[N8][4], WgLines a, WgLines b) {
     u32 none = 0; emu::deposit(~0u, &none, 4, "wgmma of lines");
+    wg_handed_over(a, 8), wg_handed_over(b, N8);
     struct Product { float before[N8][4]; float (*d)[4]; WgLines a, b; bool first; unsigned lane, warp; } p{{}, d, a, b, emu_wg_first(d), emu::self().lane, emu::self().warp % 4};
     if (p.first) { memcpy(p.before, d, sizeof p.before); memset(d, 0xff, sizeof p.before); }
     emu_wg_push(d, [p] {
@@ -139,12 +144,12 @@ template <int N8> static inline void wg_mma_b(float (&d)[N8][4], WgLines a, WgLi
         }
     });
 }
-static inline void wg_fence() {}
+static inline void wg_fence() { emu::self().fenced = true; }
 static inline void wg_commit() { emu::self().wgg++; }
 template <int LEFT> static inline void wg_wait() { emu_wg_wait(LEFT); }
 template <int N8> static inline void wg_settle(float (&)[N8][4]) {}
 template <int N> static inline void wg_settle(u32 (&)[N][4]) {}
-static inline void wg_shared_written() {}
+static inline void wg_shared_written() { emu::self().landed_lo = ~uintptr_t(0), emu::self().landed_hi = 0; }
 static inline void bulk_barrier(u64* barrier) { *barrier = 0; }
 static inline void bulk_expect(u64* barrier, u32 bytes) { emu_bulk_expect(barrier, bytes); }
 static inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu_bulk_copy(to, from, bytes, barrier); }

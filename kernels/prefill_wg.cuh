@@ -7,7 +7,8 @@
 // A block is two warpgroups of 64 queries each, which meet two pages a step. Queries are left operands and stay in registers, so do
 // weights, which are what scores become where they stand; keys and values are right operands, read from shared memory by the matrix unit, both with
 // their page's own rows as rows of k. A step's scores are asked for beside the sums of the step before; while the matrix unit is at the
-// sums, the scores become weights (the order of FlashAttention-3, arXiv 2407.08608, section 3.2), and what one warpgroup leaves idle the other takes.
+// sums, the scores become weights (the order of FlashAttention-3, arXiv 2407.08608, section 3.2). The two warpgroups meet at a barrier a step, and nothing else tells
+// them whose turn the matrix unit is (its section 3.1 does). One without queries only copies.
 //
 // FLOPs and bytes are those of prefill.cuh, with 128 queries a block: half of its traffic with the second-level cache, 256 D bytes a page,
 // block and head. A step of D 128 is 2048 clocks of the matrix unit for both warpgroups, some 300 instructions a warp and 1024 clocks of
@@ -77,6 +78,17 @@ template <int D> __device__ __forceinline__ void attend_wide(const PrefillArgs& 
     bring(1);
     look_up(2);
 
+    if (threadIdx.x / 128 * 64 >= queries) {
+        // All that the other warpgroup waits for.
+        for (u32 step = 0; step < steps; step++) {
+            if (step == 0 && steps > 1) cp_wait<1>();
+            else cp_wait<0>();
+            wg_shared_written();
+            __syncthreads();
+            if (step > 0) bring(step + 1), look_up(step + 2);
+        }
+        return;
+    }
     const u32 mine = warp * 16 + g;
     // Queries times scale in base 2. Zero past the end.
     u32 a[D / 16][4];

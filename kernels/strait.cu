@@ -22,14 +22,13 @@
     X(attend_sealed_wg_##m##_##c##_22) X(attend_sealed_wg_##m##_##c##_23) X(attend_sealed_wg_##m##_##c##_24) \
     X(attend_sealed_wg_##m##_##c##_32) X(attend_sealed_wg_##m##_##c##_33) X(attend_sealed_wg_##m##_##c##_34) \
     X(attend_sealed_wg_##m##_##c##_42) X(attend_sealed_wg_##m##_##c##_43) X(attend_sealed_wg_##m##_##c##_44)
-#define STRAIT_PREFILL(X, d) X(prefill_##d##_64_16) X(prefill_##d##_128_16) X(prefill_##d##_128_32)
+#define STRAIT_PREFILL(X, d) X(prefill_##d) X(prefill_wg_##d)
 #define STRAIT_KERNELS(X) \
     X(absorb) X(attend_absorbed) X(attend_rebuilt) X(rebuild_pages) STRAIT_SEALED(X, 1, 1) STRAIT_SEALED(X, 1, 4) STRAIT_SEALED(X, 2, 1) STRAIT_SEALED(X, 2, 4) \
     STRAIT_SEALED_WG(X, 1, 2) STRAIT_SEALED_WG(X, 1, 4) STRAIT_SEALED_WG(X, 2, 2) STRAIT_SEALED_WG(X, 2, 4) \
     X(attend_exact_b16_64) X(attend_exact_b16_80) X(attend_exact_b16_96) X(attend_exact_b16_128) \
     X(attend_exact_f32_64) X(attend_exact_f32_80) X(attend_exact_f32_96) X(attend_exact_f32_128) X(merge) \
     STRAIT_PREFILL(X, 64) STRAIT_PREFILL(X, 80) STRAIT_PREFILL(X, 96) STRAIT_PREFILL(X, 128) \
-    X(prefill_wg_64) X(prefill_wg_80) X(prefill_wg_96) X(prefill_wg_128) \
     X(embed) X(rms_norm) X(silu_mul) X(rope_append_b16) X(rope_append_f32) \
     X(seal_project_b16) X(seal_project_f32) X(seal_codes) \
     X(linear_few_m1_n1) X(linear_few_m1_n2) X(linear_few_m1_n4) X(linear_few_m1_n8) \

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <vector>
 #include <functional>
+#include <algorithm>
 #include <memory>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -71,6 +72,7 @@ struct Fiber {
   uint3 tid; unsigned lane, warp, lin;
   struct Cp{ void* d; const void* s; unsigned n, grp; }; std::vector<Cp> cp; unsigned cpg=0, votes=0;   // cp.async in flight
   struct Wg{ const void* d; std::function<void()> run; unsigned grp; }; std::vector<Wg> wg; unsigned wgg=0;   // products of warpgroups in flight
+  uintptr_t landed_lo=~uintptr_t(0), landed_hi=0; bool fenced=false;   // what this thread's copies brought since it last handed shared memory over; whether registers are
 };
 struct Warp {
   uint32_t ready=0, live=0, arrived=0; unsigned gen=0;   // bit sets over lanes
@@ -182,7 +184,7 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
   for(unsigned z=0;z<grid.z;z++)for(unsigned y=0;y<grid.y;y++)for(unsigned x=0;x<grid.x;x++){
     b.bid={x,y,z}; b.bulk.clear(); b.done=b.barred=0; b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
     for(unsigned i=0;i<b.nthr;i++){ Fiber& f=b.f[i]; f.lin=i; f.lane=i&31; f.warp=i>>5;
-      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
+      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.landed_lo=~uintptr_t(0); f.landed_hi=0; f.fenced=false; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
       uint8_t* top=b.stacks+size_t(i+1)*STACK; top=(uint8_t*)((uintptr_t)top&~uintptr_t(15));
 #if defined(__x86_64__)
       void** sp=(void**)top; *--sp=nullptr; *--sp=(void*)&fiber_main; for(int k=0;k<6;k++) *--sp=nullptr; f.sp=sp;
@@ -204,7 +206,7 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
 // soonest): a missing wait reads poison, and so does who is not through with what lay there
 static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); memset(d,0xff,n); f.cp.push_back({d,s,n,f.cpg}); }
 static inline void emu_cp_commit(){ emu::self().cpg++; }
-static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
+static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ f.landed_lo=std::min(f.landed_lo,(uintptr_t)c.d); f.landed_hi=std::max(f.landed_hi,(uintptr_t)c.d+c.n); if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
 // bulk copies land when their barrier is first waited for, and all are asked for; a barrier's word is the rounds that are over and the bytes that this one has to come
 static inline void emu_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
 static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
@@ -219,10 +221,15 @@ static inline void emu_bulk_wait(unsigned long long* bar,unsigned round){
     if(n&&n==(*bar&0xffffffffu)) break;
     emu::yield(); }
   for(auto& c:all){ if(c.bar==bar) memcpy(c.d,c.s,c.n); else all[k++]=c; } all.resize(k); *bar=(over+1)<<32; }
-// products of a warpgroup land when they are waited for, in order
+// products of a warpgroup land when they are waited for, in order; what they read of shared memory must have been handed over by every thread that copied it
+// there, and registers since the last wait
+static inline void emu_wg_handed_over(const void* from,size_t n){
+  emu::Fiber& me=emu::self(); if(!me.fenced) emu_bad("a product whose registers were not handed over");
+  if(me.lane) return;
+  for(auto& f:emu::blk->f) if((uintptr_t)from<f.landed_hi&&f.landed_lo<(uintptr_t)from+n) emu_bad("a product reads what was copied and not handed over"); }
 static inline bool emu_wg_first(const void* d){ for(auto& w:emu::self().wg) if(w.d==d) return false; return true; }
 static inline void emu_wg_push(const void* d,std::function<void()> run){ emu::Fiber& f=emu::self(); f.wg.push_back({d,std::move(run),f.wgg}); }
-static inline void emu_wg_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& w:f.wg){ if(w.grp+left<f.wgg) w.run(); else f.wg[k++]=std::move(w); } f.wg.resize(k); }
+static inline void emu_wg_wait(unsigned left){ emu::Fiber& f=emu::self(); f.fenced=false; size_t k=0; for(auto& w:f.wg){ if(w.grp+left<f.wgg) w.run(); else f.wg[k++]=std::move(w); } f.wg.resize(k); }
 #define threadIdx (emu::self().tid)
 #define blockIdx  (emu::blk->bid)
 #define blockDim  (emu::blk->bdim)

@@ -146,6 +146,34 @@ impl Linears<'_> {
     /// # Panics
     /// For more than three jobs, inputs that 8 does not divide, adapters on [`MANY`] rows, or a norm where [`Linears::norms`] says no.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+        if self.rows >= MANY {
+            if device.runs(Own::Linear) {
+                return self.launch_in_tiles(device, self.outputs_of_many(device.processors));
+            }
+            assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
+            // SAFETY: shapes as the kernel documents; the caller's memory.
+            return unsafe { device.launch("linear_many", [self.rows.div_ceil(128), self.tiles(128), 1], 256, 65_536, &self.args()) };
+        }
+        self.launch_few(device)
+    }
+
+    /// Launches them on warpgroups by tiles of 256 outputs, or of 128.
+    ///
+    /// # Errors
+    /// Where the device refuses.
+    ///
+    /// # Panics
+    /// As [`Linears::launch`].
+    pub(super) fn launch_in_tiles(&self, device: &Device, outputs: usize) -> Result<(), CudaError> {
+        assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
+        let kernel = if outputs == 256 { "linear_wg_256" } else { "linear_wg_128" };
+        let tiles = self.rows.div_ceil(128) * self.tiles(outputs);
+        // SAFETY: shapes as the kernels document; the caller's memory.
+        unsafe { device.launch(kernel, [tiles.min(device.processors), 1, 1], 256, 196_608, &self.args()) }
+    }
+
+    /// As kernels take them.
+    fn args(&self) -> LinearsArgs {
         assert!(self.jobs.len() <= 3, "{} jobs", self.jobs.len());
         assert!(self.inputs.is_multiple_of(8) && self.ldx.is_multiple_of(8), "inputs of {} in rows of {}", self.inputs, self.ldx);
         let mut jobs = [LinearArgs::default(); 3];
@@ -158,27 +186,19 @@ impl Linears<'_> {
             };
             *to = LinearArgs { w: job.w, bias: job.bias, y: job.y, out: job.out as i32, ldy: job.ldy as i32, mode, pad: 0 };
         }
-        let args = LinearsArgs {
+        LinearsArgs {
             jobs,
             x: self.x,
             count: self.jobs.len() as i32,
             rows: self.rows as i32,
             inputs: self.inputs as i32,
             ldx: self.ldx as i32,
-        };
-        if self.rows >= MANY {
-            assert!(self.worn.is_none() && self.norm.is_none(), "many rows are normed and expanded apart");
-            let (kernel, grid, shared) = if device.runs(Own::Linear) {
-                let outputs = self.outputs_of_many(device.processors);
-                let kernel = if outputs == 256 { "linear_wg_256" } else { "linear_wg_128" };
-                let tiles = self.rows.div_ceil(128) * self.tiles(outputs);
-                (kernel, [tiles.min(device.processors), 1, 1], 196_608)
-            } else {
-                ("linear_many", [self.rows.div_ceil(128), self.tiles(128), 1], 65_536)
-            };
-            // SAFETY: shapes as the kernels document; the caller's memory.
-            return unsafe { device.launch(kernel, grid, 256, shared, &args) };
         }
+    }
+
+    /// Launches those of fewer rows than [`MANY`].
+    fn launch_few(&self, device: &Device) -> Result<(), CudaError> {
+        let args = self.args();
         let (m, n) = self.tile(device);
         let grid = |blocks: usize| [self.tiles(16 * m).min(device.processors * blocks), 1, 1];
         if let Some(Norm { weight, eps }) = self.norm {

@@ -11,7 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use super::attend::AttendLayer;
 use super::driver::{Device, Memory, Own};
 use super::latents::{Meets, PartArgs, Spread, THREADS};
-use super::{CudaError, STATIC_SHARED};
+use super::{CudaError, STATIC_SHARED, trial};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::ExactType;
 use crate::ops::{AttendRow, Heads};
@@ -95,7 +95,7 @@ struct RebuildArgs {
 
 /// Channels of a head, and their kernels.
 const D: [usize; 4] = [64, 80, 96, 128];
-const COMMON: [&str; 4] = ["prefill_64_64_16", "prefill_80_64_16", "prefill_96_64_16", "prefill_128_64_16"];
+const COMMON: [&str; 4] = ["prefill_64", "prefill_80", "prefill_96", "prefill_128"];
 const WIDE: [&str; 4] = ["prefill_wg_64", "prefill_wg_80", "prefill_wg_96", "prefill_wg_128"];
 
 /// The sealed pages that a row of the batch meets before its exact ones.
@@ -352,22 +352,73 @@ impl Prefill {
     }
 }
 
-/// Attention of `n` queries after a history, all at random and always the same, by the kernels the device runs: what comes out, `[n][heads * D]`,
-/// and the milliseconds it took.
-///
-/// # Errors
-/// Where there is no room, or the device fails.
-pub(super) fn trial(device: &Arc<Device>, shape: Heads, n: usize, history: usize) -> Result<(Vec<f32>, f64), CudaError> {
-    let pages = (history + n).div_ceil(P);
-    let arena = super::trial::random(device, pages * page_units(shape) * 32, 1.0)?;
-    let q = super::trial::uniform(n * shape.heads * shape.head_dim, 4.0);
-    let (q, out) = (device.upload(&q)?, device.alloc::<u16>(q.len())?);
-    let mut work = Prefill::new(device)?;
-    work.rows.push(PrefillRow { first: 0, n: n as u32, position: history as u32, pages: 0, seen: 0, carry: 0 });
-    work.table = (0..pages).map(|page| (page * page_units(shape)) as u32).collect();
-    work.set(shape)?;
-    let ms = device.time(3, || work.meet(device, shape, (q.ptr(), out.ptr()), (arena.ptr(), 0), 0..work.items))?;
-    Ok((out.to_vec()?.iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect(), ms))
+/// Attention of `n` queries after a history, all at random and always the same: what kernels are tried with.
+pub(super) struct Sample {
+    shape: Heads,
+    /// Launched one after the other: parts of the history that are met first and carried, and the rest.
+    rows: Vec<PrefillRow>,
+    arena: Memory<u16>,
+    table: Memory<u32>,
+    q: Memory<f32>,
+    out: Memory<u16>,
+}
+
+impl Sample {
+    /// The pages of the history are met so many at a time first, or with the queries' own where that is zero.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub(super) fn new(device: &Arc<Device>, shape: Heads, (n, history): (usize, usize), split: usize) -> Result<Self, CudaError> {
+        let pages = (history + n).div_ceil(P);
+        let before = if split > 0 { history / P } else { 0 };
+        let one = |seen: usize, at: usize, carry: u32| PrefillRow {
+            first: 0,
+            n: n as u32,
+            position: (history - at * P) as u32,
+            pages: at as u32,
+            seen: (seen * P) as u32,
+            carry,
+        };
+        let carried_in = |at: usize| if at > 0 { CARRIED_IN } else { 0 };
+        let mut rows: Vec<_> =
+            (0..before).step_by(split.max(1)).map(|at| one(split.min(before - at), at, CARRIED_OUT | carried_in(at))).collect();
+        rows.push(one(0, before, carried_in(before)));
+        let q = trial::uniform(3, n * shape.heads * shape.head_dim, 4.0);
+        Ok(Sample {
+            shape,
+            rows,
+            arena: trial::random(device, 4, pages * page_units(shape) * 32)?,
+            table: device.upload(&(0..pages).map(|page| (page * page_units(shape)) as u32).collect::<Vec<_>>())?,
+            out: device.alloc(q.len())?,
+            q: device.upload(&q)?,
+        })
+    }
+
+    /// What the kernels that the device runs make of it, `[n][heads * D]`, and the milliseconds they take.
+    ///
+    /// # Errors
+    /// Where there is no room, or the device fails.
+    pub(super) fn run(&mut self, device: &Arc<Device>) -> Result<(Vec<f32>, f64), CudaError> {
+        // Nothing of another run is taken for this one's.
+        self.out.fill(0xff)?;
+        let mut work = Prefill::new(device)?;
+        let block = if work.wide { 128 } else { 64 };
+        let each = self.rows[0].n.div_ceil(block);
+        let items: Vec<_> = (0..self.rows.len() as u32).flat_map(|row| (0..each).map(move |i| Item { row, query: i * block })).collect();
+        work.device_rows = device.upload(&self.rows)?;
+        work.device_items = device.upload(&items)?;
+        work.device_table = device.upload(&self.table.to_vec()?)?;
+        let lines = self.rows[0].n as usize * self.shape.heads;
+        work.carried.reserve(lines * self.shape.head_dim)?;
+        work.carried_state.reserve(lines * 2)?;
+        let ms = device.time(3, || {
+            (0..self.rows.len()).try_for_each(|row| {
+                let items = row * each as usize..(row + 1) * each as usize;
+                work.meet(device, self.shape, (self.q.ptr(), self.out.ptr()), (self.arena.ptr(), 0), items)
+            })
+        })?;
+        Ok((self.out.to_vec()?.iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect(), ms))
+    }
 }
 
 /// Units of page addresses that one layer of an exact page of bf16 takes.
