@@ -74,7 +74,7 @@ __device__ __forceinline__ QueryPlace query_place(int c, int bits) {
 //   fragments [rows][line tiles][steps][32 lanes][8] f16; factors and offsets [rows][16 line tiles] f32: score = factor * scale *
 //   (offset + product with codes). Where `bits` is PLAIN, fragments are [rows][16 line tiles][rank], 16 divides the rank, and there are no
 //   offsets.
-//   Grid (rows, kv_heads), block 512, shared 4 (4 d + 4 * 4 rank) bytes. Reads the map once a row: L2 binds, and its latency.
+//   Grid (rows, kv_heads), block 512, shared 4 (4 d + 4 * 4 rank + 16) bytes. Reads the map once a row: L2 binds, and its latency.
 struct AbsorbArgs {
     const float* q;
     const u16* map;
@@ -89,9 +89,9 @@ KERNEL(512, 2, absorb)(AbsorbArgs p) {
     grid_go();
     SHARED(float, shared);
     constexpr int SLICES = 4;               // of the summed channels
-    __shared__ float red[16];
     float* q = shared;                      // [d][4]
     float* a = shared + 4 * p.d;            // [SLICES][4 lines][rank]
+    float* red = a + SLICES * 4 * p.rank;   // [16]
     const int row = blockIdx.x, kv_head = blockIdx.y, tid = threadIdx.x, group = p.heads / p.kv_heads;
     const int steps = key_steps(p.rank, p.bits), tiles = (p.heads + 15) / 16, half_rank = p.rank / 2;
     u16* out = p.fragments + (size_t)row * tiles * steps * 256;

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
+use super::CudaError;
 use super::driver::{Device, Memory, Own};
 use super::latents::{LatentsArgs, Meets, Spread, THREADS, first_key, key_width};
-use super::{CudaError, STATIC_SHARED};
 use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
@@ -294,9 +294,8 @@ fn own_blocks(map: &FrequencyMap, blocks: usize) -> bool {
 ///
 /// # Errors
 /// Where blocks have too little shared memory: what they need.
-fn way(keys: &KeyMap, layer: &SealedLayer, shape: Heads, shared: usize) -> Result<(Way, Option<Spread>, Spread), usize> {
+fn way(keys: &KeyMap, layer: &SealedLayer, shape: Heads, has: usize) -> Result<(Way, Option<Spread>, Spread), usize> {
     let d = shape.head_dim;
-    let has = shared.saturating_sub(STATIC_SHARED);
     let fits = |needs: usize| if needs <= has { Ok(()) } else { Err(needs) };
     let pages = Spread::new(layer, Meets::Pages, d, has)?;
     if let KeyMap::Channels(_) = keys {
@@ -833,7 +832,7 @@ const fn head_groups(shape: Heads) -> usize {
 
 /// Bytes of shared memory of `absorb`.
 const fn absorb_shared(d: usize, rank: usize) -> usize {
-    4 * (4 * d + 16 * rank)
+    4 * (4 * d + 16 * rank + 16)
 }
 
 /// `AbsorbArgs` has it in place of bits where queries lie in the order of their latents (`PLAIN` of `latent.cuh`).

@@ -16,9 +16,6 @@ pub mod trial;
 
 pub use driver::{Device, Memory, Own, Part, Pinned, Recording};
 
-/// Bytes of shared memory that kernels may have beside what is asked for, which begins at a multiple of so many.
-const STATIC_SHARED: usize = 1024;
-
 /// Why the device cannot do what was asked. Each says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum CudaError {

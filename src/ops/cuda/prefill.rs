@@ -11,7 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use super::attend::AttendLayer;
 use super::driver::{Device, Memory, Own};
 use super::latents::{Meets, PartArgs, Spread, THREADS};
-use super::{CudaError, STATIC_SHARED, trial};
+use super::{CudaError, trial};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::ExactType;
 use crate::ops::{AttendRow, Heads};
@@ -297,7 +297,7 @@ impl Prefill {
         let (layout, maps) = (layer.view.layout, layer.maps);
         let part = &layout.sealed[layer.view.layer];
         // What is dropped has no maps, and no latents.
-        let spread = maps.map_or_else(|| Spread::new(part, Meets::Pages, d, device.shared - STATIC_SHARED), |m| Ok(m.pages));
+        let spread = maps.map_or_else(|| Spread::new(part, Meets::Pages, d, device.shared), |m| Ok(m.pages));
         let spread = spread.expect("the layer is served");
         let turns = maps.is_some_and(|m| m.key_mean.is_some());
         let args = RebuildArgs {
