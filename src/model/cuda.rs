@@ -880,7 +880,9 @@ fn is_f32(w: &Weight<'_>) -> bool {
 pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Trial>, CudaError> {
     let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
     let matrix = (config.intermediate.min(4096), config.hidden);
-    trial::choose(device, &trial::Shape { heads, matrix, rows: 2048, history: 6144 })
+    // What fills the device: on an H200 2048 rows, after 6336 positions.
+    let rows = 128 * (device.processors / 8).max(1);
+    trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors })
 }
 
 /// Whether a device serves a cache profile.

@@ -31,7 +31,7 @@ serve() {
   shift
   "$root/target/release/strait" --port 0 --lora-modules pirate=tests/golden/demo-adapters/pirate --lora-root tests/golden/demo-adapters "$@" >"$work/$name.out" 2>"$work/$name.log" &
   server=$!
-  for _ in $(seq 100); do
+  for _ in $(seq 300); do
     url=$(grep -oE 'http://127\.0\.0\.1:[0-9]+' "$work/$name.out" | head -n 1 || true)
     if [ -n "$url" ] && curl -sf "$url/ready" >/dev/null; then return; fi
     sleep 0.1
