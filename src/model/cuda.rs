@@ -879,7 +879,7 @@ fn is_f32(w: &Weight<'_>) -> bool {
 /// Where the device fails.
 pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Trial>, CudaError> {
     let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
-    let matrix = (config.intermediate.min(4096), config.hidden);
+    let matrix = (config.intermediate.clamp(16, 4096), config.hidden);
     // What fills the device: on an H200 2048 rows, after 6336 positions.
     let rows = 128 * (device.processors / 8).max(1);
     trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors })
