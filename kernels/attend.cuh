@@ -301,21 +301,28 @@ struct MergeArgs {
 
 // latent[slice][h][r] = sum over every slices-th part of by[h][part] from[part][h][r], V elements to a thread.
 template <int V>
-__device__ __forceinline__ void merge_latents(float* latent, const u16* from, size_t step, const float* by, int parts, int ns, int n, int rank, int slices, int tid) {
+__device__ __forceinline__ void merge_latents(float* latent, const u16* from, u32 step, const float* by, int parts, int ns, int n, int rank, int slices, int tid) {
     const int each = rank / V;
     for (int i = tid; i < slices * 4 * each; i += 512) {
         const int slice = i / (4 * each), h = i / each % 4, r = i % each * V;
         if (h >= n) continue;
+        // Eight parts are on their way at once, whatever their number: what is beyond the last is zero.
         float x[V] = {};
-#pragma unroll 2
-        for (int k = slice; k < ns; k += slices) {
-            const u32* at = (const u32*)(from + k * step + h * rank + r);
-            u32 v[V / 2];
-            if (V == 8) *(uint4*)v = *(const uint4*)at;
-            else *(uint2*)v = *(const uint2*)at;
-            const float w = by[h * parts + k];
+        for (int k = slice; k < ns; k += 8 * slices) {
+            u32 v[8][V / 2] = {};
 #pragma unroll
-            for (int j = 0; j < V / 2; j++) x[2 * j] += w * h_lo(v[j]), x[2 * j + 1] += w * h_hi(v[j]);
+            for (int e = 0; e < 8; e++) {
+                if (k + e * slices >= ns) continue;
+                const u32* at = (const u32*)(from + ((k + e * slices) * step + h * rank + r));
+                if (V == 8) *(uint4*)v[e] = *(const uint4*)at;
+                else *(uint2*)v[e] = *(const uint2*)at;
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const float w = k + e * slices < ns ? by[h * parts + k + e * slices] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < V / 2; j++) x[2 * j] += w * h_lo(v[e][j]), x[2 * j + 1] += w * h_hi(v[e][j]);
+            }
         }
 #pragma unroll
         for (int j = 0; j < V; j += 4) *(float4*)(latent + (slice * 4 + h) * rank + r + j) = make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]);
@@ -350,10 +357,12 @@ KERNEL(512, 2, merge)(MergeArgs p) {
             const float* es = p.exact_state + ((size_t)row.exact * p.heads + head0 + warp) * 2;
             const size_t ss_step = (size_t)p.tiles * 64, es_step = (size_t)p.heads * 2;
             float top = -1e30f;
+#pragma unroll 4
             for (int i = lane; i < ns; i += 32) top = fmaxf(top, ss[i * ss_step]);
             for (int i = lane; i < ne; i += 32) top = fmaxf(top, es[i * es_step]);
             top = warp_max(top);
             float sealed = 0, exact = 0;
+#pragma unroll 4
             for (int i = lane; i < ns; i += 32) {
                 const float4 s = *(const float4*)(ss + i * ss_step);
                 const float w = ex2(s.x - top);
@@ -372,7 +381,8 @@ KERNEL(512, 2, merge)(MergeArgs p) {
         if (ns > 0) {
             // Latents: some neighbouring elements of a head to a thread, parts in slices.
             const u16* from = p.sealed + ((size_t)row.sealed * p.tiles * 16 + head0) * p.rank;
-            const size_t step = (size_t)p.tiles * 16 * p.rank;
+            // All of a slice's results are fewer than 2^32.
+            const u32 step = p.tiles * 16 * p.rank;
             if (p.rank % 8 == 0) merge_latents<8>(latent, from, step, by, parts, ns, n, p.rank, slices, tid);
             else merge_latents<4>(latent, from, step, by, parts, ns, n, p.rank, slices, tid);
             __syncthreads();
@@ -385,14 +395,19 @@ KERNEL(512, 2, merge)(MergeArgs p) {
         float x[4][2] = {};
         if (ns > 0 && cut < cuts) {
             const u32* up = (const u32*)(p.up + (size_t)kv_head * p.rank * p.d) + pair;
-#pragma unroll 8
-            for (int r = cut; r < p.rank; r += cuts) {
-                const u32 u = up[(size_t)r * pairs];
-                const float lo = h_lo(u), hi = h_hi(u);
+            for (int r = cut; r < p.rank; r += 8 * cuts) {
+                u32 u[8];
 #pragma unroll
-                for (int h = 0; h < 4; h++) {
-                    const float l = h < n ? latent[h * p.rank + r] : 0.0f;
-                    x[h][0] += l * lo, x[h][1] += l * hi;
+                for (int e = 0; e < 8; e++) u[e] = r + e * cuts < p.rank ? up[(size_t)(r + e * cuts) * pairs] : 0;
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    if (r + e * cuts >= p.rank) break;
+                    const float lo = h_lo(u[e]), hi = h_hi(u[e]);
+#pragma unroll
+                    for (int h = 0; h < 4; h++) {
+                        const float l = h < n ? latent[h * p.rank + r + e * cuts] : 0.0f;
+                        x[h][0] += l * lo, x[h][1] += l * hi;
+                    }
                 }
             }
         }

@@ -124,7 +124,7 @@ template <bool ROWS_OF_K, int N8, class B, class F> static inline void emu_wg_mm
         }
     });
 }
-template <bool ROWS_OF_K, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) { emu_wg_mma<ROWS_OF_K>(d, a, b, true, h_of); }
+template <bool ROWS_OF_K, bool ADDS, int N8> static inline void wg_mma_h(float (&d)[N8][4], const u32 (&a)[4], WgTile b) { emu_wg_mma<ROWS_OF_K>(d, a, b, ADDS, h_of); }
 template <bool ROWS_OF_K, bool ADDS, int N8> static inline void wg_mma_b(float (&d)[N8][4], const u32 (&a)[4], WgTile b) { emu_wg_mma<ROWS_OF_K>(d, a, b, ADDS, b_of); }
 // Both from shared memory; all lanes come together, as they must.
 template <int N8> static inline void wg_mma_b(float (&d)[N8][4], WgLines a, WgLines b) {
@@ -154,9 +154,11 @@ static inline void bulk_barrier(u64* barrier) { *barrier = 0; }
 static inline void bulk_expect(u64* barrier, u32 bytes) { emu_bulk_expect(barrier, bytes); }
 static inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu_bulk_copy(to, from, bytes, barrier); }
 static inline void bulk_wait(u64* barrier, u32 round) { emu_bulk_wait(barrier, round); }
+static inline const u8* one_address(const u8* p) { return p; }
 static inline int any_of_block(int p) { return emu::any_of_block(p); }
 static inline float ex2(float x) { return exp2f(x); }
 static inline float lg2(float x) { return log2f(x); }
+static inline float rcp(float x) { return 1.0f / x; }
 static inline float product(float a, float b) { volatile float r = a * b; return r; }
 template <class T> static inline T ld_once(const T* p) { return *p; }
 static inline float ld_fresh(const float* p) { return *p; }
@@ -226,15 +228,15 @@ __device__ __forceinline__ u64 wg_descriptor(WgLines l) { u64 d; asm("mov.b64 %0
 #define WG_TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
 #define WG_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define WG_D4(n) WG_D(n), WG_D(n + 1), WG_D(n + 2), WG_D(n + 3)
-template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[2][4], const u32 (&a)[4], WgTile b) {
-    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_h(float (&d)[2][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %14, 0;"
                  "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {" "%0,%1,%2,%3,%4,%5,%6,%7" "},{%8,%9,%10,%11},%12,adds,1,1,%13; }"
-                 : WG_D(0), WG_D(1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+                 : WG_D(0), WG_D(1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
 }
-template <bool ROWS_OF_K> __device__ __forceinline__ void wg_mma_h(float (&d)[4][4], const u32 (&a)[4], WgTile b) {
-    asm volatile("{ .reg .pred adds; setp.eq.u32 adds, 0, 0;"
+template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_h(float (&d)[4][4], const u32 (&a)[4], WgTile b) {
+    asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %22, 0;"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" WG_TEN("") "," "%10,%11,%12,%13,%14,%15" "},{%16,%17,%18,%19},%20,adds,1,1,%21; }"
-                 : WG_D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0));
+                 : WG_D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wg_descriptor(b)), "n"(ROWS_OF_K ? 1 : 0), "n"(ADDS ? 1 : 0));
 }
 template <bool ROWS_OF_K, bool ADDS> __device__ __forceinline__ void wg_mma_b(float (&d)[8][4], const u32 (&a)[4], WgTile b) {
     asm volatile("{ .reg .pred adds; setp.ne.u32 adds, %38, 0;"
@@ -302,9 +304,12 @@ __device__ __forceinline__ void bulk_wait(u64* barrier, u32 round) {
                  : "memory");
 }
 #endif
+// An address that is made once, and not anew for each that lies a known way behind it.
+__device__ __forceinline__ const u8* one_address(const u8* p) { asm volatile("" : "+l"(p)); return p; }
 // A barrier of the block that tells whether any thread says so.
 __device__ __forceinline__ int any_of_block(int p) { return __syncthreads_or(p); }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 // A product that is rounded by itself: the compiler makes no sum that follows part of it.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }

@@ -184,6 +184,8 @@ struct SealedItem {
     u32 skip;
     // Which of the sequence's pages the first is.
     u32 page;
+    // Where its results lie.
+    u32 part;
 };
 
 struct SealedArgs {
@@ -193,7 +195,7 @@ struct SealedArgs {
     const u16* fragments;
     const float* factors;
     const float* offsets;
-    // [items][16 tiles][rank_v] f16 and [items][16 tiles][4] f32: largest exponent, sum, and what the f16 are multiples of.
+    // [parts][16 tiles][rank_v] f16 and [parts][16 tiles][4] f32: largest exponent, sum, and what the f16 are multiples of.
     u16* out;
     float* state;
     // Offsets in a page of the sections of this layer.
@@ -563,8 +565,8 @@ __device__ __forceinline__ void attend_sealed(const SealedArgs& p) {
 #pragma unroll
                 for (int c = 0; c < 4; c++) top[m][c / 2] = fmaxf(top[m][c / 2], fabsf(o[m][group][j][c]));
     over_warps(top, false);
-    u16* out = p.out + ((size_t)blockIdx.x * p.tiles * 16 + line0) * p.rank_v;
-    float* state = p.state + ((size_t)blockIdx.x * p.tiles * 16 + line0) * 4;
+    u16* out = p.out + ((size_t)item.part * p.tiles * 16 + line0) * p.rank_v;
+    float* state = p.state + ((size_t)item.part * p.tiles * 16 + line0) * 4;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll

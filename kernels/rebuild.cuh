@@ -531,11 +531,11 @@ __device__ __forceinline__ void attend(const LatentsArgs& p) {
         for (int k = 1; k < 16; k *= 2) total += __shfl_xor_sync(~0u, total, k);
         if (tid % 16 == 0) {
             room.by[line] = total > 0 ? unit_by(p.values) / total : 0.0f;
-            if (line < n && blockIdx.z == 0) *(float4*)(p.state + ((u64)index * p.tiles * 16 + head0 + line) * 4) = make_float4(top[round], total, total, 0);
+            if (line < n && blockIdx.z == 0) *(float4*)(p.state + ((u64)item.part * p.tiles * 16 + head0 + line) * 4) = make_float4(top[round], total, total, 0);
         }
     }
     __syncthreads();
-    u16* out = p.out + ((u64)index * p.tiles * 16 + head0) * p.stride + base;
+    u16* out = p.out + ((u64)item.part * p.tiles * 16 + head0) * p.stride + base;
 #pragma unroll
     for (u32 j = 0; j < NT; j++) {
         if (j >= used) break;

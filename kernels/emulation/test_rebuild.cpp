@@ -150,7 +150,7 @@ struct Case {
         u32 tiles = (heads + 15) / 16, group = heads / kv;
         // Two items of the row, the second from another page on.
         std::vector<SealedItem> items = {{1, 0, pages, skip, 2}};
-        if (pages > 1) items[0].pages = 1, items.push_back({1, 1, pages - 1, 0, 3});
+        if (pages > 1) items[0].pages = 1, items.push_back({1, 1, pages - 1, 0, 3, 1});
         std::vector<float> q((size_t)2 * heads * d), factors((size_t)2 * tiles * 16, NAN);
         std::vector<u16> absorbed_q((size_t)2 * tiles * 16 * ks.width, 0x7e00);
         for (auto& x : q) x = 2 * normal();

@@ -255,6 +255,11 @@ impl SealedLayer {
         layer
     }
 
+    /// One layer by itself, from the page's start.
+    pub fn alone(widths: Widths, quantisers: [Quantiser; 2], blocks: usize) -> Self {
+        SealedLayer::at(0, widths, quantisers, blocks)
+    }
+
     /// Bytes that keys, or values, of this width take of a page, what aligns them left out.
     pub fn part_bytes(width: Width, quantiser: Quantiser, blocks: usize, values: bool) -> usize {
         let none = Width { rank: 0, bits: width.bits };

@@ -882,7 +882,10 @@ pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Tri
     let matrix = (config.intermediate.clamp(16, 4096), config.hidden);
     // What fills the device: on an H200 2048 rows, after 6336 positions.
     let rows = 128 * (device.processors / 8).max(1);
-    trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors })
+    // As many sealed pages are three blocks of 16 a processor, of few sequences.
+    let pages = 48 * device.processors;
+    let decoded = (pages.div_ceil(2048), pages.min(2048));
+    trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors, decoded })
 }
 
 /// Whether a device serves a cache profile.

@@ -16,7 +16,7 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
-use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, serves, span};
+use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves};
 use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::reference::Reference;
 use strait::ops::{AttendRow, Heads};
@@ -278,7 +278,15 @@ fn exact_rows_come_to_the_same_where_their_own_blocks_merge_them() {
 #[test]
 fn spans_are_whole_tiles_that_follow_from_the_length() {
     for (pages, want) in [(0, 0), (1, 4), (256, 4), (257, 8), (512, 8), (2048, 32), (1 << 20, 32)] {
-        assert_eq!(span(pages, (4, 32)), want, "{pages} pages");
+        assert_eq!(exact_span(pages), want, "{pages} pages");
+    }
+    // Long spans of sealed pages, how many, and short ones.
+    for (pages, long) in [(0, (0, 0, 0)), (1, (8, 0, 1)), (17, (8, 0, 3)), (1024, (8, 0, 128)), (1025, (16, 48, 33)), (2048, (16, 96, 64)), (4096, (32, 112, 64)), (1 << 20, (32, 32752, 64))] {
+        let spans = sealed_spans(pages);
+        let (each, n, short) = long;
+        let end = pages - n * each;
+        let want: Vec<usize> = std::iter::repeat_n(each, n).chain((0..short).map(|i| (end - 8 * i).min(8))).collect();
+        assert_eq!((spans.iter().sum::<usize>(), spans), (pages, want), "{pages} pages");
     }
 }
 

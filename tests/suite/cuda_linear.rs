@@ -79,9 +79,9 @@ fn rows_are_normed_apart_where_their_products_would_lose_a_block() {
 fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
     for head_dim in [64, 80, 96, 128] {
         let device = own_device();
-        assert!(device.runs(Own::Prefill) && device.runs(Own::Linear));
+        assert!([Own::Prefill, Own::Linear, Own::Sealed].into_iter().all(|own| device.runs(own)));
         let heads = Heads { heads: 2, kv_heads: 1, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
-        for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70 }).unwrap() {
+        for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70, decoded: (1, 9) }).unwrap() {
             assert!(trial.off < 1.0, "{head_dim} channels: {trial}");
             // Times of an emulated device tell nothing.
             assert_eq!(device.runs(trial.of), trial.holds(), "{trial}");
@@ -89,7 +89,7 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
     }
     // Kernels that compute nothing are found, each by itself.
     if let Some(emulated) = emulated::EMULATED.get() {
-        for (spoilt, of) in [(c"prefill_wg_", Own::Prefill), (c"linear_wg_", Own::Linear)] {
+        for (spoilt, of) in [(c"prefill_wg_", Own::Prefill), (c"linear_wg_", Own::Linear), (c"attend_sealed_wg_", Own::Sealed)] {
             let device = own_device();
             let stream = device.stream().cu_stream() as usize;
             // SAFETY: a function of the emulated driver, of this type, which copies the name.
@@ -97,17 +97,17 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
                 emulated.get::<unsafe extern "C" fn(usize, *const c_char)>(b"strait_emulated_spoil").unwrap()(stream, spoilt.as_ptr())
             };
             let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64, scale: 0.125 };
-            let trials = trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70 }).unwrap();
+            let trials = trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70, decoded: (1, 9) }).unwrap();
             for trial in &trials {
                 assert_eq!(trial.off.is_infinite(), trial.of == of, "{trial}");
             }
-            assert!(trials.len() == 2 && !device.runs(of));
+            assert!(trials.len() == 3 && !device.runs(of));
         }
     }
     // What has none of its own has nothing to try, and goes on without.
     let [_, common] = devices();
     let heads = Heads { heads: 1, kv_heads: 1, head_dim: 64, scale: 0.125 };
-    assert!(trial::choose(&common, &Shape { heads, matrix: (8, 8), rows: 65, history: 0 }).unwrap().is_empty());
+    assert!(trial::choose(&common, &Shape { heads, matrix: (8, 8), rows: 65, history: 0, decoded: (1, 1) }).unwrap().is_empty());
     assert!([Own::Sealed, Own::Prefill, Own::Linear].into_iter().all(|own| !common.runs(own)));
 }
 

@@ -12,6 +12,7 @@ use half::f16;
 use super::CudaError;
 use super::driver::{Device, Memory, Own};
 use super::latents::{LatentsArgs, Meets, Spread, THREADS, first_key, key_width};
+use super::trial;
 use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::layout::{ExactType, Quantiser, SealedLayer};
@@ -21,19 +22,40 @@ const P: usize = PAGE_TOKENS as usize;
 /// Kernels know the unit of page addresses as `UNIT`.
 const _: () = assert!(PageAddr::UNIT == 64);
 
-/// Spans a row's pages are cut into at most, as long as spans are short.
-const SPANS: usize = 64;
-/// Pages of a span, at least and at most: whole tiles of the kernels, and so many that a partial result is little beside them.
+/// Spans a row's exact pages are cut into at most, as long as spans are short; and pages of one, at least and at most: whole tiles of the
+/// kernels, and so many that a partial result is little beside them.
+const EXACT_SPANS: usize = 64;
+const EXACT_SPAN: (usize, usize) = (4, 32);
+/// The same of sealed pages, whose partial results are merged sooner.
+const SEALED_SPANS: usize = 128;
 const SEALED_SPAN: (usize, usize) = (8, SEALED_MOST);
 pub(super) const SEALED_MOST: usize = 32;
-const EXACT_SPAN: (usize, usize) = (4, 32);
 
 /// Bytes an arena has beyond its pages: kernels read up to so many after a page's codes, and heed none of them.
 pub const ARENA_SLACK: usize = 1024;
 
-/// Pages of each span of `pages`.
-pub fn span(pages: usize, (least, most): (usize, usize)) -> usize {
-    pages.div_ceil(SPANS).next_multiple_of(least).min(most)
+/// Pages of each span of `pages`, of so many spans, or more where they are of `most` pages.
+fn span(pages: usize, spans: usize, (least, most): (usize, usize)) -> usize {
+    pages.div_ceil(spans).next_multiple_of(least).min(most)
+}
+
+/// Pages of each span of so many exact ones.
+pub fn exact_span(pages: usize) -> usize {
+    span(pages, EXACT_SPANS, EXACT_SPAN)
+}
+
+/// Pages of each span of so many sealed ones, in their order. The last quarter is cut fine: blocks over long spans begin first
+/// ([`DeviceWork::set`]), and those over short ones end together where as many long ones would leave processors without any.
+pub fn sealed_spans(pages: usize) -> Vec<usize> {
+    let (least, each) = (SEALED_SPAN.0, span(pages, SEALED_SPANS, SEALED_SPAN));
+    let long = (pages - (pages / 4).min(64 * least)) / each.max(1);
+    let mut spans = vec![each; if each > least { long } else { 0 }];
+    let mut left = pages - spans.len() * each;
+    while left > 0 {
+        spans.push(left.min(least));
+        left -= left.min(least);
+    }
+    spans
 }
 
 /// One span of one row's sealed pages (`SealedItem` of `latent.cuh`).
@@ -46,6 +68,8 @@ pub struct SealedItem {
     pub skip: u32,
     /// Which of the sequence's pages the first is.
     pub page: u32,
+    /// Where its results lie: [`DeviceWork::set`] says.
+    pub part: u32,
 }
 
 /// One span of one row's exact pages (`ExactItem` of `attend.cuh`).
@@ -94,16 +118,16 @@ impl Work {
             let row = first + i as u32;
             let (sealed, exact) = (self.sealed.len() as u32, self.exact.len() as u32);
             if !of.view.layout.drops {
-                let each = span(of.sealed.len(), SEALED_SPAN);
-                for at in (0..of.sealed.len()).step_by(each.max(1)) {
-                    let pages = each.min(of.sealed.len() - at) as u32;
-                    let skip = if at == 0 { sinks } else { 0 };
-                    self.sealed.push(SealedItem { row, table: sealed_table + at as u32, pages, skip, page: at as u32 });
+                let mut at = 0;
+                for pages in sealed_spans(of.sealed.len()) {
+                    let (page, pages, skip) = (at, pages as u32, if at == 0 { sinks } else { 0 });
+                    self.sealed.push(SealedItem { row, table: sealed_table + page, pages, skip, page, part: 0 });
+                    at += pages;
                 }
             }
             let positions = of.position as usize + i + 1 - before;
             let pages = positions.div_ceil(P);
-            let each = span(pages, EXACT_SPAN);
+            let each = exact_span(pages);
             for at in (0..pages).step_by(each.max(1)) {
                 let n = each.min(pages - at);
                 let sinks = if at == 0 { sinks } else { 0 };
@@ -381,6 +405,27 @@ impl DeviceMaps {
         let (key_up, up, mean) = (device.upload(&halves(&key_up))?, device.upload(&halves(&up))?, device.upload(&values.mean)?);
         Ok(DeviceMaps { way, absorb, key_up, key_mean, up, mean, width, stride, spread, pages })
     }
+
+    /// Maps at random of a layer that is met as words.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub(super) fn at_random(device: &Arc<Device>, layer: &SealedLayer, shape: Heads) -> Result<Self, CudaError> {
+        let (channels, rank, stride) = (shape.kv_heads * shape.head_dim, layer.keys.rank, stride(layer));
+        let halves = |seed, n| device.upload(&halves(&trial::uniform(seed, n, 0.2).into_iter().map(f16::from_f32).collect::<Vec<_>>()));
+        Ok(DeviceMaps {
+            way: Way::Words,
+            absorb: Some(halves(11, channels * rank)?),
+            key_up: device.alloc(0)?,
+            key_mean: None,
+            up: halves(12, channels * stride)?,
+            mean: device.upload(&trial::uniform(13, channels, 0.2))?,
+            width: rank,
+            stride,
+            spread: None,
+            pages: Spread::default(),
+        })
+    }
 }
 
 fn halves(x: &[f16]) -> Vec<u16> {
@@ -496,8 +541,6 @@ impl DeviceWork {
         let most = |f: &dyn Fn(&SealedLayer) -> usize| layers.iter().map(f).max().unwrap_or(0);
         self.table.reserve(work.table.len())?;
         self.table.write(0, &work.table)?;
-        self.sealed_items.reserve(work.sealed.len())?;
-        self.sealed_items.write(0, &work.sealed)?;
         self.exact_items.reserve(work.exact.len())?;
         self.exact_items.write(0, &work.exact)?;
         let rank = most(&stride);
@@ -518,6 +561,15 @@ impl DeviceWork {
             (row.sealed, row.sealed_end) = (row.sealed - sealed, row.sealed_end - sealed);
             (row.exact, row.exact_end) = (row.exact - exact, row.exact_end - exact);
         }
+        // Each result has the place of its part of the row, but those that take longest begin first: the last to end are short ones.
+        let mut items = work.sealed.clone();
+        for slice in &self.slices {
+            let items = &mut items[slice.sealed.clone()];
+            (0..).zip(&mut *items).for_each(|(part, item)| item.part = part);
+            items.sort_by_key(|item| std::cmp::Reverse(item.pages));
+        }
+        self.sealed_items.reserve(items.len())?;
+        self.sealed_items.write(0, &items)?;
         self.rows.reserve(rows.len())?;
         self.rows.write(0, &rows)?;
         self.parts = work.rows.iter().map(|r| (r.sealed_end - r.sealed + r.exact_end - r.exact) as usize).max().unwrap_or(0);
@@ -547,6 +599,15 @@ impl DeviceWork {
         key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
         key.extend([self.factors.ptr(), self.offsets.ptr(), self.sealed.ptr(), self.sealed_state.ptr()]);
         key.extend([self.exact.ptr(), self.exact_state.ptr(), self.ended.ptr()]);
+    }
+
+    /// Nothing of another run is taken for the next one's.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub(super) fn spoil(&mut self) -> Result<(), CudaError> {
+        self.sealed.fill(0xff)?;
+        self.sealed_state.fill(0xff)
     }
 
     /// Launches one layer's attention over the work.
@@ -852,19 +913,21 @@ const fn tiles_at_once(heads: usize) -> usize {
 /// Bytes of shared memory of `attend_sealed`.
 fn sealed_shared(heads: usize, layer: &SealedLayer) -> usize {
     let mt = tiles_at_once(heads);
-    mt * steps(layer) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 128 * mt + 4 * SEALED_SPAN.1
+    mt * steps(layer) * 512 + WARPS * mt * 2048 + 2 * WARPS * 16 * mt * 4 + 128 * mt + 4 * SEALED_MOST
 }
 
-/// Bytes of shared memory of `attend_sealed_wg`.
+/// Bytes of shared memory of `attend_sealed_wg`: queries; three pages' weights; lines, the table, sums of warps; two pages' keys with scales,
+/// and values. Words beyond a page's are read, and not heeded: of keys up to 15 rows, of values up to 256 channels.
 fn warpgroup_shared(heads: usize, layer: &SealedLayer) -> usize {
     let (mt, key_row) = (tiles_at_once(heads), 4 * P + 32);
-    let rows = match layer.keys.bits {
+    let key_rows = match layer.keys.bits {
         3 => layer.keys.rank.div_ceil(16) + layer.keys.rank.div_ceil(16).div_ceil(2),
         bits => layer.keys.rank.div_ceil(32 / bits as usize),
     };
-    // Words beyond a page's are read, and not heeded: of keys up to 31 rows, of values up to 256 channels.
-    let values = (2 * (layer.end - layer.keys.meta).next_multiple_of(128)).max(31 * key_row) + 1024;
-    512 * mt * (steps(layer).next_multiple_of(8) + 8) + 9 * 64 * mt + 4 * SEALED_MOST + 16 + 2 * mt * 16 * 128 + 2 * rows * key_row + values
+    let value_rows = [4, 6, 8][layer.values.bits as usize - 2];
+    let weights = if layer.values.bits == 4 { 4 * 512 * mt + 16 } else { 8 * (256 * mt + 16) };
+    let values = (2 * value_rows * ((4 * layer.values.rank + 95) / 128 * 128 + 32)).max(15 * key_row) + 1024;
+    512 * mt * steps(layer).next_multiple_of(4).max(4) + 3 * weights + 8 * 64 * mt + 4 * (SEALED_MOST + 4) + 512 * mt + 2 * (key_rows * key_row + 4 * P) + values
 }
 
 /// Steps of 16 channels of an absorbed query.

@@ -15,7 +15,7 @@ pub(super) const THREADS: usize = 256;
 
 /// The keys or the values of a layer's sealed pages (`rebuild::Part`).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PartArgs {
     pub(super) rank: u32,
     pub(super) span: u32,
@@ -50,7 +50,7 @@ impl Meets {
 }
 
 /// How the latents of a layer are spread, and the shared memory that takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Spread {
     pub(super) groups: usize,
     pub(super) keys: PartArgs,

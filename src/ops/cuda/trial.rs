@@ -1,15 +1,18 @@
-//! Which kernels a device runs where it has some of its own for prompts: they are tried on the very device, before anything is served, against the
-//! kernels of all architectures, on the shapes of the model.
+//! Which kernels a device runs where it has some of its own: they are tried on the very device, before anything is served, against the kernels of
+//! all architectures, on the shapes of the model.
 //!
 //! Kernels of one architecture use what no emulation shows whole: registers and memory that a matrix unit reads by itself. A device on which they
-//! give other results, or give them later, runs without them. (Those for decoded positions were measured where they were made, and run.)
+//! give other results, or give them later, runs without them.
 
 use std::sync::Arc;
 
+use super::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
 use super::driver::{Device, Memory, Own};
 use super::linear::{Job, Linears, Mode};
 use super::{CudaError, prefill};
-use crate::ops::Heads;
+use crate::ids::{PAGE_TOKENS, PageAddr};
+use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedLayer, Width, Widths};
+use crate::ops::{AttendRow, Heads, LayerView};
 
 /// How far a row of results in bf16 may be from the other kernels', as a share of its length: weights and results are rounded to 2^-8 and less.
 const SHORT: f64 = 1e-2;
@@ -58,14 +61,16 @@ pub struct Shape {
     pub rows: usize,
     /// Positions before the chunk.
     pub history: usize,
+    /// Sequences whose next position is decoded, and sealed pages of each.
+    pub decoded: (usize, usize),
 }
 
-/// Tries the kernels of the device's own architecture for chunks of queries and for products of many rows, and leaves out those that do not hold.
-/// Nothing where it has none. What is timed is whole tiles, as in the midst of a long prompt; ends of tiles, carried sums and every mode are
-/// compared beside it.
+/// Tries the kernels of the device's own architecture for chunks of queries, for products of many rows and for positions decoded over sealed pages,
+/// and leaves out those that do not hold. Nothing where it has none. What is timed is whole tiles, as in the midst of a long prompt; ends of tiles,
+/// carried sums, every mode and every width of codes are compared beside it.
 ///
-/// Cost: some milliseconds of the device, some tenths of a second of the host, and the memory of the product, its operands and the chunk's pages
-/// meanwhile.
+/// Cost: some milliseconds of the device, some tenths of a second of the host, and the memory of each in its turn: the product and its operands, or
+/// pages.
 ///
 /// # Errors
 /// Where there is no room, or the device fails; it may be lost then.
@@ -101,6 +106,20 @@ pub fn choose(device: &Arc<Device>, shape: &Shape) -> Result<Vec<Trial>, CudaErr
                 };
                 trial.off = trial.off.max(apart(device, Own::Linear, (out, bound), run)?);
             }
+        }
+        trials.push(trial);
+    }
+    // Latents of a fifth of the channels.
+    let (kv, d) = (shape.heads.kv_heads * shape.heads.head_dim, shape.heads.head_dim);
+    let fifth = (kv / 5).next_multiple_of(16).min(256);
+    if device.runs(Own::Sealed) {
+        let mut timed = Decoded::new(device, shape.heads, [(fifth, 4); 2], shape.decoded, 0)?;
+        let mut trial = compare(device, (Own::Sealed, "positions over sealed pages"), (d, SHORT), || timed.run(device))?;
+        // Every width; spans that end within their pages; sinks of some positions, and of a whole page.
+        for (bits, sinks) in [([2, 2], 0), ([2, 4], 3), ([3, 3], 64), ([3, 2], 0), ([4, 3], 5), ([4, 4], 64)] {
+            let ranks = [(fifth.min(38), bits[0]), (fifth.min(20), bits[1])];
+            let mut case = Decoded::new(device, shape.heads, ranks, (2, 11), sinks)?;
+            trial.off = trial.off.max(apart(device, Own::Sealed, (d, SHORT), || Ok(case.run(device)?.0))?);
         }
         trials.push(trial);
     }
@@ -203,6 +222,89 @@ impl Product {
         }
         let halves: &[u16] = bytemuck::cast_slice(&y);
         Ok(halves[..y.len()].iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect())
+    }
+}
+
+/// Sequences whose pages are at random, and the query of each.
+struct Decoded {
+    shape: Heads,
+    layout: PageLayout,
+    maps: DeviceMaps,
+    arena: Memory<u8>,
+    work: DeviceWork,
+    q: Memory<f32>,
+    out: Memory<u16>,
+    out_f32: Memory<f32>,
+    rows: usize,
+}
+
+impl Decoded {
+    /// Latents of keys and of values by rank and bits; so many rows of so many sealed pages each, that many positions of which are sinks.
+    fn new(
+        device: &Arc<Device>,
+        shape: Heads,
+        [keys, values]: [(usize, u32); 2],
+        (rows, pages): (usize, usize),
+        sinks: u32,
+    ) -> Result<Self, CudaError> {
+        let width = |(rank, bits)| Width { rank, bits };
+        let sealed = SealedLayer::alone(Widths { keys: width(keys), values: width(values) }, [Quantiser::Hadamard; 2], 1);
+        let Heads { kv_heads, head_dim, .. } = shape;
+        let layout =
+            PageLayout { exact: ExactType::Bf16, layers: 1, kv_heads, head_dim, hidden: 0, window: 0, sinks, sealed: vec![sealed], drops: false };
+        let sizes = layout.sizes();
+        // One exact page for all, and their sinks; then sealed pages, over and over the same some that differ.
+        let exact = PageAddr::UNIT.max(sizes.exact.max(sizes.sinks));
+        let (differ, each) = (61, sizes.sealed as usize);
+        let mut arena = device.alloc::<u8>(exact as usize + rows * pages * each + ARENA_SLACK)?;
+        let numbers = uniform(14, exact as usize / 2, 1.0);
+        arena.write(0, bytemuck::cast_slice(&numbers.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>()))?;
+        let mut some: Vec<u8> = uniform(15, differ * each, 128.0).into_iter().map(|x| x as i8 as u8).collect();
+        let scales: Vec<half::f16> = uniform(16, PAGE_TOKENS as usize, 0.2).into_iter().map(|x| half::f16::from_f32(x + 0.3)).collect();
+        for page in some.chunks_exact_mut(each) {
+            for at in [sealed.keys.meta, sealed.values.meta] {
+                page[at..at + 2 * scales.len()].copy_from_slice(bytemuck::cast_slice(&scales));
+            }
+        }
+        for at in (0..rows * pages).step_by(differ) {
+            arena.write(exact as usize + at * each, &some[..differ.min(rows * pages - at) * each])?;
+        }
+        let address = |page: usize| PageAddr(((exact as usize + page * each) as u64 / PageAddr::UNIT) as u32);
+        let mut work = Work::default();
+        for row in 0..rows {
+            let own: Vec<_> = (row * pages..(row + 1) * pages).map(address).collect();
+            let position = (pages * PAGE_TOKENS as usize + row % 8) as u32;
+            let view = LayerView { layer: 0, layout: &layout, compression: None };
+            let (sinks, exact) = ((sinks > 0).then_some(PageAddr(0)), &[PageAddr(0)]);
+            work.push(row as u32, &AttendRow { view, first: row, n: 1, position, sealed: &own, sinks, exact, exact_offset: 0 });
+        }
+        let mut on = DeviceWork::new(device)?;
+        on.set(&work, shape, &layout.sealed, rows)?;
+        let width = rows * shape.heads * head_dim;
+        let q = device.upload(&uniform(17, width, 4.0))?;
+        let maps = DeviceMaps::at_random(device, &sealed, shape)?;
+        Ok(Decoded { shape, layout, maps, arena, work: on, q, out: device.alloc(width)?, out_f32: device.alloc(width)?, rows })
+    }
+
+    /// What the kernels that the device runs make of it, `[rows][heads][D]`, and the milliseconds that sealed pages take.
+    fn run(&mut self, device: &Device) -> Result<(Vec<f32>, f64), CudaError> {
+        self.out_f32.fill(0xff)?;
+        let layer = AttendLayer {
+            view: LayerView { layer: 0, layout: &self.layout, compression: None },
+            shape: self.shape,
+            exact_offset: 0,
+            maps: Some(&self.maps),
+            arena: self.arena.ptr(),
+            rope: [0; 2],
+            q: self.q.ptr(),
+            out: self.out.ptr(),
+            out_f32: self.out_f32.ptr(),
+            batch: self.rows,
+        };
+        self.work.spoil()?;
+        self.work.attend(device, &layer)?;
+        let results = self.out_f32.to_vec()?;
+        Ok((results, device.time(3, || self.work.sealed(device, &layer, 0))?))
     }
 }
 
