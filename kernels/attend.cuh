@@ -338,6 +338,9 @@ KERNEL(512, 2, merge)(MergeArgs p) {
     SHARED(float, shared);
     // Of the host's, so there before the wait.
     const MergeRow row = p.rows[blockIdx.x];
+    // `up`, which no launch writes, is met last; it is on its way from now on.
+    if (row.sealed_end > row.sealed)
+        for (int i = threadIdx.x * 64; i < p.rank * p.d; i += 512 * 64) prefetch(p.up + (size_t)blockIdx.y * p.rank * p.d + i);
     grid_wait();
     grid_go();
     const int kv_head = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = p.heads / p.kv_heads;
@@ -346,9 +349,6 @@ KERNEL(512, 2, merge)(MergeArgs p) {
     float* by = sums + 8;               // [4][parts]
     float* latent = by + 4 * parts;     // [slices][4][rank], then [8][4][d]
     const int slices = p.rank > 0 ? max(1, (p.rank % 8 == 0 ? 1024 : 512) / p.rank) : 0;
-    // `up` is met last; it is on its way from now on.
-    if (ns > 0)
-        for (int i = tid * 64; i < p.rank * p.d; i += 512 * 64) prefetch(p.up + (size_t)kv_head * p.rank * p.d + i);
     for (int first = 0; first < group; first += 4) {
         const int n = min(4, group - first), head0 = kv_head * group + first;
         __syncthreads();

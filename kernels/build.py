@@ -2,7 +2,9 @@
 takes on each, and the hash of the sources both were made of. Needs no GPU: CUDA 13.0's compiler comes from PyPI.
 
     python3 kernels/build.py            makes both anew
-    python3 kernels/build.py --check    makes them elsewhere, and fails where they are not what is committed, or a hot kernel spills
+    python3 kernels/build.py --check    makes them elsewhere, and fails where they are not what is committed
+
+Either way it fails where a hot kernel spills, or touches registers of products under way (flight.py).
 """
 
 import pathlib
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import venv
+
+import flight
 
 HERE = pathlib.Path(__file__).resolve().parent
 WHEELS = [
@@ -90,6 +94,8 @@ def main():
         table = compile_to(image)
         text = report(table, image.read_bytes())
         faults = [f"{k} spills {s} bytes on sm_{a}" for k, by in table.items() if HOT.fullmatch(k) for a, (_, s) in by.items() if s > SPILL]
+        touching, walked = flight.of_image(image)
+        faults += touching or ([] if walked else ["no kernel multiplies by warpgroups"])
         if check:
             if text != (HERE / "registers.txt").read_text():
                 faults.append("registers.txt is of other sources or says otherwise: run kernels/build.py and look at what changed")
@@ -99,6 +105,7 @@ def main():
             (HERE / "strait.fatbin").write_bytes(image.read_bytes())
             (HERE / "registers.txt").write_text(text)
         print(text)
+        print(f"{walked} kernels that multiply by warpgroups, every path: {len(touching)} instructions that touch a product under way")
     if faults:
         sys.exit("\n".join(faults))
 

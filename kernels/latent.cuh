@@ -85,6 +85,8 @@ struct AbsorbArgs {
     int heads, kv_heads, d, rank, bits;
 };
 KERNEL(512, 2, absorb)(AbsorbArgs p) {
+    // No launch writes maps: they are on their way while the one ahead runs.
+    for (int i = threadIdx.x * 64; i < p.d * p.rank; i += 512 * 64) prefetch(p.map + (size_t)blockIdx.y * p.d * p.rank + i);
     grid_wait();
     grid_go();
     SHARED(float, shared);

@@ -1,0 +1,128 @@
+"""Walks the machine code of the kernels that multiply by warpgroups (HGMMA), on every path, and names each instruction that touches registers
+of a product under way: that reads or writes its sums, or writes the codes or queries it still reads. The compiler looks for that and reports some
+of it; over the back edges of loops it once gave such registers away without a word, and results were wrong now and then.
+
+    python3 kernels/flight.py           of the image that is committed
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+
+HERE = pathlib.Path(__file__).resolve().parent
+WHEELS = ["nvidia-cuda-nvdisasm==13.5.37", "nvidia-cuda-cuobjdump==13.5.37"]
+# Those that first operands name are not written: they say what and where.
+WRITES_NONE = {"STS", "STG", "ST", "STL", "RED", "BAR", "BRA", "LDGSTS", "SYNCS", "MEMBAR", "WARPGROUP", "EXIT", "R2UR", "UBLKCP", "BSSY", "BSYNC", "CALL"}
+LOADS = {"LDS", "LDG", "LDC", "LDL", "LD"}
+
+
+def tools():
+    """A folder with the disassembler, installed once."""
+    home = HERE.parent / "target" / "nvdisasm-13.5.37"
+    if not (home / "ready").exists():
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([home / "bin/pip", "install", "-q", *WHEELS], check=True)
+        (home / "ready").touch()
+    return next(home.glob("lib/python*/site-packages/nvidia/cu13/bin"))
+
+
+def kernels(image):
+    """Name and lines of each kernel of sm_90a in an image that has products of warpgroups."""
+    with tempfile.TemporaryDirectory() as temp:
+        subprocess.run([tools() / "cuobjdump", "-xelf", "sm_90a", pathlib.Path(image).resolve()], cwd=temp, check=True, capture_output=True)
+        for cubin in pathlib.Path(temp).glob("*.cubin"):
+            text = subprocess.run([tools() / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+            for part in re.split(r"(?=\.section\s+\.text\.)", text)[1:]:
+                if "HGMMA" in part:
+                    yield re.match(r"\.section\s+\.text\.([^,]+)", part)[1], part.splitlines()
+
+
+def registers(operand, width=1):
+    """Those an operand names: of so many neighbours, or of two where it says so."""
+    found = set()
+    for first, wide in re.findall(r"\bR(\d+)(\.64)?", operand):
+        found.update(range(int(first), int(first) + (2 if wide else width)))
+    return found
+
+
+def operands(text):
+    """Opcode with its modifiers, and operands, of an instruction without its predicate."""
+    opcode, _, rest = text.partition(" ")
+    return opcode, [x.strip() for x in re.split(r",(?![^\[]*\])", rest)]
+
+
+def touched(opcode, of):
+    """Registers an instruction writes, and those it reads."""
+    name = opcode.split(".")[0]
+    width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+    if name in WRITES_NONE:
+        return set(), set().union(*(registers(x, 1 if "[" in x else width) for x in of))
+    writes = registers(of[0], width if name in LOADS else 2 if "WIDE" in opcode or ".64" in opcode else 1)
+    reads = set().union(*(registers(x) for x in of[1:]))
+    if "WIDE" in opcode:
+        reads |= registers(of[-1], 2)
+    return writes, reads
+
+
+def faults(name, lines):
+    """What a kernel does to registers of products under way, on any path through it."""
+    code, labels = [], {}
+    for line in lines:
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif text := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", line):
+            code.append((text[1], bool(text[2]), text[3]))
+    found, seen = set(), set()
+    # Where, the groups that are under way from oldest to newest, and the one that is being made: registers read, and sums.
+    nothing = (frozenset(), frozenset())
+    paths = [(0, (), nothing)]
+    while paths:
+        state = paths.pop()
+        if state in seen or state[0] >= len(code):
+            continue
+        seen.add(state)
+        at, groups, making = state
+        address, conditional, text = code[at]
+        opcode, of = operands(text)
+        if opcode.startswith("HGMMA"):
+            columns = int(re.search(r"64x(\d+)x", opcode)[1])
+            sums = registers(of[0], columns // 2)
+            left = registers(of[1], 4) if of[1].startswith("R") and of[1] != "RZ" else set()
+            making = (making[0] | left, making[1] | sums)
+            if "gsb0" in text:
+                groups, making = groups + (making,), nothing
+            paths.append((at + 1, groups, making))
+            continue
+        if opcode.startswith("WARPGROUP.DEPBAR"):
+            most = int(re.search(r"gsb0, 0x([0-9a-f]+)", text)[1], 16)
+            paths.append((at + 1, groups[max(0, len(groups) - most):], making))
+            continue
+        writes, reads = touched(opcode, of)
+        for left, sums in (*groups, making):
+            if writes & (left | sums) or reads & sums:
+                found.add(f"{name}: {text} at {address} touches registers of a product under way")
+        if opcode.startswith("EXIT") and not conditional:
+            continue
+        if opcode.startswith("BRA"):
+            paths.append((labels[re.search(r"`\((\.L\w+)\)", text)[1]], groups, making))
+            # A second condition stands among the operands.
+            if not conditional and len(of) == 1 and ".DIV" not in opcode:
+                continue
+        paths.append((at + 1, groups, making))
+    return sorted(found)
+
+
+def of_image(image):
+    """Faults of all kernels of an image, and how many it has that were walked."""
+    walked = [faults(name, lines) for name, lines in kernels(image)]
+    return [fault for one in walked for fault in one], len(walked)
+
+
+if __name__ == "__main__":
+    found, count = of_image(HERE / "strait.fatbin")
+    print(f"{count} kernels that multiply by warpgroups, every path: {len(found)} instructions that touch a product under way")
+    if found or not count:
+        sys.exit("\n".join(found[:40]) or "none was found in the image")
