@@ -1,6 +1,9 @@
 // Decode attention over exact pages (a `full` cache; the window and sinks of a compressed one), and the merge of all parts of a row.
 #pragma once
-#include "common.cuh"
+#include "rows.cuh"
+
+// A number as it will be read from a page.
+template <class E> __device__ __forceinline__ float as_stored(float x) { return sizeof(E) == 2 ? b_of(of_b(x)) : x; }
 
 template <class E> struct Eight;
 template <> struct Eight<u16> {
@@ -49,6 +52,13 @@ struct ExactArgs {
     // Offsets of this layer in an exact page and in the sinks block; positions a sinks block has room for.
     u32 offset, sinks_offset, sinks_stride;
     int heads, kv_heads;
+    // Where each row is the last position of a sequence of its own, what `rope_append` would do first (rows.cuh): queries are turned here, and
+    // the position's keys and values, [rows][kv_heads][d], are met, and go to their page. Null where that is done.
+    const float *k, *v;
+    const float *q_norm, *k_norm;
+    const float *cos, *sin;
+    const u32* positions;
+    float eps;
 };
 
 // score = scale log2(e) q . k;  out = sum over pos of 2^(score - m) v[pos].
@@ -60,7 +70,9 @@ struct ExactArgs {
 //
 //   Where rows have no sealed parts and blocks are few, a row's blocks merge it as `merge` would: one span at once, of several
 //   the block that ends last, for its heads, in the order of `merge` and so to its bits. Bytes then: 4 d a span and head, out of the second-level cache.
-//   Grid (items, KV heads, head groups of 4 within one), block 32 W, shared 4 (4 D + W (4 * 64 + 16)) + W (4 D + 8) 4 bytes.
+//   Where rows' last positions are still to be appended, the block over a row's last page does it: it meets them out of shared memory, as what it
+//   writes to the page is for launches behind this one.
+//   Grid (items, KV heads, head groups of 4 within one), block 32 W, shared 4 (4 D + W (4 * 64 + 4 D + 8) + 2 D) bytes.
 template <class E, int D, int W>
 __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
     constexpr int G = 4;
@@ -71,6 +83,7 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
     float* weights = q + D * G;             // [W][64][G]
     float* parts = weights + W * PAGE * G;  // [W][G][D]
     float* states = parts + W * G * D;      // [W][G][2]
+    float *new_key = states + W * G * 2, *new_value = new_key + D;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int group = p.heads / p.kv_heads, kv_head = blockIdx.y, head0 = kv_head * group + blockIdx.z * G, n = min(G, group - (int)blockIdx.z * G);
     // What is asked of it late is read late: registers are all taken in between.
@@ -83,20 +96,52 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
         const u8* keys = p.arena + ((size_t)p.table[item.table + warp] * UNIT + (p.offset + 2 * blockIdx.y * head_bytes));
         for (u32 i = lane * 128; i < head_bytes + positions * D * sizeof(E); i += 32 * 128) prefetch(keys + i);
     }
+    const bool appends = p.k && own.at + 1 == own.of;
+    const size_t angles = p.k ? (size_t)p.positions[item.row] * (D / 2) : 0;
+    if (p.k && tid < D / 2 && tid % 32 == 0) prefetch(p.cos + angles + tid), prefetch(p.sin + angles + tid);
     grid_wait();
     grid_go();
-    for (int i = tid; i < G * D; i += 32 * W) {
-        const int h = i % G;
-        q[i] = h < n ? p.q[((size_t)item.row * p.heads + head0 + h) * D + i / G] * (p.scale * 1.44269504f) : 0.0f;
+    if (p.k) {
+        // A warp to a head, and to the keys and the values.
+        static_assert(W == G, "a warp to a head");
+        if (warp < n)
+            rows::turn_head(p.q + ((size_t)item.row * p.heads + head0 + warp) * D, p.q_norm, p.eps, D, p.cos + angles, p.sin + angles,
+                            [&](u32 c, float x) { q[c * G + warp] = x * (p.scale * 1.44269504f); });
+        else
+            for (int c = lane; c < D; c += 32) q[c * G + warp] = 0.0f;
+        if (appends) {
+            const int slot = item.last - 1;
+            E* page = (E*)(p.arena + (size_t)p.table[item.table + item.pages - 1] * UNIT + p.offset) + 2 * kv_head * D * PAGE;
+            const size_t from = ((size_t)item.row * p.kv_heads + kv_head) * D;
+            if (warp == 2)
+                rows::turn_head(p.k + from, p.k_norm, p.eps, D, p.cos + angles, p.sin + angles, [&](u32 c, float x) {
+                    new_key[c] = as_stored<E>(x);
+                    if (blockIdx.z == 0) rows::put(page + c * PAGE + slot, x);
+                });
+            if (warp == 3)
+                for (int c = lane; c < D; c += 32) {
+                    const float x = p.v[from + c];
+                    new_value[c] = as_stored<E>(x);
+                    if (blockIdx.z == 0) rows::put(page + (PAGE + slot) * D + c, x);
+                }
+        }
+    } else {
+        for (int i = tid; i < G * D; i += 32 * W) {
+            const int h = i % G;
+            q[i] = h < n ? p.q[((size_t)item.row * p.heads + head0 + h) * D + i / G] * (p.scale * 1.44269504f) : 0.0f;
+        }
     }
     __syncthreads();
     float* mine = weights + warp * PAGE * G;
-    const int sub = lane / 8, chunk = lane % 8;     // channel of four, positions of eight
+    const int head = lane / 8;
     const int row_of = lane / LPR, column = lane % LPR * 8;
     float o[G][8] = {};
-    float largest = -1e30f, sum = 0;                // of head `sub`
+    float largest = -1e30f, sum = 0;                // of `head`
     const int units = item.pages + (item.sinks > 0);
-    for (int index = warp; index < units; index += W) {
+    // Pages fewer than warps are shared: a warp takes a half or a quarter of one, and more lanes to a position.
+    auto meet = [&](auto split, int index, int cut) {
+        constexpr int SPLIT = decltype(split)::value, CHUNKS = 8 / SPLIT, SUBS = 4 * SPLIT, OWN = PAGE / SPLIT;
+        const int sub = lane / CHUNKS, chunk = cut * CHUNKS + lane % CHUNKS;    // channel of `SUBS`, positions of eight
         const bool sinks = index == (int)item.pages;
         const int stride = sinks ? p.sinks_stride : PAGE;
         const int positions = sinks ? item.sinks : index + 1 == (int)item.pages ? item.last : PAGE;
@@ -110,9 +155,9 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
         float s[G][8] = {};
         const bool there = 8 * chunk < stride;
 #pragma unroll 8
-        for (int i = 0; i < D / 4; i++) {
+        for (int i = 0; i < D / SUBS; i++) {
             Eight<E> k;
-            const int c = 4 * i + sub;
+            const int c = SUBS * i + sub;
             if (there) k.load(keys + ((size_t)c * stride + 8 * chunk) * sizeof(E));
             else k.zero();
             float x[8];
@@ -121,15 +166,34 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
 #pragma unroll
             for (int j = 0; j < 8; j++) s[0][j] += a.x * x[j], s[1][j] += a.y * x[j], s[2][j] += a.z * x[j], s[3][j] += a.w * x[j];
         }
-        // Over the four channels of a lane's group: lane `sub` ends with head `sub`.
+        // The position that is not in its page yet is met in the order in which it would be there, and so to the same bits.
+        const int slot = appends && index + 1 == (int)item.pages ? positions - 1 : -1;
+        const bool has_slot = slot >= OWN * cut && slot < OWN * (cut + 1);
+        if (has_slot) {
+            float score[G] = {};
+            for (int i = 0; i < D / SUBS; i++) {
+                const int c = SUBS * i + sub;
+                const float4 a = *(const float4*)(q + c * G);
+                const float x = new_key[c];
+                score[0] += a.x * x, score[1] += a.y * x, score[2] += a.z * x, score[3] += a.w * x;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (8 * chunk + j == slot)
+#pragma unroll
+                    for (int h = 0; h < G; h++) s[h][j] = score[h];
+        }
+        // Over the channels of a lane's group: eight lanes end with one head, those of the same positions with the same.
         float x[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const bool upper = sub & 2, odd = sub & 1;
+            const bool upper = head & 2, odd = head & 1;
             float a = upper ? s[2][j] : s[0][j], b = upper ? s[3][j] : s[1][j];
             a += __shfl_xor_sync(~0u, upper ? s[0][j] : s[2][j], 16);
             b += __shfl_xor_sync(~0u, upper ? s[1][j] : s[3][j], 16);
             x[j] = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 8);
+#pragma unroll
+            for (int i = CHUNKS; i < 8; i *= 2) x[j] += __shfl_xor_sync(~0u, x[j], i);
         }
         float top = -INFINITY;
 #pragma unroll
@@ -138,7 +202,7 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
             top = fmaxf(top, x[j]);
         }
 #pragma unroll
-        for (int i = 1; i < 8; i *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+        for (int i = 1; i < CHUNKS; i *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
         top = fmaxf(top, largest);
         const float by = ex2(largest - top);
         largest = top;
@@ -148,9 +212,10 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
         for (int j = 0; j < 8; j++) {
             const float w = ex2(x[j] - top);
             total += w;
-            mine[(8 * chunk + j) * G + sub] = w;
+            mine[(8 * chunk + j) * G + head] = w;
         }
-        sum = sum * by + total;
+        // Of lanes with the same positions one counts them.
+        sum = sum * by + (lane % 8 < CHUNKS ? total : 0.0f);
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < G; h++) {
@@ -158,30 +223,56 @@ __device__ __forceinline__ void attend_exact(const ExactArgs& p) {
 #pragma unroll
             for (int j = 0; j < 8; j++) o[h][j] *= b;
         }
-        auto add = [&](int pos) {
-            Eight<E> v;
-            v.load(values + ((size_t)pos * D + column) * sizeof(E));
+        if (row_of >= RPL) return;
+        auto add = [&](const Eight<E>& v, int pos) {
             float y[8];
             v.get(y);
             const float4 a = *(const float4*)(mine + pos * G);
 #pragma unroll
             for (int j = 0; j < 8; j++) o[0][j] += a.x * y[j], o[1][j] += a.y * y[j], o[2][j] += a.z * y[j], o[3][j] += a.w * y[j];
         };
-        if (row_of < RPL) {
-            // What lies beyond the last position may be anything, NaN too.
-            if (positions == PAGE) {
+        auto row = [&](int pos) { return values + ((size_t)pos * D + column) * sizeof(E); };
+        if (SPLIT == 1 && positions == PAGE && !has_slot) {
 #pragma unroll 8
-                for (int i = 0; i < PAGE / RPL; i++) add(i * RPL + row_of);
-                if (PAGE % RPL && PAGE / RPL * RPL + row_of < PAGE) add(PAGE / RPL * RPL + row_of);
-            } else {
-                for (int pos = row_of; pos < positions; pos += RPL) add(pos);
+            for (int i = 0; i < (PAGE + RPL - 1) / RPL; i++) {
+                Eight<E> v;
+                if (PAGE % RPL && i * RPL + row_of >= PAGE) break;
+                v.load(row(i * RPL + row_of));
+                add(v, i * RPL + row_of);
+            }
+            return;
+        }
+        // Eight rows are on their way at once, whatever their number. What lies beyond the last position may be anything, NaN too: it is not read.
+        const int end = min(positions - has_slot, OWN * (cut + 1));
+        for (int pos = OWN * cut + row_of; pos < end; pos += 8 * RPL) {
+            Eight<E> v[8];
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                if (pos + e * RPL < end) v[e].load(row(pos + e * RPL));
+                else v[e].zero();
+            }
+#pragma unroll
+            for (int e = 0; e < 8; e++) add(v[e], min(pos + e * RPL, OWN * (cut + 1) - 1));
+        }
+        if (has_slot && row_of == (slot - OWN * cut) % RPL) {
+            const float4 a = *(const float4*)(mine + slot * G);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float y = new_value[column + j];
+                o[0][j] += a.x * y, o[1][j] += a.y * y, o[2][j] += a.z * y, o[3][j] += a.w * y;
             }
         }
-    }
+    };
+    static_assert(W == 4, "a page in as many parts as warps, or in half as many");
+    if (units == 1) meet(Int<4>(), 0, warp);
+    else if (units == 2) meet(Int<2>(), warp / 2, warp % 2);
+    else
+#pragma unroll 1
+        for (int index = warp; index < units; index += W) meet(Int<1>(), index, 0);
     // One state of the warp: sums over chunks of positions, values over rows.
 #pragma unroll
     for (int i = 1; i < 8; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (chunk == 0) states[(warp * G + sub) * 2] = largest, states[(warp * G + sub) * 2 + 1] = sum;
+    if (lane % 8 == 0) states[(warp * G + head) * 2] = largest, states[(warp * G + head) * 2 + 1] = sum;
     float* part = parts + warp * G * D;
     for (int r = 0; r < RPL; r++) {
         __syncwarp();

@@ -34,6 +34,9 @@ typedef unsigned long long u64;
 #define WARPGROUPS 0
 #endif
 
+// A number that a function takes as a type.
+template <int N> struct Int { static constexpr int value = N; };
+
 // Positions of a page.
 constexpr int PAGE = 64;
 // Bytes of a unit of page addresses (PageAddr::UNIT).

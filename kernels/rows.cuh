@@ -99,8 +99,30 @@ __device__ __forceinline__ void rope_ahead(const u32* positions, const u32* page
     if (i < half) prefetch(cos + at), prefetch(sin + at);
 }
 
-// Per row and head: q and k normed by their head's root mean square (where there is a norm), turned by rope,
+// A head normed by its root mean square (where there is a norm) and turned by rope, by one warp,
 //   (a, b) = (x[i], x[i + d / 2])  ->  (a cos - b sin, b cos + a sin);
+// `c` and `s` are its position's cosines and sines; d even, at most 256. Rounded alike wherever it is done.
+template <class F> __device__ __forceinline__ void turn_head(const float* from, const float* norm, float eps, u32 d, const float* c, const float* s, F put) {
+    const u32 lane = threadIdx.x % 32, half = d / 2;
+    float a[4], b[4], sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        u32 i = lane + 32 * j;
+        if (i < half) { a[j] = from[i]; b[j] = from[i + half]; sum = fmaf(a[j], a[j], fmaf(b[j], b[j], sum)); }
+    }
+    float inverse = norm ? 1.0f / sqrtf(warp_sum(sum) / (float)d + eps) : 1.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        u32 i = lane + 32 * j;
+        if (i >= half) continue;
+        float x = a[j], y = b[j];
+        if (norm) { x = x * inverse * norm[i]; y = y * inverse * norm[i + half]; }
+        put(i, fmaf(x, c[i], -product(y, s[i])));
+        put(i + half, fmaf(y, c[i], product(x, s[i])));
+    }
+}
+
+// Per row and head: q and k normed and turned (turn_head);
 // q goes back to where it was, k and v to slot position % 64 of the row's exact page; nowhere where the page is NO_PAGE.
 // q f32 [rows][q_stride], k and v f32 [rows][kv_stride]; d even, at most 256.
 // Moves 8 bytes of q, 4 of k and v each an element, and 2 (or 4) where they are stored.
@@ -125,26 +147,9 @@ __device__ __forceinline__ void rope_append(float* __restrict__ q, const float* 
             continue;
         }
         const float* from = is_q ? q + (u64)row * q_stride + head * d : k + (u64)row * kv_stride + head * d;
-        const float* norm = is_q ? q_norm : k_norm;
-        float a[4], b[4], sum = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 i = lane + 32 * j;
-            if (i < half) { a[j] = from[i]; b[j] = from[i + half]; sum += a[j] * a[j] + b[j] * b[j]; }
-        }
-        float inverse = norm ? 1.0f / sqrtf(warp_sum(sum) / (float)d + eps) : 1.0f;
-        const float* c = cos + (u64)positions[row] * half;
-        const float* s = sin + (u64)positions[row] * half;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 i = lane + 32 * j;
-            if (i >= half) continue;
-            float x = a[j], y = b[j];
-            if (norm) { x = x * inverse * norm[i]; y = y * inverse * norm[i + half]; }
-            float* to = is_q ? q + (u64)row * q_stride + head * d : turned + at * (d + 1);
-            to[i] = x * c[i] - y * s[i];
-            to[i + half] = y * c[i] + x * s[i];
-        }
+        float* to = is_q ? q + (u64)row * q_stride + head * d : turned + at * (d + 1);
+        const u64 angles = (u64)positions[row] * half;
+        turn_head(from, is_q ? q_norm : k_norm, eps, d, cos + angles, sin + angles, [&](u32 channel, float x) { to[channel] = x; });
     }
     if (!is_k) return;
     __syncthreads();

@@ -20,8 +20,6 @@
 #include "latent.cuh"
 
 #if WARPGROUPS
-template <bool B> struct Bool { static constexpr bool value = B; };
-
 // Two steps' codes of two neighbours, of one part of their words.
 template <int BITS> __device__ __forceinline__ void mask(u32 (&to)[2][4], uint2 w, uint2 third, int part) {
     const int t = threadIdx.x % 4;
@@ -199,9 +197,9 @@ template <int MT, int CHANNEL_TILES, int BITS_K, int BITS_V> __device__ __forcei
                 tile = wg_at(tile, 2 * VECTORS);
             }
         };
-        meet(Bool<true>());
+        meet(Int<1>());
 #pragma unroll 1
-        for (int step = 4; step < whole_steps; step += 4) meet(Bool<false>());
+        for (int step = 4; step < whole_steps; step += 4) meet(Int<0>());
     };
     // A page's products of half of the weights with the values of 64 channels; their words are taken one turn ahead.
     uint2 of = {};

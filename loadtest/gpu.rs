@@ -22,7 +22,7 @@ use strait::model::decoder::{LogitsSink, ReadyProfile};
 use strait::model::delta::{Delta, Factors, HeldAs, Site, SiteDelta};
 use strait::model::draw::{Answer, Ask, Draw, NotFinite};
 use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
-use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
+use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, Work};
 use strait::ops::cuda::linear::{Job, Linears, MANY, Mode};
 use strait::ops::cuda::prefill::Prefill;
 use strait::ops::cuda::trial;
@@ -130,7 +130,7 @@ fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), C
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
     // On a device of its own, as it leaves out what does not hold, and these tables tell of what is asked for.
     if [Own::Prefill, Own::Linear].into_iter().any(|own| device.runs(own)) {
-        let shape = trial::Shape { heads: SHAPE, matrix: sizes.matrices[0], rows: sizes.chunk.max(MANY), history: 3 * sizes.chunk };
+        let shape = trial::Shape { heads: SHAPE, matrix: sizes.matrices[0], rows: sizes.chunk.max(MANY), history: 3 * sizes.chunk, decoded: (3, sizes.chunk) };
         for trial in trial::choose(&Device::open(device.ordinal())?, &shape)? {
             println!("trial: {trial}");
         }
@@ -372,6 +372,7 @@ fn attention(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cu
                     out: out.ptr(),
                     out_f32: 0,
                     batch,
+                    append: Append::default(),
                 };
                 let times = (1usize << 30).div_ceil(arena_bytes).max(3).min(sizes.times);
                 let each = |f: &dyn Fn(&DeviceWork) -> Result<(), CudaError>| -> Result<f64, CudaError> {
@@ -464,6 +465,7 @@ fn prefill(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaError>
             out: out.ptr(),
             out_f32: 0,
             batch: batch * chunk,
+            append: Append::default(),
         };
         let us = 1e3 * device.time(sizes.times.min(5), || work.attend(device, &layer))?;
         let visible = chunk * (context - chunk) + chunk * (chunk + 1) / 2;
@@ -524,6 +526,7 @@ fn prefix_hit(device: &Arc<Device>, _: f64, sizes: &Sizes) -> Result<(), CudaErr
                 out: out.ptr(),
                 out_f32: 0,
                 batch: chunk,
+                append: Append::default(),
             };
             let mut work = Prefill::new(device)?;
             work.push(0, &of);

@@ -20,7 +20,7 @@ use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
-use crate::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
+use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
 use crate::ops::cuda::linear::{Job, Mode};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
@@ -619,7 +619,10 @@ impl CudaDecoder {
                 ExactStore::Exact => layer * layout.exact_layer_bytes(),
                 ExactStore::Workspace => 0,
             };
-            self.rope_append(layer, group, (layout, offset))?;
+            let append = self.append(layer, group);
+            if append.is_none() {
+                self.rope_append(layer, group, (layout, offset))?;
+            }
             let qs = c.q_channels();
             let (q, out) = (s.q.part(group.first * qs, group.n * qs), s.attended.part(group.first * qs, group.n * qs));
             let of = AttendLayer {
@@ -633,6 +636,7 @@ impl CudaDecoder {
                 out: out.ptr(),
                 out_f32: 0,
                 batch: group.n,
+                append: append.unwrap_or_default(),
             };
             group.prefill.attend(device, &of)?;
             group.work.attend(device, &of)?;
@@ -657,6 +661,28 @@ impl CudaDecoder {
             gate_and_up(device, (&normed, c.hidden), tokens, gated, (&self.worn, [at(Site::Gate), at(Site::Up)], c.layers))?;
         }
         project(&Input::Ready(s.gated.ptr()), c.intermediate, &[LinearJob { of: w.down.layer(), place: at(Site::Down), y: x, add: true }])
+    }
+
+    /// What attention over a group turns and appends itself, if it can: none of its rows has norms of its own, and each is a position decoded over
+    /// exact pages. That saves a launch.
+    fn append(&self, layer: usize, group: &Group) -> Option<Append> {
+        let (s, w) = (&self.scratch, &self.layers[layer]);
+        let own = |norm| self.worn.segments.iter().any(|(adapter, _)| adapter.norm(layer, norm).is_some());
+        if group.store != ExactStore::Exact || !group.work.appends(group.n) || [Norm::Query, Norm::Key].into_iter().any(own) {
+            return None;
+        }
+        let (kvs, first, n) = (self.config.kv_channels(), group.first, group.n);
+        let norm = |w: &Option<Memory<f32>>| w.as_ref().map_or(0, Memory::ptr);
+        Some(Append {
+            k: s.k.part(first * kvs, n * kvs).ptr(),
+            v: s.v.part(first * kvs, n * kvs).ptr(),
+            q_norm: norm(&w.q_norm),
+            k_norm: norm(&w.k_norm),
+            cos: self.cos.ptr(),
+            sin: self.sin.ptr(),
+            positions: s.positions.part(first, n).ptr(),
+            eps: self.config.norm_eps,
+        })
     }
 
     /// Queries of a group turned, its keys and values into their pages.

@@ -16,15 +16,16 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
-use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves};
+use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves};
 use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::reference::Reference;
-use strait::ops::{AttendRow, Heads};
+use strait::ops::cuda::rows::Rope;
+use strait::ops::{AttendRow, Heads, LayerView};
 use strait::request::{Event, Failure, GenerateRequest};
 use strait::scheduler::{self, ProfileSizes, RowResult, Scheduler};
 use strait::step::StepPlan;
 
-use crate::ops::{Cache, LAYER, Sequence, assert_near, assert_same, heads, turned};
+use crate::ops::{Cache, LAYER, Rng, Sequence, assert_near, assert_same, heads, turned};
 use crate::{emulated, engine};
 
 /// Whether the tests run on a real device.
@@ -121,6 +122,7 @@ pub(crate) fn attend_in(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence,
         out: out.ptr(),
         out_f32: out_f32.ptr(),
         batch: first,
+        append: Append::default(),
     };
     on.attend(device, &layer(&other)).unwrap();
     on.attend(device, &layer(&q)).unwrap();
@@ -273,6 +275,119 @@ fn exact_rows_come_to_the_same_where_their_own_blocks_merge_them() {
         let alone = attend(&device, cache, &[(&short, 1), (&long, 2)], &q[width..]);
         assert_same(&alone, &beside[width..], format_args!("{} heads over {} of {}", shape.heads, shape.kv_heads, shape.head_dim));
     }
+}
+
+#[test]
+fn positions_that_attention_appends_come_to_the_bits_of_those_appended_before() {
+    let device = device();
+    let last = |len: usize| len - 1;
+    // Lengths of each sequence: within a page, which warps share by quarters or halves; more pages; ends of both; spans that are merged.
+    let lens: [usize; 12] = [1, 15, 16, 17, 63, 64, 65, 100, 128, 129, 320, 64 * 40 + 5];
+    for (exact, shape, normed) in [
+        (ExactType::Bf16, Heads { heads: 8, kv_heads: 2, head_dim: 128, scale: 0.09 }, true),
+        (ExactType::F32, Heads { heads: 6, kv_heads: 1, head_dim: 64, scale: 0.125 }, false),
+        (ExactType::Bf16, Heads { heads: 3, kv_heads: 1, head_dim: 80, scale: 0.11 }, true),
+    ] {
+        let Heads { heads, kv_heads, head_dim: d, .. } = shape;
+        let rng = &mut Rng::seeded(41);
+        let mut numbers = |n: usize| rng.normals(n);
+        let layout = PageLayout { exact, layers: 1, kv_heads, head_dim: d, hidden: 0, window: 0, sinks: 0, sealed: vec![], drops: false };
+        let page = layout.exact_layer_bytes();
+        let pages: usize = lens.iter().map(|len| len.div_ceil(64)).sum();
+        let content: Vec<u8> = match exact {
+            ExactType::Bf16 => numbers(pages * page / 2).into_iter().flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+            ExactType::F32 => numbers(pages * page / 4).into_iter().flat_map(f32::to_le_bytes).collect(),
+        };
+        let (q, k, v) = (numbers(lens.len() * heads * d), numbers(lens.len() * kv_heads * d), numbers(lens.len() * kv_heads * d));
+        let norms = [numbers(d), numbers(d)].map(|norm| device.upload(&norm).unwrap());
+        let [cos, sin] = [f32::cos, f32::sin].map(|f| {
+            let angles = (0..lens[lens.len() - 1] * d / 2).map(|i| f((i / (d / 2)) as f32 / 1e4f32.powf((i % (d / 2)) as f32 * 2.0 / d as f32)));
+            device.upload(&angles.collect::<Vec<f32>>()).unwrap()
+        });
+        let positions = device.upload(&lens.map(|len| last(len) as u32)).unwrap();
+        let (mut work, mut at, mut ends) = (Work::default(), 0, vec![]);
+        for (row, &len) in lens.iter().enumerate() {
+            let own: Vec<_> = (at..at + len.div_ceil(64)).map(|i| PageAddr((i * page / 64) as u32)).collect();
+            at += own.len();
+            ends.push(own[own.len() - 1].0);
+            let view = LayerView { layer: 0, layout: &layout, compression: None };
+            work.push(row as u32, &AttendRow { view, first: row, n: 1, position: last(len) as u32, sealed: &[], sinks: None, exact: &own, exact_offset: 0 });
+        }
+        let ends = device.upload(&ends).unwrap();
+        let run = |before: bool| {
+            let mut arena = device.alloc::<u8>(content.len() + ARENA_SLACK).unwrap();
+            arena.write(0, &content).unwrap();
+            let (q, k, v) = (device.upload(&q).unwrap(), device.upload(&k).unwrap(), device.upload(&v).unwrap());
+            let norm = |i: usize| normed.then(|| norms[i].all());
+            let mut append = Append::default();
+            if before {
+                let rope = Rope {
+                    q: q.all(),
+                    k: k.all(),
+                    v: v.all(),
+                    q_norm: norm(0),
+                    k_norm: norm(1),
+                    eps: 1e-5,
+                    cos: &cos,
+                    sin: &sin,
+                    positions: positions.all(),
+                    pages: ends.all(),
+                    arena: &arena,
+                    offset: 0,
+                    exact,
+                };
+                device.rope_append(&rope, shape).unwrap();
+            } else {
+                let at = |i| norm(i).map_or(0, |n| n.ptr());
+                append = Append {
+                    k: k.ptr(),
+                    v: v.ptr(),
+                    q_norm: at(0),
+                    k_norm: at(1),
+                    cos: cos.ptr(),
+                    sin: sin.ptr(),
+                    positions: positions.ptr(),
+                    eps: 1e-5,
+                };
+            }
+            let mut out = device.alloc::<u16>(lens.len() * heads * d).unwrap();
+            let mut out_f32 = device.alloc::<f32>(lens.len() * heads * d).unwrap();
+            out.fill(0xff).unwrap();
+            out_f32.fill(0xff).unwrap();
+            let mut on = DeviceWork::new(&device).unwrap();
+            on.set(&work, shape, &[], lens.len()).unwrap();
+            assert!(on.appends(lens.len()) && !on.appends(lens.len() + 1));
+            let layer = AttendLayer {
+                view: LayerView { layer: 0, layout: &layout, compression: None },
+                shape,
+                exact_offset: 0,
+                maps: None,
+                arena: arena.ptr(),
+                rope: [0; 2],
+                q: q.ptr(),
+                out: out.ptr(),
+                out_f32: out_f32.ptr(),
+                batch: lens.len(),
+                append,
+            };
+            on.attend(&device, &layer).unwrap();
+            (out_f32.to_vec().unwrap(), arena.to_vec().unwrap()[..content.len()].to_vec())
+        };
+        let (want, kept) = run(true);
+        let (got, held) = run(false);
+        assert!(want.iter().all(|x| x.is_finite()) && kept != content);
+        assert_same(&got, &want, format_args!("{heads} heads over {kv_heads} of {d}"));
+        assert_eq!(held, kept, "{heads} heads over {kv_heads} of {d}: pages");
+    }
+    // Positions of one sequence meet each other's, and sealed pages absorbed queries: both are appended before.
+    let mut on = DeviceWork::new(&device).unwrap();
+    let shape = Heads { heads: 1, kv_heads: 1, head_dim: 64, scale: 0.125 };
+    let layout = PageLayout { exact: ExactType::F32, layers: 1, kv_heads: 1, head_dim: 64, hidden: 0, window: 0, sinks: 0, sealed: vec![], drops: false };
+    let view = LayerView { layer: 0, layout: &layout, compression: None };
+    let mut work = Work::default();
+    work.push(0, &AttendRow { view, first: 0, n: 2, position: 3, sealed: &[], sinks: None, exact: &[PageAddr(0)], exact_offset: 0 });
+    on.set(&work, shape, &[], 2).unwrap();
+    assert!(!on.appends(2));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use strait::model::checkpoint::Checkpoint;
 use strait::model::config::ModelConfig;
 use strait::model::decoder::ReadyProfile;
 use strait::ops::cuda::Device;
-use strait::ops::cuda::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, Unserved, serves};
+use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, Unserved, serves};
 use strait::ops::cuda::prefill::Prefill;
 use strait::ops::cuda::seal::{DownMaps, SealedJob, seal};
 use strait::ops::reference::Reference;
@@ -124,6 +124,7 @@ fn chunks(device: &Arc<Device>, cache: &Cache, rows: &[(&Sequence, usize)], q: &
         out: out.ptr(),
         out_f32: 0,
         batch: first,
+        append: Append::default(),
     };
     work.attend(device, &layer).unwrap();
     out.to_vec().unwrap().iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect()

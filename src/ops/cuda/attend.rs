@@ -105,11 +105,14 @@ pub struct Work {
     pub sealed: Vec<SealedItem>,
     pub exact: Vec<ExactItem>,
     pub rows: Vec<MergeRow>,
+    /// Sequences whose positions the rows are.
+    pub sequences: usize,
 }
 
 impl Work {
     /// Adds the `n` queries of a row, the first of which stands at its position; the first is row `first` of the batch.
     pub fn push(&mut self, first: u32, of: &AttendRow<'_>) {
+        self.sequences += 1;
         let sinks = if of.sinks.is_some() && !of.sealed.is_empty() { of.view.layout.sinks } else { 0 };
         let before = of.sealed.len() * P;
         let reach = (of.position as usize + of.n - before).div_ceil(P);
@@ -210,6 +213,25 @@ struct ExactArgs {
     sinks_stride: u32,
     heads: i32,
     kv_heads: i32,
+    append: Append,
+}
+
+/// Queries that are not turned yet, and keys and values of their positions that are not in their pages, as [`super::rows::Rope`] has them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Append {
+    /// `[rows][kv_heads][d]` f32. Zero where nothing is to be appended.
+    pub k: u64,
+    pub v: u64,
+    /// `[d]`, on each head before rope; or zero.
+    pub q_norm: u64,
+    pub k_norm: u64,
+    /// `[positions][d / 2]`.
+    pub cos: u64,
+    pub sin: u64,
+    /// Of each row.
+    pub positions: u64,
+    pub eps: f32,
 }
 
 #[repr(C)]
@@ -486,6 +508,8 @@ pub struct DeviceWork {
     ended: Memory<u32>,
     /// Most parts a row has.
     parts: usize,
+    /// Whether each row is a sequence's one position, over exact pages alone.
+    single: bool,
 }
 
 /// One layer's attention.
@@ -506,6 +530,8 @@ pub struct AttendLayer<'a> {
     pub out_f32: u64,
     /// Rows of `q`.
     pub batch: usize,
+    /// What is still to be done to queries, keys and values, where [`DeviceWork::appends`] says that this can.
+    pub append: Append,
 }
 
 impl DeviceWork {
@@ -529,6 +555,7 @@ impl DeviceWork {
             exact_state: device.alloc(1)?,
             ended: device.alloc(0)?,
             parts: 0,
+            single: false,
         })
     }
 
@@ -572,6 +599,7 @@ impl DeviceWork {
         self.sealed_items.write(0, &items)?;
         self.rows.reserve(rows.len())?;
         self.rows.write(0, &rows)?;
+        self.single = work.sealed.is_empty() && work.sequences == work.rows.len();
         self.parts = work.rows.iter().map(|r| (r.sealed_end - r.sealed + r.exact_end - r.exact) as usize).max().unwrap_or(0);
         let (sealed, exact) = self.slices.iter().fold((0, 0), |(s, e), slice| (s.max(slice.sealed.len()), e.max(slice.exact.len())));
         if !work.sealed.is_empty() {
@@ -594,11 +622,17 @@ impl DeviceWork {
 
     /// Adds all that its launches depend on, but for what lies in its memory.
     pub fn key(&self, key: &mut Vec<u64>) {
-        key.push(self.parts as u64);
+        key.extend([self.parts as u64, u64::from(self.single)]);
         key.extend(self.slices.iter().flat_map(|s| [s.rows.end, s.sealed.end, s.exact.end]).map(|n| n as u64));
         key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
         key.extend([self.factors.ptr(), self.offsets.ptr(), self.sealed.ptr(), self.sealed_state.ptr()]);
         key.extend([self.exact.ptr(), self.exact_state.ptr(), self.ended.ptr()]);
+    }
+
+    /// Whether attention over the work, which is all of a batch of so many rows, can turn their queries and append their keys and values itself:
+    /// where no row meets another's position, and none is absorbed.
+    pub fn appends(&self, rows: usize) -> bool {
+        self.single && rows == self.slices.last().map_or(0, |slice| slice.rows.end)
     }
 
     /// Nothing of another run is taken for the next one's.
@@ -773,6 +807,7 @@ impl DeviceWork {
             sinks_stride: layout.sinks_stride() as u32,
             heads: heads as i32,
             kv_heads: kv_heads as i32,
+            append: layer.append,
         };
         let kernel = match (layout.exact, d) {
             (ExactType::Bf16, 64) => "attend_exact_b16_64",
@@ -883,7 +918,7 @@ const WARPS: usize = 8;
 /// Warps of a block over exact pages, and bytes of its shared memory.
 const EXACT_WARPS: usize = 4;
 const fn exact_shared(d: usize) -> usize {
-    4 * (4 * d + EXACT_WARPS * (4 * P + 4 * d + 8))
+    4 * (6 * d + EXACT_WARPS * (4 * P + 4 * d + 8))
 }
 
 /// Blocks over exact pages that share a KV head: each meets four query heads.

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::attend::{ARENA_SLACK, AttendLayer, DeviceMaps, DeviceWork, Work};
+use super::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, Work};
 use super::driver::{Device, Memory, Own};
 use super::linear::{Job, Linears, Mode};
 use super::{CudaError, prefill};
@@ -300,6 +300,7 @@ impl Decoded {
             out: self.out.ptr(),
             out_f32: self.out_f32.ptr(),
             batch: self.rows,
+            append: Append::default(),
         };
         self.work.spoil()?;
         self.work.attend(device, &layer)?;
