@@ -130,7 +130,13 @@ fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), C
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
     // On a device of its own, as it leaves out what does not hold, and these tables tell of what is asked for.
     if [Own::Prefill, Own::Linear].into_iter().any(|own| device.runs(own)) {
-        let shape = trial::Shape { heads: SHAPE, matrix: sizes.matrices[0], rows: sizes.chunk.max(MANY), history: 3 * sizes.chunk, decoded: (3, sizes.chunk) };
+        let shape = trial::Shape {
+            heads: SHAPE,
+            matrix: sizes.matrices[0],
+            rows: sizes.chunk.max(MANY),
+            history: 3 * sizes.chunk,
+            decoded: (3, sizes.chunk),
+        };
         for trial in trial::choose(&Device::open(device.ordinal())?, &shape)? {
             println!("trial: {trial}");
         }

@@ -16,10 +16,12 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
-use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves};
+use strait::ops::cuda::attend::{
+    ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves,
+};
+use strait::ops::cuda::rows::Rope;
 use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::reference::Reference;
-use strait::ops::cuda::rows::Rope;
 use strait::ops::{AttendRow, Heads, LayerView};
 use strait::request::{Event, Failure, GenerateRequest};
 use strait::scheduler::{self, ProfileSizes, RowResult, Scheduler};
@@ -301,7 +303,8 @@ fn positions_that_attention_appends_come_to_the_bits_of_those_appended_before() 
         let (q, k, v) = (numbers(lens.len() * heads * d), numbers(lens.len() * kv_heads * d), numbers(lens.len() * kv_heads * d));
         let norms = [numbers(d), numbers(d)].map(|norm| device.upload(&norm).unwrap());
         let [cos, sin] = [f32::cos, f32::sin].map(|f| {
-            let angles = (0..lens[lens.len() - 1] * d / 2).map(|i| f((i / (d / 2)) as f32 / 1e4f32.powf((i % (d / 2)) as f32 * 2.0 / d as f32)));
+            let angles =
+                (0..lens[lens.len() - 1] * d / 2).map(|i| f((i / (d / 2)) as f32 / 1e4f32.powf((i % (d / 2)) as f32 * 2.0 / d as f32)));
             device.upload(&angles.collect::<Vec<f32>>()).unwrap()
         });
         let positions = device.upload(&lens.map(|len| last(len) as u32)).unwrap();
@@ -311,7 +314,10 @@ fn positions_that_attention_appends_come_to_the_bits_of_those_appended_before() 
             at += own.len();
             ends.push(own[own.len() - 1].0);
             let view = LayerView { layer: 0, layout: &layout, compression: None };
-            work.push(row as u32, &AttendRow { view, first: row, n: 1, position: last(len) as u32, sealed: &[], sinks: None, exact: &own, exact_offset: 0 });
+            work.push(
+                row as u32,
+                &AttendRow { view, first: row, n: 1, position: last(len) as u32, sealed: &[], sinks: None, exact: &own, exact_offset: 0 },
+            );
         }
         let ends = device.upload(&ends).unwrap();
         let run = |before: bool| {
@@ -382,7 +388,17 @@ fn positions_that_attention_appends_come_to_the_bits_of_those_appended_before() 
     // Positions of one sequence meet each other's, and sealed pages absorbed queries: both are appended before.
     let mut on = DeviceWork::new(&device).unwrap();
     let shape = Heads { heads: 1, kv_heads: 1, head_dim: 64, scale: 0.125 };
-    let layout = PageLayout { exact: ExactType::F32, layers: 1, kv_heads: 1, head_dim: 64, hidden: 0, window: 0, sinks: 0, sealed: vec![], drops: false };
+    let layout = PageLayout {
+        exact: ExactType::F32,
+        layers: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        hidden: 0,
+        window: 0,
+        sinks: 0,
+        sealed: vec![],
+        drops: false,
+    };
     let view = LayerView { layer: 0, layout: &layout, compression: None };
     let mut work = Work::default();
     work.push(0, &AttendRow { view, first: 0, n: 2, position: 3, sealed: &[], sinks: None, exact: &[PageAddr(0)], exact_offset: 0 });
@@ -396,7 +412,16 @@ fn spans_are_whole_tiles_that_follow_from_the_length() {
         assert_eq!(exact_span(pages), want, "{pages} pages");
     }
     // Long spans of sealed pages, how many, and short ones.
-    for (pages, long) in [(0, (0, 0, 0)), (1, (8, 0, 1)), (17, (8, 0, 3)), (1024, (8, 0, 128)), (1025, (16, 48, 33)), (2048, (16, 96, 64)), (4096, (32, 112, 64)), (1 << 20, (32, 32752, 64))] {
+    for (pages, long) in [
+        (0, (0, 0, 0)),
+        (1, (8, 0, 1)),
+        (17, (8, 0, 3)),
+        (1024, (8, 0, 128)),
+        (1025, (16, 48, 33)),
+        (2048, (16, 96, 64)),
+        (4096, (32, 112, 64)),
+        (1 << 20, (32, 32752, 64)),
+    ] {
         let spans = sealed_spans(pages);
         let (each, n, short) = long;
         let end = pages - n * each;

@@ -962,7 +962,13 @@ fn warpgroup_shared(heads: usize, layer: &SealedLayer) -> usize {
     let value_rows = [4, 6, 8][layer.values.bits as usize - 2];
     let weights = if layer.values.bits == 4 { 4 * 512 * mt + 16 } else { 8 * (256 * mt + 16) };
     let values = (2 * value_rows * ((4 * layer.values.rank + 95) / 128 * 128 + 32)).max(15 * key_row) + 1024;
-    512 * mt * steps(layer).next_multiple_of(4).max(4) + 3 * weights + 8 * 64 * mt + 4 * (SEALED_MOST + 4) + 512 * mt + 2 * (key_rows * key_row + 4 * P) + values
+    512 * mt * steps(layer).next_multiple_of(4).max(4)
+        + 3 * weights
+        + 8 * 64 * mt
+        + 4 * (SEALED_MOST + 4)
+        + 512 * mt
+        + 2 * (key_rows * key_row + 4 * P)
+        + values
 }
 
 /// Steps of 16 channels of an absorbed query.

@@ -250,8 +250,17 @@ impl Decoded {
         let width = |(rank, bits)| Width { rank, bits };
         let sealed = SealedLayer::alone(Widths { keys: width(keys), values: width(values) }, [Quantiser::Hadamard; 2], 1);
         let Heads { kv_heads, head_dim, .. } = shape;
-        let layout =
-            PageLayout { exact: ExactType::Bf16, layers: 1, kv_heads, head_dim, hidden: 0, window: 0, sinks, sealed: vec![sealed], drops: false };
+        let layout = PageLayout {
+            exact: ExactType::Bf16,
+            layers: 1,
+            kv_heads,
+            head_dim,
+            hidden: 0,
+            window: 0,
+            sinks,
+            sealed: vec![sealed],
+            drops: false,
+        };
         let sizes = layout.sizes();
         // One exact page for all, and their sinks; then sealed pages, over and over the same some that differ.
         let exact = PageAddr::UNIT.max(sizes.exact.max(sizes.sinks));
