@@ -152,11 +152,11 @@ static inline void wg_commit() { emu::self().wgg++; }
 template <int LEFT> static inline void wg_wait() { emu_wg_wait(LEFT); }
 template <int N8> static inline void wg_settle(float (&)[N8][4]) {}
 template <int N> static inline void wg_settle(u32 (&)[N][4]) {}
-static inline void wg_shared_written() { emu::self().landed_lo = ~uintptr_t(0), emu::self().landed_hi = 0; }
-static inline void bulk_barrier(u64* barrier) { *barrier = 0; }
-static inline void bulk_expect(u64* barrier, u32 bytes) { emu_bulk_expect(barrier, bytes); }
-static inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu_bulk_copy(to, from, bytes, barrier); }
-static inline void bulk_wait(u64* barrier, u32 round) { emu_bulk_wait(barrier, round); }
+static inline void wg_shared_written() {
+    emu::Fiber& f = emu::self();
+    f.landed_lo = ~uintptr_t(0), f.landed_hi = 0;
+    if (!f.handed) f.handed = true, emu::blk->handed++;
+}
 static inline const u8* one_address(const u8* p) { return p; }
 static inline int any_of_block(int p) { return emu::any_of_block(p); }
 static inline float ex2(float x) { return exp2f(x); }
@@ -288,24 +288,6 @@ template <int N> __device__ __forceinline__ void wg_settle(u32 (&a)[N][4]) {
     for (int n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 __device__ __forceinline__ void wg_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Copies into shared memory that no thread carries out. In each of its rounds a barrier is told once how many bytes will come, by one thread,
-// and then met by all who wait for them; it is made by one thread before a barrier of the block. Addresses and bytes are multiples of 16.
-__device__ __forceinline__ void bulk_barrier(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
-__device__ __forceinline__ void bulk_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-                 "r"(bytes), "r"((u32)__cvta_generic_to_shared(barrier))
-                 : "memory");
-}
-__device__ __forceinline__ void bulk_wait(u64* barrier, u32 round) {
-    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"((u32)__cvta_generic_to_shared(barrier)),
-                 "r"(round & 1)
-                 : "memory");
-}
 #endif
 // An address that is made once, and not anew for each that lies a known way behind it.
 __device__ __forceinline__ const u8* one_address(const u8* p) { asm volatile("" : "+l"(p)); return p; }

@@ -72,7 +72,7 @@ struct Fiber {
   uint3 tid; unsigned lane, warp, lin;
   struct Cp{ void* d; const void* s; unsigned n, grp; }; std::vector<Cp> cp; unsigned cpg=0, votes=0;   // cp.async in flight
   struct Wg{ const void* d; std::function<void()> run; unsigned grp; }; std::vector<Wg> wg; unsigned wgg=0;   // products of warpgroups in flight
-  uintptr_t landed_lo=~uintptr_t(0), landed_hi=0; bool fenced=false;   // what this thread's copies brought since it last handed shared memory over; whether registers are
+  uintptr_t landed_lo=~uintptr_t(0), landed_hi=0; bool fenced=false, handed=false;   // what this thread's copies brought since it last handed shared memory over; whether registers are, and shared memory since the last barrier
 };
 struct Warp {
   uint32_t ready=0, live=0, arrived=0; unsigned gen=0;   // bit sets over lanes
@@ -83,7 +83,7 @@ struct Block {
   dim3 grid, bdim; uint3 bid; unsigned nthr=0, nwarp=0, done=0, barred=0;
   int vote[3]={0,0,0}; unsigned cur=0; uint8_t* smem=nullptr; size_t smem_bytes=0;
   std::vector<Fiber> f; std::vector<Warp> w; std::vector<uint32_t> atbar;
-  struct Bulk{ void* d; const void* s; unsigned n; unsigned long long* bar; }; std::vector<Bulk> bulk;              // bulk copies in flight
+  unsigned handed=0; std::vector<uint8_t> seen;         // threads that handed shared memory over since the last barrier; what matrix units see of it
   uint8_t* stacks=nullptr; const std::function<void()>* body=nullptr;
   uint64_t rng=0; bool shuffle=false; uint64_t nswitch=0;
 #if defined(__x86_64__)
@@ -122,11 +122,6 @@ static inline void switch_to(int nx){
   swapcontext(&b.f[me].ctx,&b.f[nx].ctx);
 #endif
 }
-// Lets others go first: of other warps, unless a seed picks.
-static inline void yield(){
-  Block& b=*blk; Fiber& f=self(); if(b.shuffle){ switch_to(pick()); return; }
-  for(unsigned i=1;i<b.nwarp;i++){ unsigned w=(f.warp+i)%b.nwarp; if(b.w[w].ready){ switch_to(int(w*32+__builtin_ctz(b.w[w].ready))); return; } }
-  uint32_t others=b.w[f.warp].ready&~(1u<<f.lane); if(!others) deadlock(); switch_to(int(f.warp*32+__builtin_ctz(others))); }
 static void fiber_main(){
   Block& b=*blk; (*b.body)();
   Fiber& f=self(); Warp& w=b.w[f.warp]; uint32_t bit=1u<<f.lane;
@@ -152,6 +147,9 @@ static inline void sync_block(){
   Block& b=*blk; Fiber& f=self(); uint32_t bit=1u<<f.lane;
   b.barred++;
   if(b.barred+b.done==b.nthr){ b.barred=0;
+    // What all handed over is seen from here on, and what some did is not.
+    if(b.handed){ if(b.handed+b.done==b.nthr) b.seen.assign(b.smem,b.smem+b.smem_bytes);
+      b.handed=0; for(auto& x:b.f) x.handed=false; }
     for(unsigned i=0;i<b.nwarp;i++){ b.w[i].ready|=b.atbar[i]; b.atbar[i]=0; }
     if(b.shuffle) switch_to(pick());
     return; }
@@ -182,9 +180,9 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
   b.stacks=kept.get(); b.f.resize(b.nthr); b.w.resize(b.nwarp); b.atbar.assign(b.nwarp,0);
   std::function<void()> fn=body; b.body=&fn; b.shuffle=seed!=0; b.rng=seed; Block* old=blk; blk=&b;
   for(unsigned z=0;z<grid.z;z++)for(unsigned y=0;y<grid.y;y++)for(unsigned x=0;x<grid.x;x++){
-    b.bid={x,y,z}; b.bulk.clear(); b.done=b.barred=0; b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
+    b.bid={x,y,z}; b.handed=0; b.seen.clear(); b.done=b.barred=0; b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
     for(unsigned i=0;i<b.nthr;i++){ Fiber& f=b.f[i]; f.lin=i; f.lane=i&31; f.warp=i>>5;
-      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.landed_lo=~uintptr_t(0); f.landed_hi=0; f.fenced=false; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
+      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.landed_lo=~uintptr_t(0); f.landed_hi=0; f.fenced=f.handed=false; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
       uint8_t* top=b.stacks+size_t(i+1)*STACK; top=(uint8_t*)((uintptr_t)top&~uintptr_t(15));
 #if defined(__x86_64__)
       void** sp=(void**)top; *--sp=nullptr; *--sp=(void*)&fiber_main; for(int k=0;k<6;k++) *--sp=nullptr; f.sp=sp;
@@ -204,29 +202,17 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
 } // namespace emu
 // cp.async lands only when waited for (the latest moment the hardware allows), and what lay there is gone when it is asked for (the
 // soonest): a missing wait reads poison, and so does who is not through with what lay there
-static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); memset(d,0xff,n); f.cp.push_back({d,s,n,f.cpg}); }
+static inline void emu_cp_async(void* d,const void* s,unsigned n){ emu::Fiber& f=emu::self(); if((uintptr_t)d%n||(uintptr_t)s%n){ fprintf(stderr,"cuda_cpu: a copy of %u bytes that are not aligned\n",n); abort(); } memset(d,0xff,n); f.cp.push_back({d,s,n,f.cpg}); }
 static inline void emu_cp_commit(){ emu::self().cpg++; }
 static inline void emu_cp_wait(unsigned left){ emu::Fiber& f=emu::self(); size_t k=0; for(auto& c:f.cp){ if(c.grp+left<f.cpg){ f.landed_lo=std::min(f.landed_lo,(uintptr_t)c.d); f.landed_hi=std::max(f.landed_hi,(uintptr_t)c.d+c.n); if(c.s) memcpy(c.d,c.s,c.n); else memset(c.d,0,c.n); } else f.cp[k++]=c; } f.cp.resize(k); }
-// bulk copies land when their barrier is first waited for, and all are asked for; a barrier's word is the rounds that are over and the bytes that this one has to come
 static inline void emu_bad(const char* why){ fprintf(stderr,"cuda_cpu: thread %u: %s\n",emu::self().lin,why); abort(); }
-static inline void emu_bulk_expect(unsigned long long* bar,unsigned n){ if(*bar&0xffffffffu) emu_bad("bytes are expected twice in a round"); *bar|=n; if(!n) *bar+=1ull<<32; }
-static inline void emu_bulk_copy(void* d,const void* s,unsigned n,unsigned long long* bar){
-  if((uintptr_t)d%16||(uintptr_t)s%16||n%16||!n) emu_bad("a bulk copy that is not of multiples of 16"); memset(d,0xff,n); emu::blk->bulk.push_back({d,s,n,bar}); }
-static inline void emu_bulk_wait(unsigned long long* bar,unsigned round){
-  auto& all=emu::blk->bulk; uint64_t over, n; size_t k=0;
-  for(;;){
-    over=*bar>>32; if(over!=round){ if(over!=round+1) emu_bad("a wait for a round long over, or to come"); return; }
-    n=0; for(auto& c:all) if(c.bar==bar) n+=c.n;
-    if(n>(*bar&0xffffffffu)&&*bar&0xffffffffu) emu_bad("more bytes are on their way than are expected");
-    if(n&&n==(*bar&0xffffffffu)) break;
-    emu::yield(); }
-  for(auto& c:all){ if(c.bar==bar) memcpy(c.d,c.s,c.n); else all[k++]=c; } all.resize(k); *bar=(over+1)<<32; }
-// products of a warpgroup land when they are waited for, in order; what they read of shared memory must have been handed over by every thread that copied it
-// there, and registers since the last wait
+// products of a warpgroup land when they are waited for, in order; what they read of shared memory must have been handed over, by every thread that copied it
+// there, and by all threads ahead of a barrier since it was written; and registers since the last wait
 static inline void emu_wg_handed_over(const void* from,size_t n){
   emu::Fiber& me=emu::self(); if(!me.fenced) emu_bad("a product whose registers were not handed over");
   if(me.lane) return;
-  for(auto& f:emu::blk->f) if((uintptr_t)from<f.landed_hi&&f.landed_lo<(uintptr_t)from+n) emu_bad("a product reads what was copied and not handed over"); }
+  for(auto& f:emu::blk->f) if((uintptr_t)from<f.landed_hi&&f.landed_lo<(uintptr_t)from+n) emu_bad("a product reads what was copied and not handed over");
+  auto& b=*emu::blk; if(b.seen.empty()||memcmp(from,b.seen.data()+((const uint8_t*)from-b.smem),n)) emu_bad("a product reads what was written and not handed over"); }
 static inline bool emu_wg_first(const void* d){ for(auto& w:emu::self().wg) if(w.d==d) return false; return true; }
 static inline void emu_wg_push(const void* d,std::function<void()> run){ emu::Fiber& f=emu::self(); f.wg.push_back({d,std::move(run),f.wgg}); }
 static inline void emu_wg_wait(unsigned left){ emu::Fiber& f=emu::self(); f.fenced=false; size_t k=0; for(auto& w:f.wg){ if(w.grp+left<f.wgg) w.run(); else f.wg[k++]=std::move(w); } f.wg.resize(k); }

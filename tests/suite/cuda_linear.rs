@@ -87,6 +87,12 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
             assert_eq!(device.runs(trial.of), trial.holds(), "{trial}");
         }
     }
+    // More heads than fill a tile of lines, and latents of more than one: what is asked is what a model asks, and both ways give numbers.
+    let device = own_device();
+    let heads = Heads { heads: 20, kv_heads: 5, head_dim: 64, scale: 0.125 };
+    for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 66, history: 10, decoded: (1, 9) }).unwrap() {
+        assert!(trial.off < 1.0, "{trial}");
+    }
     // Kernels that compute nothing are found, each by itself.
     if let Some(emulated) = emulated::EMULATED.get() {
         for (spoilt, of) in [(c"prefill_wg_", Own::Prefill), (c"linear_wg_", Own::Linear), (c"attend_sealed_wg_", Own::Sealed)] {

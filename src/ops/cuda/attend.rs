@@ -22,12 +22,10 @@ const P: usize = PAGE_TOKENS as usize;
 /// Kernels know the unit of page addresses as `UNIT`.
 const _: () = assert!(PageAddr::UNIT == 64);
 
-/// Spans a row's exact pages are cut into at most, as long as spans are short; and pages of one, at least and at most: whole tiles of the
+/// Spans a row's pages are cut into at most, as long as spans are short; and pages of one, at least and at most: whole tiles of the
 /// kernels, and so many that a partial result is little beside them.
-const EXACT_SPANS: usize = 64;
+const SPANS: usize = 64;
 const EXACT_SPAN: (usize, usize) = (4, 32);
-/// The same of sealed pages, whose partial results are merged sooner.
-const SEALED_SPANS: usize = 128;
 const SEALED_SPAN: (usize, usize) = (8, SEALED_MOST);
 pub(super) const SEALED_MOST: usize = 32;
 
@@ -41,13 +39,15 @@ fn span(pages: usize, spans: usize, (least, most): (usize, usize)) -> usize {
 
 /// Pages of each span of so many exact ones.
 pub fn exact_span(pages: usize) -> usize {
-    span(pages, EXACT_SPANS, EXACT_SPAN)
+    span(pages, SPANS, EXACT_SPAN)
 }
 
-/// Pages of each span of so many sealed ones, in their order. The last quarter is cut fine: blocks over long spans begin first
+/// Pages of each span of so many sealed ones, in their order: twice as many spans as of exact ones where pages are many, as a row by itself
+/// would leave half of the processors without any. The last quarter is cut fine: blocks over long spans begin first
 /// ([`DeviceWork::set`]), and those over short ones end together where as many long ones would leave processors without any.
 pub fn sealed_spans(pages: usize) -> Vec<usize> {
-    let (least, each) = (SEALED_SPAN.0, span(pages, SEALED_SPANS, SEALED_SPAN));
+    let spans = if pages > 16 * SPANS { 2 * SPANS } else { SPANS };
+    let (least, each) = (SEALED_SPAN.0, span(pages, spans, SEALED_SPAN));
     let long = (pages - (pages / 4).min(64 * least)) / each.max(1);
     let mut spans = vec![each; if each > least { long } else { 0 }];
     let mut left = pages - spans.len() * each;
@@ -433,7 +433,7 @@ impl DeviceMaps {
     /// # Errors
     /// Where there is no room.
     pub(super) fn at_random(device: &Arc<Device>, layer: &SealedLayer, shape: Heads) -> Result<Self, CudaError> {
-        let (channels, rank, stride) = (shape.kv_heads * shape.head_dim, layer.keys.rank, stride(layer));
+        let (channels, rank, stride) = (shape.kv_heads * shape.head_dim, layer.keys.rank, layer.values.rank);
         let halves = |seed, n| device.upload(&halves(&trial::uniform(seed, n, 0.2).into_iter().map(f16::from_f32).collect::<Vec<_>>()));
         Ok(DeviceMaps {
             way: Way::Words,
@@ -704,6 +704,11 @@ impl DeviceWork {
         }
         let part = layer.view.layout.sealed[layer.view.layer];
         let (k, v) = (part.keys, part.values);
+        // Kernels take sixteen bytes at once.
+        assert!(
+            [k.codes, k.meta, v.codes, v.meta, 4 * v.rank].iter().all(|at| at.is_multiple_of(16)),
+            "sections of words are aligned: {part:?}"
+        );
         let args = SealedArgs {
             arena: layer.arena,
             table: self.table.ptr(),
