@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 
 import flight
 
@@ -51,18 +50,8 @@ def fingerprint():
     return fnv(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources()))
 
 
-def toolkit():
-    """A folder with the compiler, installed once."""
-    home = HERE.parent / "target" / "nvcc-13.0.88"
-    if not (home / "ready").exists():
-        venv.create(home, with_pip=True, clear=True)
-        subprocess.run([home / "bin/pip", "install", "-q", *WHEELS], check=True)
-        (home / "ready").touch()
-    return next(home.glob("lib/python*/site-packages/nvidia/cu13"))
-
-
 def compile_to(image):
-    cuda = toolkit()
+    cuda = flight.installed("nvcc-13.0.88", WHEELS)
     targets = [x for a in ARCHITECTURES for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
     command = [cuda / "bin/nvcc", "-std=c++17", "-O3", *targets, "-gencode", "arch=compute_80,code=compute_80"]
     command += ["-Xfatbin", "-compress-all", "-Xptxas", "-v", "-t", "2", "-fatbin", "-o", image, "strait.cu"]

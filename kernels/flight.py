@@ -24,14 +24,19 @@ WRITES_ONE = set(
 )
 
 
-def tools():
-    """A folder with the disassembler, installed once."""
-    home = HERE.parent / "target" / "nvdisasm-13.5.37"
+def installed(name, wheels):
+    """NVIDIA's files of some wheels, in a folder of that name under target, installed once."""
+    home = HERE.parent / "target" / name
     if not (home / "ready").exists():
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run([home / "bin/pip", "install", "-q", *WHEELS], check=True)
+        subprocess.run([home / "bin/pip", "install", "-q", *wheels], check=True)
         (home / "ready").touch()
-    return next(home.glob("lib/python*/site-packages/nvidia/cu13/bin"))
+    return next(home.glob("lib/python*/site-packages/nvidia/cu13"))
+
+
+def tools():
+    """The folder with the disassembler."""
+    return installed("nvdisasm-13.5.37", WHEELS) / "bin"
 
 
 def kernels(image):
