@@ -729,13 +729,14 @@ impl hyper::body::Body for Script {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         loop {
-            if let Poll::Ready(Some(bytes)) = self.taken.poll_recv(cx) {
-                return Poll::Ready(Some(Ok(Frame::data(bytes))));
+            match self.taken.poll_recv(cx) {
+                Poll::Ready(Some(bytes)) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
+                // The script has ended and its sender with it: only this says that nothing it wrote is left.
+                Poll::Ready(None) => return Poll::Ready(self.last.pop_front().map(|bytes| Ok(Frame::data(bytes)))),
+                // Nothing there, or a task that has done its share for now (tokio's budget) and is woken again at once.
+                Poll::Pending => {}
             }
-            // The channel is empty: either the script has more to write, or it has ended.
-            let Some(script) = &mut self.script else {
-                return Poll::Ready(self.last.pop_front().map(|bytes| Ok(Frame::data(bytes))));
-            };
+            let Some(script) = &mut self.script else { return Poll::Pending };
             match std::panic::catch_unwind(AssertUnwindSafe(|| script.as_mut().poll(cx))) {
                 Ok(Poll::Ready(())) => self.script = None,
                 Ok(Poll::Pending) => match self.taken.poll_recv(cx) {

@@ -181,34 +181,42 @@ async fn offsets_are_places_in_the_text() {
     assert_eq!(choice["logprobs"]["text_offset"], json!([0, 0, 1, 2, 3, 4, 5, 5]));
 }
 
+/// An engine for which all of a sequence has happened when it is submitted.
+struct Happened(Mutex<Vec<Event>>);
+
+impl Engine for Happened {
+    fn submit_with(&self, _: GenerateRequest, _: Option<Lease>) -> Result<TokenStream, SubmitError> {
+        let events = std::mem::take(&mut *self.0.lock().expect("unshared"));
+        let (tx, rx) = mpsc::channel(events.len());
+        events.into_iter().for_each(|event| tx.try_send(event).expect("room"));
+        Ok(TokenStream::new(SeqId(1), rx, || {}))
+    }
+    fn finish(&self, _: SeqId) {}
+    fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::default()
+    }
+    fn heartbeat_age(&self) -> Duration {
+        Duration::ZERO
+    }
+    fn drain(&self) {}
+    fn stop(&self) {}
+}
+
+fn happened(events: Vec<Event>) -> App {
+    let engine = EngineHandle::new(Arc::new(Happened(Mutex::new(events))));
+    let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
+    server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
+    App { router: server.router(), server, fake: Fake::new(vec![]) }
+}
+
 #[tokio::test]
 async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
     let deep = TokenLogprob { logprob: f32::NEG_INFINITY, top: vec![(0xc3, f32::NEG_INFINITY), (0xa9, -1.0)] };
     let token = |id| Event::Token { id, logprob: Some(deep.clone()) };
-    // The player replaces log-probabilities of `Token`s, so the stream is made by hand.
-    struct Raw(Mutex<Vec<Event>>);
-    impl Engine for Raw {
-        fn submit_with(&self, _: GenerateRequest, _: Option<Lease>) -> Result<TokenStream, SubmitError> {
-            let (tx, rx) = mpsc::channel(8);
-            self.0.lock().expect("unshared").drain(..).for_each(|event| tx.try_send(event).expect("room"));
-            Ok(TokenStream::new(SeqId(1), rx, || {}))
-        }
-        fn finish(&self, _: SeqId) {}
-        fn snapshot(&self) -> Arc<Snapshot> {
-            Arc::default()
-        }
-        fn heartbeat_age(&self) -> Duration {
-            Duration::ZERO
-        }
-        fn drain(&self) {}
-        fn stop(&self) {}
-    }
+    // The player replaces log-probabilities of `Token`s.
     for (path, key) in [(TEXT, "prompt"), (CHAT, "messages")] {
         let done = Event::Done { reason: FinishReason::Stop, usage: Usage::default() };
-        let engine = EngineHandle::new(Arc::new(Raw(Mutex::new(vec![token(0xc3), token(0xa9), done]))));
-        let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-        server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
-        let app = App { router: server.router(), server, fake: Fake::new(vec![]) };
+        let app = happened(vec![token(0xc3), token(0xa9), done]);
         let logprobs = if path == TEXT { json!(2) } else { json!(true) };
         let prompt = if path == TEXT { json!("x") } else { hello()["messages"].clone() };
         let answer = app.post(path, &json!({key: prompt, "logprobs": logprobs})).await.json();
@@ -293,6 +301,27 @@ async fn an_abnormal_end_is_a_status_or_an_error_event_without_done() {
     // An engine that dies leaves a sequence without an end.
     let app = app(vec![Ok(vec![Say("abc")])]);
     assert_eq!(app.post(CHAT, &hello()).await.verdict(), "500 internal_error -");
+}
+
+/// A task that has done much is told to wait although there is more for it (tokio's budget of 128 operations). Wherever that falls in a
+/// stream whose reader was held up, the stream is told to its end.
+#[tokio::test]
+async fn a_stream_that_fell_behind_is_told_whole() {
+    for (path, body) in [(TEXT, json!({"prompt": "x"})), (CHAT, hello())] {
+        for tokens in 1..=200 {
+            let token = |i: usize| Event::Token { id: TokenId::from(b'a') + i as u32 % 26, logprob: None };
+            let done = Event::Done { reason: FinishReason::Length, usage: Usage::default() };
+            let app = happened((0..tokens).map(token).chain([done]).collect());
+            let answer = app.post(path, &with(body.clone(), &json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
+            assert!(answer.text.ends_with("data: [DONE]\n\n"), "{tokens} tokens end with {:?}", answer.text.lines().last());
+            let frames = frames(&answer.text);
+            assert_eq!(frames[frames.len() - 1]["usage"]["completion_tokens"], tokens);
+            assert_eq!(frames[frames.len() - 2]["choices"][0]["finish_reason"], "length");
+            let alphabet = ('a'..='z').cycle().take(tokens).collect::<String>();
+            let told: String = frames.iter().filter_map(|f| f["choices"][0]["text"].as_str().or(f["choices"][0]["delta"]["content"].as_str())).collect();
+            assert_eq!(told, alphabet);
+        }
+    }
 }
 
 #[tokio::test]
