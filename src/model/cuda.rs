@@ -20,8 +20,9 @@ use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
-use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, Unserved, Work, serves};
+use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
 use crate::ops::cuda::linear::{Job, Mode};
+use crate::ops::cuda::maps::{DeviceMaps, Unserved, serves};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
 use crate::ops::cuda::sample::WIDEST;

@@ -33,7 +33,7 @@ use crate::model::delta::HeldAs;
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Device;
-use crate::ops::cuda::attend::Unserved;
+use crate::ops::cuda::maps::Unserved;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};

@@ -16,9 +16,8 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, LogitsSink, Pass, ReadyProfile};
 use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
-use strait::ops::cuda::attend::{
-    ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, SealedItem, Work, exact_span, sealed_spans, serves,
-};
+use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, SealedItem, Work, exact_span, sealed_spans};
+use strait::ops::cuda::maps::{DeviceMaps, serves};
 use strait::ops::cuda::rows::Rope;
 use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::reference::Reference;

@@ -1,13 +1,14 @@
 //! The operations on a CUDA device: `kernels/*.cu` launched through the driver, which is found at run time or is not there.
 //!
 //! Nothing here needs CUDA to build. [`driver`] owns the device, its memory and its launches; [`attend`] is attention of decoded
-//! positions over every kind of page, on the very bytes the host's backend reads.
+//! positions over every kind of page, on the very bytes the host's backend reads; [`maps`] is what a profile makes of its latents there.
 
 pub mod attend;
 pub mod driver;
 mod latents;
 pub mod linear;
 pub mod lora;
+pub mod maps;
 pub mod prefill;
 pub mod rows;
 pub mod sample;

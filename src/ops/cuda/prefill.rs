@@ -269,7 +269,7 @@ impl Prefill {
     /// Where the device refuses.
     ///
     /// # Panics
-    /// Where shapes do not fit, exact pages are not of bf16, or the layer is none that [`super::attend::serves`] passes.
+    /// Where shapes do not fit, exact pages are not of bf16, or the layer is none that [`super::maps::serves`] passes.
     pub fn attend(&self, device: &Device, layer: &AttendLayer<'_>) -> Result<(), CudaError> {
         if self.items == 0 {
             return Ok(());

@@ -6,9 +6,10 @@
 
 use std::sync::Arc;
 
-use super::attend::{ARENA_SLACK, Append, AttendLayer, DeviceMaps, DeviceWork, Work};
+use super::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
 use super::driver::{Device, Memory, Own};
 use super::linear::{Job, Linears, Mode};
+use super::maps::DeviceMaps;
 use super::{CudaError, prefill};
 use crate::ids::{PAGE_TOKENS, PageAddr};
 use crate::kv::layout::{ExactType, PageLayout, Quantiser, SealedLayer, Width, Widths};

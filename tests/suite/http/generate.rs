@@ -318,7 +318,8 @@ async fn a_stream_that_fell_behind_is_told_whole() {
             assert_eq!(frames[frames.len() - 1]["usage"]["completion_tokens"], tokens);
             assert_eq!(frames[frames.len() - 2]["choices"][0]["finish_reason"], "length");
             let alphabet = ('a'..='z').cycle().take(tokens).collect::<String>();
-            let told: String = frames.iter().filter_map(|f| f["choices"][0]["text"].as_str().or(f["choices"][0]["delta"]["content"].as_str())).collect();
+            let told: String =
+                frames.iter().filter_map(|f| f["choices"][0]["text"].as_str().or(f["choices"][0]["delta"]["content"].as_str())).collect();
             assert_eq!(told, alphabet);
         }
     }
