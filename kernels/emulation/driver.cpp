@@ -2,7 +2,8 @@
 // kernels of this folder run by cuda_cpu.h. Any image is accepted as a module; kernels are found by their names.
 //
 // It is strict where a device is: copies outside an allocation, freed memory, more shared memory or threads than were asked for
-// are errors. Fresh memory is 0xff. STRAIT_EMULATED_SEED shuffles the order of threads.
+// are errors. Fresh memory is 0xff. STRAIT_EMULATED_SEED shuffles the order of threads. Copies from pinned memory are made as late as
+// they may be: when their stream is waited for, or has more to do.
 #define STRAIT_EMULATED 1
 #include "../strait.cu"
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 typedef int CUresult;
@@ -61,21 +63,46 @@ struct Stream {
     bool lost = false;
     // Kernels whose names begin so are launched, and do nothing.
     std::string spoilt;
+    // Copies from pinned memory that are under way.
+    struct Copy { CUdeviceptr to; const void* from; size_t n; };
+    std::vector<Copy> copies;
 };
 struct Graph {
     std::vector<std::function<CUresult()>> nodes;
 };
 Stream legacy;
 Stream& stream_of(void* s) { return s ? *(Stream*)s : legacy; }
+std::map<const void*, size_t> pinned;
+bool is_pinned(const void* p) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto it = pinned.upper_bound(p);
+    return it != pinned.begin() && (--it, (const char*)p < (const char*)it->first + it->second);
+}
+// For tests: copies from pinned memory do not end.
+std::atomic<bool> held{false};
+CUresult land(Stream& stream) {
+    while (!stream.copies.empty() && held) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::vector<Stream::Copy> copies;
+    copies.swap(stream.copies);
+    for (const Stream::Copy& copy : copies) {
+        if (!inside(copy.to, copy.n) || !is_pinned(copy.from)) return 700;
+        memcpy((void*)copy.to, copy.from, copy.n);
+    }
+    return 0;
+}
 CUresult submit(void* s, std::function<CUresult()> work) {
     Stream& stream = stream_of(s);
-    if (!stream.recording) return work();
+    if (!stream.recording) {
+        const CUresult landed = land(stream);
+        return landed ? landed : work();
+    }
     stream.recording->push_back(std::move(work));
     return 0;
 }
 
 struct Event {
     double at;
+    Stream* on;
 };
 double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -136,7 +163,7 @@ API cuCtxSynchronize() { return 0; }
 API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
 API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
 API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
-API cuStreamSynchronize(void* s) { return stream_of(s).recording ? 900 : stream_of(s).lost ? 719 : 0; }
+API cuStreamSynchronize(void* s) { return stream_of(s).recording ? 900 : stream_of(s).lost ? 719 : land(stream_of(s)); }
 API cuStreamWaitEvent(void*, void*, unsigned) { return 0; }
 API cuStreamIsCapturing(void* s, int* v) { *v = stream_of(s).recording != nullptr; return 0; }
 API cuStreamBeginCapture_v2(void* s, int) {
@@ -155,27 +182,44 @@ API cuStreamEndCapture(void* s, void** graph) {
 API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) { *exec = new Graph(*(Graph*)graph); return 0; }
 API cuGraphLaunch(void* exec, void* s) {
     if (stream_of(s).recording) return 900;
+    if (CUresult r = land(stream_of(s))) return r;
     for (auto& node : ((Graph*)exec)->nodes)
         if (CUresult r = node()) return r;
     return 0;
 }
 API cuGraphDestroy(void* graph) { delete (Graph*)graph; return 0; }
 API cuGraphExecDestroy(void* exec) { delete (Graph*)exec; return 0; }
-API cuEventCreate(void** e, unsigned) { *e = new Event{0}; return 0; }
+API cuEventCreate(void** e, unsigned) { *e = new Event{0, nullptr}; return 0; }
 API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
-API cuEventRecord(void* e, void*) { ((Event*)e)->at = now(); return 0; }
-API cuEventSynchronize(void*) { return 0; }
+API cuEventRecord(void* e, void* s) { *(Event*)e = {now(), &stream_of(s)}; return 0; }
+API cuEventSynchronize(void* e) { return ((Event*)e)->on ? land(*((Event*)e)->on) : 0; }
 API cuEventQuery(void*) { return 0; }
 API cuEventElapsedTime(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
 API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return allocate(p, n); }
 API cuMemAllocAsync(CUdeviceptr* p, size_t n, void*) { return allocate(p, n); }
 API cuMemFree_v2(CUdeviceptr p) { return release(p); }
 API cuMemFreeAsync(CUdeviceptr p, void*) { return release(p); }
-API cuMemAllocHost_v2(void** p, size_t n) { return posix_memalign(p, 256, n ? n : 1) ? 2 : 0; }
-API cuMemHostAlloc(void** p, size_t n, unsigned) { return posix_memalign(p, 256, n ? n : 1) ? 2 : 0; }
-API cuMemFreeHost(void* p) { free(p); return 0; }
+API cuMemHostAlloc(void** p, size_t n, unsigned) {
+    if (posix_memalign(p, 256, n ? n : 1)) return 2;
+    std::lock_guard<std::mutex> hold(lock);
+    pinned[*p] = n;
+    return 0;
+}
+API cuMemAllocHost_v2(void** p, size_t n) { return cuMemHostAlloc(p, n, 0); }
+API cuMemFreeHost(void* p) {
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        if (!pinned.erase(p)) return 1;
+    }
+    free(p);
+    return 0;
+}
 API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* stream) {
     if (!inside(d, n)) return 1;
+    if (is_pinned(s) && !stream_of(stream).recording) {
+        stream_of(stream).copies.push_back({d, s, n});
+        return 0;
+    }
     return submit(stream, [=] { memcpy((void*)d, s, n); return 0; });
 }
 API cuMemcpyDtoHAsync_v2(void* d, CUdeviceptr s, size_t n, void* stream) {
@@ -219,6 +263,7 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     if (shared > kernel->shared || bx * by * bz > 1024 || !gx || !gy || !gz) return 1;
     if (!on.spoilt.empty() && kernel->name.compare(0, on.spoilt.size(), on.spoilt) == 0) return 0;
     if (!stream_of(stream).recording) {
+        if (CUresult r = land(on)) return r;
         kernel->run(args, dim3(gx, gy, gz), dim3(bx, by, bz), shared);
         return 0;
     }
@@ -233,6 +278,8 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
 }
 // For tests: the device is lost to a stream after so many launches, as after a kernel that went wrong.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_lose(void* stream, int launches) { stream_of(stream).left = launches; }
+// For tests: copies from pinned memory do not end as long as this is set.
+extern "C" __attribute__((visibility("default"))) void strait_emulated_hold(bool hold) { held = hold; }
 // For tests: kernels of these names compute nothing on a stream.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_spoil(void* stream, const char* names) { stream_of(stream).spoilt = names; }
 struct LaunchConfig {

@@ -91,6 +91,22 @@ impl Runner {
         }
     }
 
+    /// Has an adapter brought to a device before a row wears it, if there is room without what is `wanted`.
+    fn fetch(&mut self, adapter: (AdapterGeneration, &Arc<Delta>), wanted: impl Fn(AdapterGeneration) -> bool) {
+        match self {
+            Runner::Host(_) => {}
+            Runner::Cuda(decoder) => decoder.fetch(adapter, wanted),
+        }
+    }
+
+    /// Adapters that are under way to a device.
+    fn coming(&mut self) -> Vec<AdapterGeneration> {
+        match self {
+            Runner::Host(_) => Vec::new(),
+            Runner::Cuda(decoder) => decoder.coming().collect(),
+        }
+    }
+
     /// Adapters that lie on a device, by generation, and the bytes of each there.
     fn device_adapters(&self) -> Vec<(u64, u64)> {
         match self {
@@ -135,9 +151,18 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
         starts: Mutex::default(),
         snapshot: RwLock::new(Arc::new(scheduler.snapshot())),
     });
+    let mut runner = parts.runner;
+    if let Runner::Cuda(decoder) = &mut runner {
+        let door = Arc::downgrade(&door);
+        decoder.on_arrival(Arc::new(move || {
+            if let Some(door) = door.upgrade() {
+                door.send(Message::AdapterArrived);
+            }
+        }));
+    }
     let room = Room {
         scheduler,
-        runner: parts.runner,
+        runner,
         emit: parts.emit,
         clients: HashMap::new(),
         leaving: Vec::new(),
@@ -165,6 +190,8 @@ enum Message {
     Cancel(SeqId),
     /// The listener has what it wanted (a stop string): end it as finished.
     Finish(SeqId),
+    /// Sequences that waited for it may start.
+    AdapterArrived,
     Drain,
     Stop,
 }
@@ -324,6 +351,7 @@ impl Room {
             let now = self.door.born.elapsed();
             self.door.beat.store(now.as_millis() as u64, Ordering::Relaxed);
             self.scheduler.expire(now, &mut self.outcomes);
+            self.scheduler.await_adapters(self.runner.coming());
             self.scheduler.plan(now, &mut plan, &mut self.outcomes);
             self.deliver(&[]);
             self.stalled = plan.rows.is_empty();
@@ -425,6 +453,7 @@ impl Room {
                     self.tell(seq, Event::Failed { failure });
                     self.forget(seq, "error", 0);
                 } else {
+                    self.fetch(seq);
                     (self.emit)(telemetry::Event::Accepted { prompt_tokens: prompt as u32, max_new_tokens: max_new });
                 }
             }
@@ -439,8 +468,18 @@ impl Room {
                     self.forget(seq, "stop", ended.preemptions);
                 }
             }
+            Message::AdapterArrived => {}
             Message::Drain => self.scheduler.drain(),
             Message::Stop => unreachable!("handled by receive"),
+        }
+    }
+
+    /// Has the adapter of a sequence that is to start brought to where it is computed with. What others wear, or wait for, stays there.
+    fn fetch(&mut self, seq: SeqId) {
+        let Room { runner, clients, .. } = self;
+        if let Some(lease) = clients.get(&seq).and_then(|client| client.adapter.as_ref()) {
+            let wanted = |other| clients.values().any(|client| client.request.adapter == other);
+            runner.fetch((lease.generation(), &lease.delta()), wanted);
         }
     }
 

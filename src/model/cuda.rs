@@ -15,10 +15,10 @@ use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::layout::PageLayout;
 use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
-use crate::model::cuda::adapters::{DeviceAdapter, DeviceAdapters, Given, head_place, place};
+use crate::model::cuda::adapters::{Arrived, DeviceAdapter, DeviceAdapters, Given, head_place, place};
 use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, LinearScratch, Normed, Worn, gate_and_up, project};
 use crate::model::decoder::{LogitsSink, ReadyProfile};
-use crate::model::delta::{Norm, Site};
+use crate::model::delta::{Delta, Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
 use crate::ops::cuda::linear::{Job, Mode};
@@ -296,6 +296,21 @@ impl CudaDecoder {
     /// The adapters that lie on the device, and the bytes of each there.
     pub fn adapters(&self) -> impl Iterator<Item = (AdapterGeneration, u64)> + '_ {
         self.adapters.held()
+    }
+
+    /// Has an adapter copied to the device beside the steps to come, where it is not there and there is room without what is `wanted`.
+    pub fn fetch(&mut self, adapter: (AdapterGeneration, &Arc<Delta>), wanted: impl Fn(AdapterGeneration) -> bool) {
+        self.adapters.fetch(adapter, wanted);
+    }
+
+    /// The adapters on their way to the device.
+    pub fn coming(&mut self) -> impl Iterator<Item = AdapterGeneration> + '_ {
+        self.adapters.coming()
+    }
+
+    /// Has `arrived` called, by another thread, whenever what [`CudaDecoder::fetch`] asks for from now on has come, or failed to.
+    pub fn on_arrival(&mut self, arrived: Arrived) {
+        self.adapters.on_arrival(arrived);
     }
 
     /// Carries out a plan, as [`super::decoder::Decoder::forward`] does, under the adapters its rows name.

@@ -18,8 +18,8 @@
 //! never starved, and never starves.
 //!
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
-//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first)
-//! is passed: it lacks nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
+//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first), or
+//! for an adapter that is under way to the device, is passed: it lacks nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
 //! may start before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
 //! by them; if its pages are wanted before it computed anything, it loses nothing by giving them back.
 //!
@@ -46,7 +46,7 @@ pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
 pub use self::sequence::{Ended, Times};
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
-use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
+use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
 pub use crate::kv::layout::SealedSplit;
 use crate::pages::prefix::{CacheIdentity, Hit, Keys};
 use crate::pages::{Kind, PagePool, Tag};
@@ -177,6 +177,8 @@ pub struct Scheduler {
     suspects: Vec<Vec<SeqId>>,
     /// The sequence for which there was no room, and the pool's count of changes at that time.
     blocked: Option<(Rank, u64)>,
+    /// Adapters that are under way to where they are computed with.
+    coming: Vec<AdapterGeneration>,
     scratch: Scratch,
 }
 
@@ -192,7 +194,7 @@ struct Scratch {
 /// How an attempt to admit came out.
 enum Admission {
     Started,
-    /// It waits for a page that is being computed; others may pass.
+    /// It waits for a page that is being computed, or for its adapter; others may pass.
     Parked,
     NoRoom,
     Failed,
@@ -242,6 +244,7 @@ impl Scheduler {
             in_flight: 0,
             suspects: Vec::new(),
             blocked: None,
+            coming: Vec::new(),
             scratch: Scratch::default(),
             config,
         })
@@ -337,7 +340,14 @@ impl Scheduler {
         }
     }
 
-    /// Decides the next step. An empty plan means that nothing can run until a request arrives; any other must be settled
+    /// Which adapters are under way to where they are computed with. None of the sequences that wear them starts in a plan until they are
+    /// no longer named here; others pass, as they do where a page is waited for.
+    pub fn await_adapters(&mut self, coming: impl IntoIterator<Item = AdapterGeneration>) {
+        self.coming.clear();
+        self.coming.extend(coming);
+    }
+
+    /// Decides the next step. An empty plan means that nothing can run until a request or an adapter arrives; any other must be settled
     /// by [`Scheduler::commit`] or [`Scheduler::step_failed`] before the next one.
     ///
     /// # Panics
@@ -631,6 +641,9 @@ impl Scheduler {
     }
 
     fn try_start(&mut self, rank: Rank, out: &mut Vec<Outcome>) -> Admission {
+        if self.coming.contains(&self.waiting[&rank].request.adapter) {
+            return Admission::Parked;
+        }
         if self.blocked == Some((rank, self.pool.changes())) && !self.running.is_empty() {
             return Admission::NoRoom;
         }

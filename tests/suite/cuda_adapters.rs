@@ -13,11 +13,12 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, ReadyProfile};
 use strait::model::delta::{Delta, EmbedDelta, EmbedFactors, Factors, HeldAs, Norm, Site, SiteDelta};
 use strait::model::weights::{LoadDtype, Projection};
+use strait::request::Event;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
 use crate::cuda::{Kept, Wardrobe, demo, engine_on, hear, own_device, request, rms, worn_in_lockstep};
 use crate::http::adapters::{limits, registry_of};
-use crate::{adapters, golden};
+use crate::{adapters, emulated, golden};
 
 fn open(name: &str) -> &'static Checkpoint {
     Box::leak(Box::new(Checkpoint::open(&golden::folder(name)).unwrap()))
@@ -250,6 +251,70 @@ fn copies_on_the_device_go_with_what_they_are_copies_of() {
     adapters.clear();
     step(&mut on, &[(prompt, id(0))], &[]);
     assert_eq!(held(&on), [0u64; 0]);
+}
+
+/// Copies from pinned memory do not end on an emulated device until this is dropped.
+struct Held;
+
+impl Held {
+    fn set(hold: bool) {
+        if let Some(emulated) = emulated::EMULATED.get() {
+            // SAFETY: the function is of this type.
+            unsafe { emulated.get::<unsafe extern "C" fn(bool)>(b"strait_emulated_hold").unwrap()(hold) }
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        Held::set(false);
+    }
+}
+
+#[test]
+fn what_an_adapter_is_copied_beside_goes_on() {
+    let device = own_device();
+    if emulated::EMULATED.get().is_none() {
+        eprintln!("not on this device: nothing holds its copies back");
+        return;
+    }
+    let (checkpoint, _) = demo();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo-adapters");
+    let registry = registry_of(checkpoint, HeldAs::Bf16, limits(Some(&root), 64 << 20));
+    for name in ["pirate", "shout"] {
+        registry.load(&Load { alias: name.into(), path: root.join(name), ..Load::default() }).unwrap();
+    }
+    let (engine, thread) = engine_on(device);
+    let ask = |name: Option<&str>, new: u32| {
+        let lease = name.map(|name| registry.resident(name).unwrap());
+        let adapter = lease.as_ref().map_or(id(0), |l| l.generation());
+        let request = strait::request::GenerateRequest { adapter, ..request(&[1, 30, 40, 50], new, 0) };
+        engine.submit_with(request, lease).unwrap()
+    };
+    let held = Held;
+    Held::set(true);
+    // One that runs, one that waits for its adapter, one that comes later and passes that, and one that goes before it began.
+    let mut runs = ask(None, 200);
+    assert!(runs.events.blocking_recv().is_some());
+    let mut waits = ask(Some("pirate"), 12);
+    let gone = ask(Some("shout"), 12);
+    assert_eq!(hear(ask(None, 20)).unwrap().len(), 20);
+    drop(gone);
+    for _ in 0..20 {
+        assert!(matches!(runs.events.blocking_recv(), Some(Event::Token { .. })));
+    }
+    assert!(waits.events.try_recv().is_err(), "it is not there");
+    // Nothing else to do: what has come is heard of.
+    engine.finish(runs.seq);
+    hear(runs).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(waits.events.try_recv().is_err(), "it is not there");
+    drop(held);
+    let said = hear(waits).unwrap();
+    let (again, bare) = (hear(ask(Some("pirate"), 12)).unwrap(), hear(ask(None, 12)).unwrap());
+    assert!(said.len() == 12 && said == again && said != bare, "{said:?}, {again:?}, {bare:?}");
+    engine.stop();
+    thread.join().unwrap().unwrap();
 }
 
 #[test]

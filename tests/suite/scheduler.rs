@@ -627,6 +627,50 @@ fn who_waits_for_an_equal_prompt_goes_on_when_that_is_cancelled() {
 }
 
 #[test]
+fn who_waits_for_its_adapter_is_passed_and_starts_when_that_is_there() {
+    let mut s = Script::new(config(16));
+    let worn = GenerateRequest { adapter: AdapterGeneration(9), ..request(0, 0, 20, 1) };
+    s.enqueue(worn.clone());
+    s.enqueue(request(0, 1, 20, 2));
+    s.scheduler.await_adapters([AdapterGeneration(8), AdapterGeneration(9)]);
+    // Somebody else, then nobody: all that is left waits.
+    s.steps(3);
+    s.scheduler.await_adapters([AdapterGeneration(8)]);
+    s.steps(1).finish(expect![[r#"
+        = s1 starts after 1s, 0 cached
+        s1 p0 0..20 sealed=0 exact=1 sample
+        = s1 says one
+        --
+        s1 p0 20..21 sealed=0 exact=1 sample
+        = s1 says one
+        = s1 Length: 20+2 tokens, 0 cached; 0 sealed, 21 exact, 4096 bytes
+        --
+        = s0 starts after 4s, 0 cached
+        s0 p0 0..20 sealed=0 exact=1 sample
+        = s0 says one
+        = s0 Length: 20+1 tokens, 0 cached; 0 sealed, 20 exact, 4096 bytes
+        --
+    "#]]);
+    // One that runs goes on, whatever is under way.
+    s.enqueue(GenerateRequest { max_new_tokens: 3, ..worn });
+    s.steps(1);
+    s.scheduler.await_adapters([AdapterGeneration(9)]);
+    s.steps(2).finish(expect![[r#"
+        = s2 starts after 1s, 0 cached
+        s2 p0 0..20 sealed=0 exact=1 sample
+        = s2 says one
+        --
+        s2 p0 20..21 sealed=0 exact=1 sample
+        = s2 says one
+        --
+        s2 p0 21..22 sealed=0 exact=1 sample
+        = s2 says one
+        = s2 Length: 20+3 tokens, 0 cached; 0 sealed, 22 exact, 4096 bytes
+        --
+    "#]]);
+}
+
+#[test]
 fn a_huge_prompt_and_short_chats_both_advance() {
     let mut s = Script::new(Config { max_num_batched_tokens: 256, ..config(64) });
     s.enqueue(request(0, 0, 1000, 2));

@@ -21,6 +21,8 @@ use strait::scheduler::{Config, Outcome, ProfileSizes, Refused, RowResult, Sched
 use strait::step::{ExactStore, Logits, Move, Row, StepPlan, sealed_len};
 
 const P: u32 = PAGE_TOKENS;
+/// The one adapter of every world.
+const ADAPTER: AdapterGeneration = AdapterGeneration(7);
 
 /// Splitmix64.
 pub(crate) struct Rng(pub(crate) u64);
@@ -275,6 +277,8 @@ struct World {
     /// Steps between failed ones, about, where faults exist.
     fault_every: u64,
     timeouts: bool,
+    /// Whether adapters take their time to arrive.
+    travels: bool,
     prompt_max: u64,
     new_max: u64,
     documents: u64,
@@ -324,6 +328,7 @@ fn world(rng: &mut Rng) -> World {
         prompt_max: if crowded { 70 } else { rng.pick(&[70, 200, 400]) },
         new_max: if crowded { rng.pick(&[200, 300, 500]) } else { rng.pick(&[3, 80, 200, 300]) },
         documents: 1 + rng.below(4),
+        travels: rng.one_in(3),
     }
 }
 
@@ -343,7 +348,7 @@ impl World {
             logprobs: None,
             prompt_logprobs: rng.one_in(8).then_some(1),
             profile: ProfileIndex(rng.below(self.config.profiles.len() as u64) as u8),
-            adapter: AdapterGeneration(rng.pick(&[0, 0, 0, 7])),
+            adapter: rng.pick(&[AdapterGeneration(0), AdapterGeneration(0), AdapterGeneration(0), ADAPTER]),
             priority: rng.pick(&[0, 0, 0, 0, -1, 5]),
             cache_salt: rng.pick(&[0, 0, 0, 9]),
             queue_timeout: if self.timeouts { Duration::from_millis(rng.pick(&[1, 50, 500, 5000])) } else { Duration::MAX },
@@ -361,6 +366,8 @@ struct Sim {
     now: Duration,
     next_seq: u64,
     steps: u64,
+    /// Plans until [`ADAPTER`] arrives.
+    travel: u64,
     /// Hash of all outcomes and plans.
     stream: u64,
     tally: Tally,
@@ -379,6 +386,7 @@ struct Tally {
     refused: u64,
     cancelled_in_flight: u64,
     failed_steps: u64,
+    passed: u64,
 }
 
 impl Sim {
@@ -397,6 +405,7 @@ impl Sim {
             now: Duration::ZERO,
             next_seq: 0,
             steps: 0,
+            travel: 0,
             stream: seed,
             tally: Tally::default(),
         }
@@ -479,11 +488,17 @@ impl Sim {
             self.scheduler.expire(self.now, &mut out);
             self.check(out.is_empty(), "a deadline passed and nobody expired")?;
         }
+        self.travel = self.travel.saturating_sub(1);
+        if self.world.travels && self.travel == 0 && self.rng.one_in(30) {
+            self.travel = self.rng.below(60);
+        }
+        self.scheduler.await_adapters((self.travel > 0).then_some(ADAPTER));
         self.scheduler.plan(self.now, plan, &mut out);
         self.deliver(plan, out)?;
         self.scheduler.check().map_err(|e| format!("after plan: {e}\n{plan}"))?;
         if plan.rows.is_empty() {
-            return self.check(!self.scheduler.is_idle(), "work waits and nothing was planned");
+            let all_wait = self.travel > 0 && self.live.values().all(|live| live.request.adapter == ADAPTER);
+            return self.check(!self.scheduler.is_idle() && !all_wait, "work waits and nothing was planned");
         }
         self.steps += 1;
         self.check_budget(plan)?;
@@ -579,6 +594,10 @@ impl Sim {
                     let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
                     live.cached = *cached_tokens;
                     self.tally.cached_tokens += u64::from(*cached_tokens);
+                    if live.request.adapter == ADAPTER && self.travel > 0 {
+                        return wrong("a start before the adapter is there");
+                    }
+                    self.tally.passed += u64::from(self.travel > 0);
                     let n = live.request.prompt.len() as u32;
                     if *prompt_tokens != n || *cached_tokens >= n || !cached_tokens.is_multiple_of(P) {
                         return wrong("a start that cannot be");
@@ -680,6 +699,7 @@ fn every_sequence_says_what_it_would_say_alone() {
             refused,
             cancelled_in_flight,
             failed_steps,
+            passed,
         } = sim.tally;
         total = Tally {
             done: total.done + done,
@@ -692,6 +712,7 @@ fn every_sequence_says_what_it_would_say_alone() {
             refused: total.refused + refused,
             cancelled_in_flight: total.cancelled_in_flight + cancelled_in_flight,
             failed_steps: total.failed_steps + failed_steps,
+            passed: total.passed + passed,
         };
     }
     eprintln!("{steps} steps, {seed} seeds, {:.1?}: {total:?}", began.elapsed());
@@ -706,6 +727,7 @@ fn every_sequence_says_what_it_would_say_alone() {
         refused,
         cancelled_in_flight,
         failed_steps,
+        passed,
     } = total;
     for (what, n) in [
         ("sequences done", done),
@@ -718,6 +740,7 @@ fn every_sequence_says_what_it_would_say_alone() {
         ("refusals", refused),
         ("cancels in flight", cancelled_in_flight),
         ("failed steps", failed_steps),
+        ("starts while an adapter was under way", passed),
     ] {
         assert!(n > 0, "{steps} steps without any {what}");
     }

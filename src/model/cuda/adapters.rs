@@ -2,8 +2,13 @@
 //!
 //! A copy is one piece of memory: first the table that kernels read, what the adapter does at each place; then its tensors. What is
 //! no longer in the host's memory goes before the next step; of the rest, what was longest unused makes room.
+//!
+//! Copies are made by a thread of their own, beside the steps of others. Whoever is about to be asked for an adapter says so early
+//! ([`DeviceAdapters::fetch`]), and a batch that needs one which is still on its way waits for it.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
 use std::sync::{Arc, Weak};
 
 use bytemuck::Pod;
@@ -13,7 +18,7 @@ use rayon::prelude::*;
 use crate::ids::AdapterGeneration;
 use crate::model::delta::{Delta, Norm, Site, SiteDelta};
 use crate::ops::cuda::lora::{EmbedSite, Site as DeviceSite};
-use crate::ops::cuda::{CudaError, Device, Memory, Part};
+use crate::ops::cuda::{Copier, CudaError, Device, Memory, Part};
 use crate::ops::{MatrixData, UP_TILE};
 
 /// Sites of a layer.
@@ -65,112 +70,196 @@ struct EmbedParts {
     rank: usize,
 }
 
-/// Bytes of a copy before they are on the device.
-struct Image<'a>(&'a mut Vec<u8>);
+/// A tensor of a copy, as the host has it.
+#[derive(Clone, Copy)]
+enum Tensor<'d> {
+    Bytes(&'d [u8]),
+    Floats(&'d [f32]),
+    /// It becomes bf16.
+    Matrix(MatrixData<'d>),
+    /// Tiles `[rank][64]`, which become bf16 `[rank / 2 rounded up][64][2]`.
+    Up(MatrixData<'d>, usize),
+}
 
-impl Image<'_> {
-    /// So many zeros.
-    fn room<T: Pod>(&mut self, n: usize) -> (usize, &mut [T]) {
-        let at = self.0.len().next_multiple_of(ALIGN);
-        self.0.resize(at + n * size_of::<T>(), 0);
-        (at, bytemuck::cast_slice_mut(&mut self.0[at..]))
+/// Bytes of a tensor that one thread writes, a multiple of every tensor's rows.
+const RUN: usize = 1 << 20;
+/// Bytes of two rows of an [`Tensor::Up`]'s tile, side by side.
+const PAIR: usize = UP_TILE * 2 * size_of::<u16>();
+
+impl Tensor<'_> {
+    /// Bytes of it in a copy.
+    fn bytes(self) -> usize {
+        match self {
+            Tensor::Bytes(d) => d.len(),
+            Tensor::Floats(d) => size_of_val(d),
+            Tensor::Matrix(d) => d.len() * size_of::<u16>(),
+            Tensor::Up(d, rank) => d.len() / (rank * UP_TILE) * rank.div_ceil(2) * PAIR,
+        }
     }
 
-    fn put<T: Pod>(&mut self, data: &[T]) -> Span {
-        self.0.resize(self.0.len().next_multiple_of(ALIGN), 0);
-        let at = self.0.len();
-        self.0.extend_from_slice(bytemuck::cast_slice(data));
-        (at, data.len())
-    }
-
-    /// Tiles `[rank][64]` as bf16 `[rank / 2 rounded up][64][2]`.
-    fn put_up(&mut self, data: MatrixData<'_>, rank: usize) -> usize {
-        let (tile, tiles) = (rank.div_ceil(2) * UP_TILE, data.len() / (rank * UP_TILE));
-        let (at, to) = self.room::<[u16; 2]>(tiles * tile);
-        let fill = |(of, pairs): (usize, &mut [[u16; 2]])| {
-            for j in 0..rank {
-                let from = (of * rank + j) * UP_TILE;
-                let to = &mut pairs[j / 2 * UP_TILE..][..UP_TILE];
-                match data {
-                    MatrixData::Bf16(d) => to.iter_mut().zip(&d[from..]).for_each(|(pair, x)| pair[j % 2] = x.to_bits()),
-                    MatrixData::F32(d) => to.iter_mut().zip(&d[from..]).for_each(|(pair, &x)| pair[j % 2] = bf16::from_f32(x).to_bits()),
+    /// Writes its bytes from `first` on, which is a multiple of [`RUN`].
+    fn write(self, first: usize, to: &mut [u8]) {
+        match self {
+            Tensor::Bytes(d) => to.copy_from_slice(&d[first..][..to.len()]),
+            Tensor::Floats(d) => to.copy_from_slice(&bytemuck::cast_slice(d)[first..][..to.len()]),
+            Tensor::Matrix(MatrixData::Bf16(d)) => to.copy_from_slice(&bytemuck::cast_slice(d)[first..][..to.len()]),
+            Tensor::Matrix(MatrixData::F32(d)) => {
+                let to = bytemuck::cast_slice_mut::<u8, u16>(to);
+                to.iter_mut().zip(&d[first / 2..]).for_each(|(to, &x)| *to = bf16::from_f32(x).to_bits());
+            }
+            Tensor::Up(d, rank) => {
+                let pairs = rank.div_ceil(2);
+                for (row, to) in (first / PAIR..).zip(to.chunks_exact_mut(PAIR)) {
+                    let (tile, j) = (row / pairs, row % pairs * 2);
+                    let to = bytemuck::cast_slice_mut::<u8, [u16; 2]>(to);
+                    for odd in 0..2 {
+                        let from = (tile * rank + j + odd) * UP_TILE;
+                        match d {
+                            // Of an odd rank the last has no other.
+                            _ if j + odd == rank => to.iter_mut().for_each(|pair| pair[odd] = 0),
+                            MatrixData::Bf16(d) => to.iter_mut().zip(&d[from..]).for_each(|(pair, x)| pair[odd] = x.to_bits()),
+                            MatrixData::F32(d) => {
+                                to.iter_mut().zip(&d[from..]).for_each(|(pair, &x)| pair[odd] = bf16::from_f32(x).to_bits());
+                            }
+                        }
+                    }
                 }
             }
-        };
-        to.par_chunks_mut(tile).enumerate().for_each(fill);
-        at
-    }
-
-    /// As bf16.
-    fn put_matrix(&mut self, data: MatrixData<'_>) -> Span {
-        match data {
-            MatrixData::Bf16(d) => self.put(bytemuck::cast_slice::<bf16, u16>(d)),
-            MatrixData::F32(d) => self.put(&d.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>()),
         }
     }
 }
 
-impl DeviceAdapter {
-    /// A copy of `delta`, made in `bytes`.
-    fn new(device: &Arc<Device>, delta: &Delta, bytes: &mut Vec<u8>) -> Result<Self, CudaError> {
+/// What a copy of an adapter is made of.
+struct Image<'d> {
+    /// By place; addresses are bytes of the copy, and nothing begins at byte 0 but this table.
+    table: Vec<DeviceSite>,
+    /// Behind the table, in this order.
+    tensors: Vec<(usize, Tensor<'d>)>,
+    bytes: usize,
+    rank: usize,
+    updates: u8,
+    adapts: u8,
+    replaced: HashMap<usize, (Span, Option<Span>)>,
+    norms: HashMap<usize, Span>,
+    embed: Option<EmbedParts>,
+}
+
+impl<'d> Image<'d> {
+    fn put(&mut self, tensor: Tensor<'d>) -> usize {
+        let at = self.bytes.next_multiple_of(ALIGN);
+        self.bytes = at + tensor.bytes();
+        self.tensors.push((at, tensor));
+        at
+    }
+
+    fn floats(&mut self, data: &'d [f32]) -> Span {
+        (self.put(Tensor::Floats(data)), data.len())
+    }
+
+    fn matrix(&mut self, data: MatrixData<'d>) -> Span {
+        (self.put(Tensor::Matrix(data)), data.len())
+    }
+
+    fn of(delta: &'d Delta) -> Self {
         let layers = delta.layers.len();
-        let mut table = vec![DeviceSite::default(); head_place(layers) + 1];
-        bytes.clear();
-        bytes.resize(size_of_val(&table[..]), 0);
-        let mut image = Image(bytes);
-        let (mut updates, mut adapts, mut rank) = (0, 0, 0);
-        let (mut replaced, mut norms) = (HashMap::new(), HashMap::new());
+        let table = vec![DeviceSite::default(); head_place(layers) + 1];
+        let mut image = Image {
+            bytes: size_of_val(&table[..]),
+            table,
+            tensors: Vec::new(),
+            rank: 0,
+            updates: 0,
+            adapts: 0,
+            replaced: HashMap::new(),
+            norms: HashMap::new(),
+            embed: None,
+        };
         let sites = delta.layers.iter().enumerate().flat_map(|(layer, l)| {
             Site::ALL.into_iter().filter_map(move |site| Some((place(layer, site), l.sites[site as usize].as_deref()?)))
         });
         for (at, site) in sites.chain(delta.head.iter().map(|head| (head_place(layers), head))) {
             let SiteDelta { replace, factors, gain, bias } = site;
-            let to = &mut table[at];
+            let mut to = DeviceSite::default();
             if let Some(factors) = factors {
                 let f = factors.low_rank();
                 f.check();
-                (to.down, to.up, to.rank) = (image.put_matrix(f.down).0 as u64, image.put_up(f.up, f.rank) as u64, f.rank as u32);
-                updates |= bit(at, layers);
-                rank = rank.max(f.rank);
+                (to.down, to.up, to.rank) = (image.matrix(f.down).0 as u64, image.put(Tensor::Up(f.up, f.rank)) as u64, f.rank as u32);
+                image.updates |= bit(at, layers);
+                image.rank = image.rank.max(f.rank);
             }
-            to.gain = gain.as_ref().map_or(0, |g| image.put(g).0 as u64);
-            to.bias = bias.as_ref().map_or(0, |b| image.put(b).0 as u64);
+            to.gain = gain.as_ref().map_or(0, |g| image.floats(g).0 as u64);
+            to.bias = bias.as_ref().map_or(0, |b| image.floats(b).0 as u64);
             if let Some(own) = replace {
-                let (w, b) = (image.put_matrix(own.dense().matrix().data), own.bias.as_ref().map(|b| image.put(b)));
+                assert!(own.inner.is_none(), "what stands in for weights is one matrix");
+                let (w, b) = (image.matrix(own.weight.matrix().data), own.bias.as_ref().map(|b| image.floats(b)));
                 (to.replaced, to.own_bias) = (1, b.map_or(0, |b| b.0 as u64));
-                replaced.insert(at, (w, b));
+                image.replaced.insert(at, (w, b));
             }
             if replace.is_some() || gain.is_some() || bias.is_some() {
-                adapts |= bit(at, layers);
+                image.adapts |= bit(at, layers);
             }
+            image.table[at] = to;
         }
-        for (layer, l) in delta.layers.iter().enumerate() {
-            for (i, norm) in l.norms.iter().enumerate() {
-                norms.extend(norm.as_ref().map(|n| (layer * NORMS + i, image.put(n))));
-            }
+        let norms = delta
+            .layers
+            .iter()
+            .enumerate()
+            .flat_map(|(layer, l)| l.norms.iter().enumerate().filter_map(move |(i, norm)| Some((layer * NORMS + i, norm.as_ref()?))));
+        for (at, norm) in norms.chain(delta.norm.iter().map(|norm| (layers * NORMS, norm))) {
+            let span = image.floats(norm);
+            image.norms.insert(at, span);
         }
-        norms.extend(delta.norm.as_ref().map(|n| (layers * NORMS, image.put(n))));
-        let embed = delta.embed.as_ref().map(|e| {
+        image.embed = delta.embed.as_ref().map(|e| {
             let mut parts = EmbedParts {
-                table: e.replace.as_ref().map(|w| image.put_matrix(w.matrix().data)),
-                gain: e.gain.as_ref().map(|g| image.put(g)),
+                table: e.replace.as_ref().map(|w| image.matrix(w.matrix().data)),
+                gain: e.gain.as_ref().map(|g| image.floats(g)),
                 ..EmbedParts::default()
             };
             if let Some(factors) = &e.factors {
                 let (rank, down, up) = factors.parts();
-                (parts.rank, parts.down, parts.up) = (rank, Some(image.put_matrix(down)), Some(image.put(up)));
+                (parts.rank, parts.down, parts.up) = (rank, Some(image.matrix(down)), Some(image.floats(up)));
             }
             parts
         });
-        let mut memory = device.alloc::<u8>(image.0.len())?;
-        // Nothing begins at byte 0 but the table.
+        image
+    }
+}
+
+impl DeviceAdapter {
+    /// A copy of `delta`, brought by `copier`.
+    fn new(device: &Arc<Device>, copier: &mut Copier, delta: &Delta) -> Result<Self, CudaError> {
+        let Image { mut table, tensors, bytes, rank, updates, adapts, replaced, norms, embed } = Image::of(delta);
+        let mut memory = device.alloc::<u8>(bytes)?;
         let address = |at: &mut u64| *at = if *at == 0 { 0 } else { memory.ptr() + *at };
         for s in &mut table {
             [&mut s.down, &mut s.up, &mut s.gain, &mut s.bias, &mut s.own_bias].into_iter().for_each(address);
         }
-        image.0[..size_of_val(&table[..])].copy_from_slice(bytemuck::cast_slice(&table));
-        memory.write(0, image.0)?;
-        Ok(DeviceAdapter { image: memory, rank, updates, adapts, replaced, norms, embed, layers })
+        let table = (0, Tensor::Bytes(bytemuck::cast_slice(&table)));
+        // Where each run begins in the copy, and the bytes of which tensor it is.
+        let runs = std::iter::once(&table).chain(&tensors).flat_map(|&(at, tensor)| {
+            (0..tensor.bytes()).step_by(RUN).map(move |first| (at + first, tensor, first..tensor.bytes().min(first + RUN)))
+        });
+        let runs: Vec<_> = runs.collect();
+        let mut left = &runs[..];
+        while let Some(&(begin, ..)) = left.first() {
+            let (some, rest) = left.split_at(left.partition_point(|(at, _, of)| at + of.len() - begin <= copier.window()));
+            left = rest;
+            let end = some.last().map_or(begin, |(at, _, of)| at + of.len());
+            copier.copy(&mut memory, begin, end - begin, |mut window| {
+                let mut at = begin;
+                let mut pieces = Vec::with_capacity(some.len());
+                for (first, tensor, of) in some {
+                    let (gap, behind) = window.split_at_mut(first - at);
+                    gap.fill(0);
+                    let (piece, behind) = behind.split_at_mut(of.len());
+                    pieces.push((piece, tensor, of.start));
+                    (window, at) = (behind, first + of.len());
+                }
+                pieces.into_par_iter().for_each(|(piece, tensor, first)| tensor.write(first, piece));
+            })?;
+        }
+        copier.wait()?;
+        Ok(DeviceAdapter { image: memory, rank, updates, adapts, replaced, norms, embed, layers: delta.layers.len() })
     }
 
     /// Where its table begins.
@@ -215,26 +304,127 @@ impl DeviceAdapter {
 /// Adapters a pass may name, as they lie in the host's memory.
 pub type Given<'p> = [(AdapterGeneration, &'p Arc<Delta>)];
 
-/// The copies there are.
+/// The copies there are, and those on their way.
 pub(super) struct DeviceAdapters {
-    device: Arc<Device>,
     budget: u64,
     copies: HashMap<AdapterGeneration, Copied>,
-    /// Where copies are made: pages that are the process's already take less time than fresh ones.
-    bytes: Vec<u8>,
     clock: u64,
+    maker: Maker,
 }
 
 struct Copied {
-    adapter: Arc<DeviceAdapter>,
+    state: State,
+    bytes: u64,
     of: Weak<Delta>,
     last_used: u64,
+}
+
+enum State {
+    Here(Arc<DeviceAdapter>),
+    Coming(Receiver<Made>),
+    /// Why, unless whoever made it panicked.
+    Failed(Option<CudaError>),
+}
+
+type Made = Result<DeviceAdapter, CudaError>;
+
+impl Copied {
+    fn take(&mut self, made: Option<Made>) {
+        self.state = match made {
+            Some(Ok(adapter)) => State::Here(Arc::new(adapter)),
+            Some(Err(e)) => State::Failed(Some(e)),
+            None => State::Failed(None),
+        };
+    }
+
+    /// Takes it where it has been made.
+    fn look(&mut self) {
+        if let State::Coming(made) = &self.state {
+            match made.try_recv() {
+                Ok(made) => self.take(Some(made)),
+                Err(TryRecvError::Disconnected) => self.take(None),
+                Err(TryRecvError::Empty) => {}
+            }
+        }
+    }
+
+    /// Waits until it is not on its way.
+    fn arrive(&mut self) {
+        if let State::Coming(made) = &self.state {
+            let made = made.recv().ok();
+            self.take(made);
+        }
+    }
+}
+
+/// What is told when a copy has been made, or has failed.
+pub type Arrived = Arc<dyn Fn() + Send + Sync>;
+
+/// The thread that makes copies, from the first one on.
+struct Maker {
+    device: Arc<Device>,
+    arrived: Arrived,
+    thread: Option<(Sender<Job>, std::thread::JoinHandle<()>)>,
+}
+
+struct Job {
+    of: Arc<Delta>,
+    to: SyncSender<Made>,
+    arrived: Arrived,
+}
+
+impl Maker {
+    /// Has a copy made.
+    fn make(&mut self, of: Arc<Delta>) -> Receiver<Made> {
+        let (jobs, _) = self.thread.get_or_insert_with(|| {
+            let (jobs, asked) = mpsc::channel::<Job>();
+            let device = self.device.clone();
+            let thread = std::thread::Builder::new().name("adapters".into()).spawn(move || make_all(&device, &asked));
+            (jobs, thread.expect("the system has room for a thread"))
+        });
+        let (to, made) = mpsc::sync_channel(1);
+        jobs.send(Job { of, to, arrived: self.arrived.clone() }).expect("the thread ends after its last job");
+        made
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        if let Some((jobs, thread)) = self.thread.take() {
+            drop(jobs);
+            let _ = thread.join();
+        }
+    }
+}
+
+fn make_all(device: &Arc<Device>, asked: &Receiver<Job>) {
+    let mut copier = None;
+    for Job { of, to, arrived } in asked {
+        let made = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let copier = match &mut copier {
+                Some(copier) => copier,
+                none => none.insert(Copier::new(device)?),
+            };
+            DeviceAdapter::new(device, copier, &of)
+        }));
+        if let Ok(made) = made {
+            // Whoever asked may have gone.
+            let _ = to.send(made);
+        }
+        drop((of, to));
+        arrived();
+    }
 }
 
 impl DeviceAdapters {
     /// None; at most `budget` bytes of them, but for what one batch needs.
     pub(super) fn new(device: Arc<Device>, budget: u64) -> Self {
-        DeviceAdapters { device, budget, copies: HashMap::new(), bytes: Vec::new(), clock: 0 }
+        DeviceAdapters { budget, copies: HashMap::new(), clock: 0, maker: Maker { device, arrived: Arc::new(|| ()), thread: None } }
+    }
+
+    /// Has `arrived` called, by another thread, whenever a copy has been made that [`DeviceAdapters::fetch`] asked for from now on.
+    pub(super) fn on_arrival(&mut self, arrived: Arrived) {
+        self.maker.arrived = arrived;
     }
 
     /// How many bytes of adapters a batch may wear.
@@ -247,6 +437,24 @@ impl DeviceAdapters {
         self.copies.retain(|_, copy| copy.of.strong_count() > 0);
     }
 
+    /// Has a copy of an adapter made beside the steps to come, where there is none, and room for it without what is `wanted`.
+    pub(super) fn fetch(&mut self, (generation, delta): (AdapterGeneration, &Arc<Delta>), wanted: impl Fn(AdapterGeneration) -> bool) {
+        if !self.copies.contains_key(&generation) {
+            let bytes = Image::of(delta).bytes as u64;
+            // Nobody waits here.
+            let coming: Vec<_> = self.coming().collect();
+            if self.make_room(bytes, |other| wanted(other) || coming.contains(&other)) {
+                self.make(generation, delta, bytes);
+            }
+        }
+    }
+
+    /// Those on their way.
+    pub(super) fn coming(&mut self) -> impl Iterator<Item = AdapterGeneration> + '_ {
+        self.copies.values_mut().for_each(Copied::look);
+        self.copies.iter().filter(|(_, copy)| matches!(copy.state, State::Coming(_))).map(|(generation, _)| *generation)
+    }
+
     /// Copies of all of `adapters`, made where they are not there yet. Others make room.
     ///
     /// # Errors
@@ -256,27 +464,44 @@ impl DeviceAdapters {
         let mut ready = Vec::with_capacity(adapters.len());
         for &(generation, delta) in adapters {
             if !self.copies.contains_key(&generation) {
-                self.make_room(delta.bytes(), adapters);
-                let adapter = Arc::new(DeviceAdapter::new(&self.device, delta, &mut self.bytes)?);
-                self.copies.insert(generation, Copied { adapter, of: Arc::downgrade(delta), last_used: 0 });
+                let bytes = Image::of(delta).bytes as u64;
+                self.make_room(bytes, |other| adapters.iter().any(|(kept, _)| *kept == other));
+                self.make(generation, delta, bytes);
             }
             let copy = self.copies.get_mut(&generation).expect("made above");
             copy.last_used = self.clock;
-            ready.push((generation, copy.adapter.clone()));
+            copy.arrive();
+            if let State::Here(adapter) = &copy.state {
+                ready.push((generation, adapter.clone()));
+            } else if let Some(Copied { state: State::Failed(Some(e)), .. }) = self.copies.remove(&generation) {
+                return Err(e);
+            } else {
+                panic!("the copy of an adapter panicked");
+            }
         }
         Ok(ready)
     }
 
-    fn make_room(&mut self, bytes: u64, kept: &Given<'_>) {
-        while self.held().map(|(_, bytes)| bytes).sum::<u64>() + bytes > self.budget {
-            let others = self.copies.iter().filter(|(generation, _)| kept.iter().all(|(k, _)| k != *generation));
-            let Some(oldest) = others.min_by_key(|(_, copy)| copy.last_used).map(|(generation, _)| *generation) else { return };
-            self.copies.remove(&oldest);
+    fn make(&mut self, generation: AdapterGeneration, delta: &Arc<Delta>, bytes: u64) {
+        let state = State::Coming(self.maker.make(delta.clone()));
+        self.copies.insert(generation, Copied { state, bytes, of: Arc::downgrade(delta), last_used: self.clock });
+    }
+
+    /// Drops what was longest unused, but for what is kept, until there is room for so many bytes; gives whether there is.
+    fn make_room(&mut self, bytes: u64, kept: impl Fn(AdapterGeneration) -> bool) -> bool {
+        while self.copies.values().map(|copy| copy.bytes).sum::<u64>() + bytes > self.budget {
+            let others = self.copies.iter().filter(|(generation, _)| !kept(**generation));
+            let Some(oldest) = others.min_by_key(|(_, copy)| copy.last_used).map(|(generation, _)| *generation) else { return false };
+            if let Some(mut copy) = self.copies.remove(&oldest) {
+                // Until it has been made it takes its room.
+                copy.arrive();
+            }
         }
+        true
     }
 
     /// What lies on the device, and how many bytes that is.
     pub(super) fn held(&self) -> impl Iterator<Item = (AdapterGeneration, u64)> + '_ {
-        self.copies.iter().map(|(generation, copy)| (*generation, copy.adapter.image.len() as u64))
+        self.copies.iter().filter(|(_, copy)| matches!(copy.state, State::Here(_))).map(|(generation, copy)| (*generation, copy.bytes))
     }
 }

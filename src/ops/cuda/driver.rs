@@ -1,6 +1,7 @@
 //! A device, its memory, and launches of kernels by name.
 //!
-//! One stream carries everything in order. Memory is freed once what was asked of the stream before is done.
+//! One stream carries everything in order, but for what a [`Copier`] brings beside it. Memory is freed once what was asked of the stream
+//! before is done.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -348,6 +349,71 @@ impl<T: Pod> Pinned<T> {
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: allocated, initialised, and borrowed as this is.
         unsafe { std::slice::from_raw_parts_mut(self.at, self.n) }
+    }
+}
+
+/// Bytes that a [`Copier`] has on their way at once, twice.
+const WINDOW: usize = 16 << 20;
+
+/// Brings data to the device beside what the device's stream does: by a stream of its own, from two pieces of pinned memory that take turns,
+/// so that one is filled while the other is copied.
+pub struct Copier {
+    stream: Arc<CudaStream>,
+    windows: [(Pinned<u8>, Option<cudarc::driver::CudaEvent>); 2],
+    turn: usize,
+}
+
+impl Copier {
+    /// One with nothing on its way.
+    ///
+    /// # Errors
+    /// Where the system has no pinned memory left.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let window = || Ok::<_, CudaError>((Pinned::new(device, WINDOW)?, None));
+        Ok(Copier { stream: device.context.new_stream()?, windows: [window()?, window()?], turn: 0 })
+    }
+
+    /// Bytes it takes at once.
+    pub fn window(&self) -> usize {
+        WINDOW
+    }
+
+    /// Copies to `memory`, from `first` on, the `n` bytes that `fill` writes. They are there after [`Copier::wait`].
+    ///
+    /// # Errors
+    /// Where the device fails.
+    ///
+    /// # Panics
+    /// Beyond the end of `memory`, or for more than [`Copier::window`] bytes.
+    pub fn copy(&mut self, memory: &mut Memory<u8>, first: usize, n: usize, fill: impl FnOnce(&mut [u8])) -> Result<(), CudaError> {
+        assert!(first + n <= memory.n, "{n} bytes at {first} of {}", memory.n);
+        let (window, taken) = &mut self.windows[self.turn];
+        if let Some(taken) = taken.take() {
+            taken.synchronize()?;
+        }
+        let bytes = &mut window.as_mut_slice()[..n];
+        fill(bytes);
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: inside the allocation; the window is left alone until the event says that it was taken, or `drop` has waited.
+        unsafe { result::memcpy_htod_async(memory.at + first as u64, bytes, self.stream.cu_stream()) }?;
+        *taken = Some(self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING))?);
+        self.turn = 1 - self.turn;
+        Ok(())
+    }
+
+    /// Waits until all of it is there, for any stream.
+    ///
+    /// # Errors
+    /// Where the device failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        Ok(self.stream.synchronize()?)
+    }
+}
+
+impl Drop for Copier {
+    fn drop(&mut self) {
+        // The windows go after this, and the copies read them.
+        let _ = self.stream.synchronize();
     }
 }
 

@@ -15,7 +15,7 @@ pub mod sample;
 pub mod seal;
 pub mod trial;
 
-pub use driver::{Device, Memory, Own, Part, Pinned, Recording};
+pub use driver::{Copier, Device, Memory, Own, Part, Pinned, Recording};
 
 /// Why the device cannot do what was asked. Each says what to do about it.
 #[derive(Debug, thiserror::Error)]
