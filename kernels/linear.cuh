@@ -17,7 +17,7 @@
 //   linear_normed_*: the same; worth it while normed rows leave room for as many blocks as linear_few_* would have at once.
 //   linear_many:   grid = (ceil(rows / 128), tiles).
 // The host must raise MAX_DYNAMIC_SHARED_SIZE_BYTES, and had best ask for a carve-out of B blocks and no more: x lives in what is left
-// as first-level cache. m4 does not fit sm_86, sm_89 and sm_120 (99 KiB); everything else does. Gated jobs need m2, m4 or linear_many.
+// as first-level cache. m4 and linear_worn_*_n8 do not fit sm_86, sm_89 and sm_120 (99 KiB); everything else does. Gated jobs need m2, m4 or linear_many.
 // m1, m2 and m4 give the same bits: the larger m reads x more rarely, the smaller fills the device with fewer outputs.
 // Launches may ask for programmatic stream serialization: until grid_wait only W, a norm's weight and tables of adapters are read, so the
 // launch ahead must not write them.

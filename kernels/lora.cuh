@@ -9,7 +9,7 @@
 // lora_shrink     (items, splits or 1, targets * rank tiles)      128    20480
 // lora_expand     (any, items, targets)                           128    34816
 // linear_worn_*   (linear.cuh): few rows are expanded where their products are summed
-// adapt_rows      ((width + 1023) / 1024, rows)                   256    0
+// adapt_rows      (rows, (width + 1023) / 1024)                   256    0
 // embed_adapted   (rows)                                          256    0
 //
 // Neighbouring rows that wear one adapter are a Worn; an item is up to 64 of its rows. Factors are as the host's backend has them
@@ -264,14 +264,14 @@ struct AdaptArgs {
 KERNEL(256, 4, adapt_rows)(AdaptArgs p) {
     grid_wait();
     grid_go();
-    const u32 of = p.of_row[blockIdx.y];
+    const u32 of = p.of_row[blockIdx.x];
     const lora::Site* site = of == lora::NOBODY ? nullptr : &p.worn[of].sites[p.place];
     const float* gain = site ? site->gain : nullptr;
     const float* bias = site ? site->bias : nullptr;
     const float* own = site && site->replaced ? site->own_bias : p.bias;
     if (!p.onto && !gain && !bias) return;
-    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < min(p.width, (blockIdx.x + 1) * 1024); i += 256) {
-        const size_t at = (size_t)blockIdx.y * p.width + i;
+    for (u32 i = blockIdx.y * 1024 + threadIdx.x; i < min(p.width, (blockIdx.y + 1) * 1024); i += 256) {
+        const size_t at = (size_t)blockIdx.x * p.width + i;
         float v = p.y[at];
         if (gain) v += (gain[i] - 1.0f) * (v - (own ? own[i] : 0.0f));
         if (bias) v += bias[i];

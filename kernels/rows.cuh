@@ -162,8 +162,8 @@ __device__ __forceinline__ void rope_append(float* __restrict__ q, const float* 
 
 // out[r][i] = g / (1 + exp(-g)) * up[r][i], g = gate[r][i]; gate and up with rows `stride` apart. Moves rows * width * (8 + 2) bytes.
 __device__ __forceinline__ void silu_mul(const float* __restrict__ gate, const float* __restrict__ up, u32 stride, u32 width, u16* __restrict__ out) {
-    u64 from = (u64)blockIdx.y * stride, to = (u64)blockIdx.y * width;
-    u32 i = (blockIdx.x * THREADS + threadIdx.x) * 4;
+    u64 from = (u64)blockIdx.x * stride, to = (u64)blockIdx.x * width;
+    u32 i = (blockIdx.y * THREADS + threadIdx.x) * 4;
     auto one = [](float g, float u) { return g / (1.0f + ex2(-1.44269504f * g)) * u; };
     if (width % 4 == 0 && stride % 4 == 0) {
         if (i >= width) return;

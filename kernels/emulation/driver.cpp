@@ -1,9 +1,12 @@
-// A CUDA driver library whose device is this CPU: what the host's code allocates, copies, loads and launches, with the very
+// A CUDA driver library whose devices are this CPU: what the host's code allocates, copies, loads and launches, with the very
 // kernels of this folder run by cuda_cpu.h. Any image is accepted as a module; kernels are found by their names.
 //
 // It is strict where a device is: copies outside an allocation, freed memory, more shared memory or threads than were asked for
 // are errors. Fresh memory is 0xff. STRAIT_EMULATED_SEED shuffles the order of threads. Copies from pinned memory are made as late as
 // they may be: when their stream is waited for, or has more to do.
+//
+// Device 0 is like an H200, but for 16 GiB of memory; device 1 like a small card of compute capability 8.6; device 2 is of an architecture
+// that the image has no code of, so that the driver compiles its PTX.
 #define STRAIT_EMULATED 1
 #include "../strait.cu"
 #include <atomic>
@@ -19,7 +22,25 @@ typedef uint64_t CUdeviceptr;
 
 namespace {
 
+struct Kind {
+    const char* name;
+    int capability[2];
+    int shared;                     // bytes of a block, asked for
+    int ptx;                        // what its kernels were compiled for
+    size_t bytes;
+};
+constexpr int DEVICES = 3;
+const Kind KINDS[DEVICES] = {
+    {"emulated on the CPU", {9, 0}, 232448, 90, size_t(16) << 30},
+    {"emulated on the CPU, small", {8, 6}, 101376, 80, size_t(1) << 30},
+    {"emulated on the CPU, later", {11, 0}, 232448, 80, size_t(1) << 30},
+};
+// A context is the place of its device, and one.
+thread_local size_t context = 0;
+size_t device_of(size_t context) { return context ? context - 1 : 0; }
+
 struct Kernel {
+    const Kind* kind = KINDS;
     std::string name;
     std::function<void(void**, dim3, dim3, unsigned)> run;
     size_t bytes = 0;               // of its parameters
@@ -47,6 +68,9 @@ STRAIT_KERNELS(ADD)
 
 std::mutex lock;
 std::map<CUdeviceptr, size_t> live;
+// Bytes taken, by device; and the device of what is live.
+size_t taken[DEVICES];
+std::map<CUdeviceptr, size_t> owner;
 bool inside(CUdeviceptr p, size_t n) {
     std::lock_guard<std::mutex> hold(lock);
     auto it = live.upper_bound(p);
@@ -61,6 +85,8 @@ struct Stream {
     // Launches until the device is lost to this stream; never where negative.
     int left = -1;
     bool lost = false;
+    // What was recorded is worth nothing: the stream was waited for meanwhile.
+    bool spoilt_recording = false;
     // Kernels whose names begin so are launched, and do nothing.
     std::string spoilt;
     // Copies from pinned memory that are under way.
@@ -106,64 +132,93 @@ struct Event {
 };
 double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// What was freed last is handed out first, as drivers do: an address says little about what lies there.
+std::vector<std::pair<CUdeviceptr, size_t>> freed[DEVICES];
 CUresult allocate(CUdeviceptr* p, size_t n) {
+    const size_t on = device_of(context);
+    std::lock_guard<std::mutex> hold(lock);
+    if (taken[on] + n > KINDS[on].bytes) return 2;
     void* q = nullptr;
-    if (posix_memalign(&q, 256, n ? n : 1)) return 2;
+    for (size_t i = freed[on].size(); i--;)
+        if (freed[on][i].second >= n && freed[on][i].second <= 2 * n) {
+            q = (void*)freed[on][i].first;
+            freed[on].erase(freed[on].begin() + i);
+            break;
+        }
+    if (!q && posix_memalign(&q, 256, n ? n : 1)) return 2;
     memset(q, 0xff, n);
     *p = (CUdeviceptr)q;
-    std::lock_guard<std::mutex> hold(lock);
     live[*p] = n;
+    owner[*p] = on;
+    taken[on] += n;
     return 0;
 }
 CUresult release(CUdeviceptr p) {
     if (!p) return 0;
-    {
-        std::lock_guard<std::mutex> hold(lock);
-        auto it = live.find(p);
-        if (it == live.end()) return 1;
-        memset((void*)p, 0xff, it->second);
-        live.erase(it);
+    std::lock_guard<std::mutex> hold(lock);
+    auto it = live.find(p);
+    if (it == live.end()) return 1;
+    const size_t n = it->second, on = owner[p];
+    memset((void*)p, 0xff, n);
+    live.erase(it);
+    owner.erase(p);
+    taken[on] -= n;
+    if (n > size_t(4) << 20) {
+        free((void*)p);
+        return 0;
     }
-    free((void*)p);
+    freed[on].push_back({p, n});
+    if (freed[on].size() > 64) {
+        free((void*)freed[on][0].first);
+        freed[on].erase(freed[on].begin());
+    }
     return 0;
 }
-
-thread_local void* context = nullptr;
 
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default"))) CUresult
 API cuInit(unsigned) { return 0; }
 API cuDriverGetVersion(int* v) { *v = 13000; return 0; }
-API cuDeviceGet(int* d, int ordinal) { if (ordinal) return 101; *d = 0; return 0; }
-API cuDeviceGetCount(int* n) { *n = 1; return 0; }
-API cuDeviceGetName(char* s, int n, int) { snprintf(s, n, "emulated on the CPU"); return 0; }
-API cuDeviceGetUuid_v2(void* p, int) { memset(p, 0, 16); return 0; }
-API cuDeviceTotalMem_v2(size_t* n, int) { *n = size_t(1) << 34; return 0; }
-API cuMemGetInfo_v2(size_t* free, size_t* total) { *free = *total = size_t(1) << 34; return 0; }
-API cuDeviceGetAttribute(int* v, int a, int) {
+API cuDeviceGet(int* d, int ordinal) { if (ordinal < 0 || ordinal >= DEVICES) return 101; *d = ordinal; return 0; }
+API cuDeviceGetCount(int* n) { *n = DEVICES; return 0; }
+API cuDeviceGetName(char* s, int n, int d) { snprintf(s, n, "%s", KINDS[d].name); return 0; }
+API cuDeviceGetUuid_v2(void* p, int d) { memset(p, d, 16); return 0; }
+API cuDeviceTotalMem_v2(size_t* n, int d) { *n = KINDS[d].bytes; return 0; }
+API cuMemGetInfo_v2(size_t* free, size_t* total) {
+    const size_t on = device_of(context);
+    std::lock_guard<std::mutex> hold(lock);
+    *total = KINDS[on].bytes;
+    *free = *total - taken[on];
+    return 0;
+}
+API cuDeviceGetAttribute(int* v, int a, int d) {
     switch (a) {
         case 1: *v = 1024; break;       // threads of a block
         case 10: *v = 32; break;        // of a warp
         case 16: *v = 4; break;         // multiprocessors
         case 38: *v = 1 << 20; break;   // bytes of L2
-        case 75: *v = 9; break;         // compute capability
-        case 76: *v = 0; break;
-        case 97: *v = 232448; break;    // shared memory of a block, asked for
+        case 75: *v = KINDS[d].capability[0]; break;
+        case 76: *v = KINDS[d].capability[1]; break;
+        case 97: *v = KINDS[d].shared; break;
         case 115: *v = 1; break;
         default: *v = 0;
     }
     return 0;
 }
-API cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)0x10; return 0; }
+API cuDevicePrimaryCtxRetain(void** c, int d) { *c = (void*)size_t(d + 1); return 0; }
 API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-API cuCtxSetCurrent(void* c) { context = c; return 0; }
-API cuCtxGetCurrent(void** c) { *c = context; return 0; }
+API cuCtxSetCurrent(void* c) { context = (size_t)c; return 0; }
+API cuCtxGetCurrent(void** c) { *c = (void*)context; return 0; }
 API cuCtxSynchronize() { return 0; }
 API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
 API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
 API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
-API cuStreamSynchronize(void* s) { return stream_of(s).recording ? 900 : stream_of(s).lost ? 719 : land(stream_of(s)); }
+API cuStreamSynchronize(void* s) {
+    Stream& stream = stream_of(s);
+    if (stream.recording) stream.spoilt_recording = true;
+    return stream.recording ? 900 : stream.lost ? 719 : land(stream);
+}
 API cuStreamWaitEvent(void*, void*, unsigned) { return 0; }
 API cuStreamIsCapturing(void* s, int* v) { *v = stream_of(s).recording != nullptr; return 0; }
 API cuStreamBeginCapture_v2(void* s, int) {
@@ -177,7 +232,11 @@ API cuStreamEndCapture(void* s, void** graph) {
     if (!stream.recording) return 1;
     *graph = stream.recording;          // the first member of its Graph
     stream.recording = nullptr;
-    return 0;
+    if (!stream.spoilt_recording) return 0;
+    stream.spoilt_recording = false;
+    delete (Graph*)*graph;
+    *graph = nullptr;
+    return 901;
 }
 API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) { *exec = new Graph(*(Graph*)graph); return 0; }
 API cuGraphLaunch(void* exec, void* s) {
@@ -238,7 +297,12 @@ API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* stream) {
 }
 // What a module's functions may take is its own: others of this process ask for other sizes.
 typedef std::map<std::string, Kernel> Module;
-API cuModuleLoadData(void** m, const void*) { *m = new Module(kernels()); return 0; }
+API cuModuleLoadData(void** m, const void*) {
+    Module* all = new Module(kernels());
+    for (auto& one : *all) one.second.kind = &KINDS[device_of(context)];
+    *m = all;
+    return 0;
+}
 API cuModuleUnload(void* m) { delete (Module*)m; return 0; }
 API cuModuleGetFunction(void** f, void* m, const char* name) {
     auto it = ((Module*)m)->find(name);
@@ -248,19 +312,19 @@ API cuModuleGetFunction(void** f, void* m, const char* name) {
 }
 API cuFuncSetAttribute(void* f, int attribute, int v) {
     if (attribute == 8) {
-        if (v > 232448) return 1;
+        if (v > ((Kernel*)f)->kind->shared) return 1;
         ((Kernel*)f)->shared = v;
     }
     return 0;
 }
-API cuFuncGetAttribute(int* v, int, void*) { *v = 0; return 0; }
+API cuFuncGetAttribute(int* v, int attribute, void* f) { *v = attribute == 5 ? ((Kernel*)f)->kind->ptx : 0; return 0; }
 API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** args, void**) {
     Kernel* kernel = (Kernel*)f;
     Stream& on = stream_of(stream);
     if (on.left == 0) on.lost = true;
     if (on.left > 0) on.left--;
     if (on.lost) return 719;
-    if (shared > kernel->shared || bx * by * bz > 1024 || !gx || !gy || !gz) return 1;
+    if (shared > kernel->shared || bx * by * bz > 1024 || !gx || !gy || !gz || gy > 65535 || gz > 65535) return 1;
     if (!on.spoilt.empty() && kernel->name.compare(0, on.spoilt.size(), on.spoilt) == 0) return 0;
     if (!stream_of(stream).recording) {
         if (CUresult r = land(on)) return r;
@@ -289,6 +353,8 @@ struct LaunchConfig {
     unsigned n;
 };
 API cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void** extra) {
+    // What begins before the launch ahead has ended must wait for it: code for older architectures does not.
+    if (c->n && ((Kernel*)f)->kind->ptx < 90) return 1;
     return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, args, extra);
 }
 API cuGetErrorName(int, const char** s) { *s = "CUDA_ERROR_EMULATED"; return 0; }

@@ -184,7 +184,7 @@ static void rows_of_gains() {
         for (auto& v : y) v = uniform();
         before = y;
         AdaptArgs p = {worn, of_row, y.data(), onto ? x.data() : nullptr, model.data(), 0, width};
-        emu::launch(dim3(2, rows), dim3(256), 0, [&] { adapt_rows(p); }, 1);
+        emu::launch(dim3(rows, 2), dim3(256), 0, [&] { adapt_rows(p); }, 1);
         for (u32 i = 0; i < rows * width; i++) {
             const u32 r = i / width, o = i % width;
             double v = before[i], want = v;

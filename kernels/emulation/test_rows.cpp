@@ -68,7 +68,7 @@ static void test_silu(u64 seed) {
         for (size_t i = 0; i < in.n; i++) in[i] *= 20;
         in[0] = -200; in[1] = 200;
         float* up = stride > width ? in.p() + width : in.p() + rows * stride - (rows - 1) * stride;
-        emu::launch(dim3((width + 1023) / 1024, rows), dim3(256), 0, [&] { silu_mul({in.p(), up, (u16*)out.at, stride, width}); }, seed);
+        emu::launch(dim3(rows, (width + 1023) / 1024), dim3(256), 0, [&] { silu_mul({in.p(), up, (u16*)out.at, stride, width}); }, seed);
         double w = 0;
         for (u32 r = 0; r < rows; r++) for (u32 i = 0; i < width; i++) {
             double g = in[r * stride + i];

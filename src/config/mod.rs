@@ -58,6 +58,13 @@ pub struct AdapterSettings {
     pub cache_dir: Option<PathBuf>,
 }
 
+impl AdapterSettings {
+    /// Whether any can be loaded.
+    pub fn any(&self) -> bool {
+        !self.modules.is_empty() || self.root.is_some()
+    }
+}
+
 /// One adapter of `--lora-modules`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdapterModule {

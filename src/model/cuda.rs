@@ -20,13 +20,13 @@ use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Delta, Norm, Site};
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
-use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
+use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, PARTIAL_MOST, Work};
 use crate::ops::cuda::linear::{Job, Mode};
 use crate::ops::cuda::maps::{DeviceMaps, Unserved, serves};
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
 use crate::ops::cuda::sample::WIDEST;
-use crate::ops::cuda::seal::{DownMaps, SealedJob, seal};
+use crate::ops::cuda::seal::{DownMaps, SealedJob, latents_between, seal};
 use crate::ops::cuda::trial::{self, Trial};
 use crate::ops::cuda::{CudaError, Device, Memory, Part, Pinned, Recording};
 use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
@@ -40,6 +40,8 @@ const P: usize = PAGE_TOKENS as usize;
 const HEADS_AT_ONCE: usize = 64;
 /// Batches that are kept as recorded.
 const RECORDINGS: usize = 64;
+/// Bytes of tables of pages and spans, of what is asked of logits, and of recordings; they grow with batches.
+const TABLE_BYTES: u64 = 256 << 20;
 /// Queries of a row from which they are met as a chunk.
 const CHUNK: usize = 2;
 /// Sites whose outputs become one by SiLU, at once where no adapter changes them.
@@ -162,6 +164,9 @@ pub struct CudaDecoder {
     choices: Choices,
     /// Those of the batch at hand come first.
     groups: Vec<Group>,
+    /// None of theirs, but whose memory between launches all of them use.
+    work: DeviceWork,
+    prefill: Prefill,
     used: usize,
     /// By what was asked for; none of what was asked for once.
     recordings: HashMap<Vec<u64>, Option<Recording>>,
@@ -180,6 +185,35 @@ impl CudaDecoder {
         rope: &RopeTable,
         profiles: Vec<ReadyProfile>,
         (arena_bytes, adapter_bytes, block): (u64, u64, usize),
+    ) -> Result<Self, CudaRefusal> {
+        let mut decoder = Self::without_cache(device, config, weights, rope, profiles, (block, adapter_bytes > 0))?;
+        decoder.give(arena_bytes, adapter_bytes)?;
+        Ok(decoder)
+    }
+
+    /// Reserves an arena of so many bytes, in the place of the one there was; adapters may take `adapter_bytes` beside it.
+    ///
+    /// # Errors
+    /// Where the device has no room.
+    pub fn give(&mut self, arena_bytes: u64, adapter_bytes: u64) -> Result<(), CudaRefusal> {
+        self.adapters.set_budget(adapter_bytes);
+        self.arena = self.device.alloc::<u8>(0)?;
+        self.arena = self.device.alloc::<u8>(usize::try_from(arena_bytes).unwrap_or(usize::MAX).saturating_add(ARENA_SLACK))?;
+        Ok(())
+    }
+
+    /// As [`CudaDecoder::new`], with no arena yet, and with room for a step of `tokens`, whose rows may wear adapters where `adapted`. What
+    /// steps take beyond that is no more than [`CudaDecoder::further_bytes`].
+    ///
+    /// # Errors
+    /// As it has.
+    pub fn without_cache(
+        device: Arc<Device>,
+        config: &'static ModelConfig,
+        weights: &ModelWeights<'_>,
+        rope: &RopeTable,
+        profiles: Vec<ReadyProfile>,
+        (tokens, adapted): (usize, bool),
     ) -> Result<Self, CudaRefusal> {
         check_model(config, weights)?;
         profiles.iter().try_for_each(|profile| check_profile(profile, config, &device))?;
@@ -220,7 +254,6 @@ impl CudaDecoder {
                     .collect::<Result<Vec<_>, CudaError>>()
             })
             .collect::<Result<Vec<_>, CudaError>>()?;
-        let arena = d.alloc::<u8>(usize::try_from(arena_bytes).unwrap_or(usize::MAX).saturating_add(ARENA_SLACK))?;
         let scratch = Scratch {
             tokens: d.alloc(1)?,
             positions: d.alloc(1)?,
@@ -246,10 +279,10 @@ impl CudaDecoder {
         let ranks = layers
             .iter()
             .flat_map(|l: &DeviceLayer| [l.q.rank() + l.k.rank() + l.v.rank(), l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()]);
-        Ok(CudaDecoder {
+        let mut decoder = CudaDecoder {
             config,
             ranks: ranks.max().unwrap_or(0),
-            adapters: DeviceAdapters::new(d.clone(), adapter_bytes),
+            adapters: DeviceAdapters::new(d.clone()),
             wearing: Vec::new(),
             worn: Worn::new(d)?,
             picked_worn: Worn::new(d)?,
@@ -259,18 +292,55 @@ impl CudaDecoder {
             layers,
             cos: d.upload(&rope.cos)?,
             sin: d.upload(&rope.sin)?,
-            arena,
+            arena: d.alloc(0)?,
             profiles,
             maps,
             heads,
-            block: block.next_multiple_of(P),
+            block: tokens.next_multiple_of(P),
             scratch,
             choices: Choices::new(d, config.vocab)?,
             groups: Vec::new(),
+            work: DeviceWork::new(d)?,
+            prefill: Prefill::new(d)?,
             used: 0,
             recordings: HashMap::new(),
-            device,
-        })
+            device: device.clone(),
+        };
+        decoder.reserve(tokens, adapted)?;
+        let (c, s) = (config, &mut decoder.scratch);
+        s.logits.reserve(HEADS_AT_ONCE * c.vocab)?;
+        s.picked_x.reserve(HEADS_AT_ONCE * c.hidden)?;
+        let layers = decoder.profiles.iter().flat_map(|p| &p.layout.sealed);
+        if let Some(latents) = layers.map(|l| l.keys.rank + l.values.rank).max() {
+            s.latents.reserve(latents_between(tokens.div_ceil(P), latents))?;
+            decoder.prefill.reserve(heads, tokens)?;
+        }
+        device.wait()?;
+        Ok(decoder)
+    }
+
+    /// Bytes of the device that steps may take beyond what is reserved: partial results of many rows, and tables.
+    pub fn further_bytes() -> u64 {
+        PARTIAL_MOST as u64 + TABLE_BYTES
+    }
+
+    /// Room for what passes through a layer of so many positions.
+    fn reserve(&mut self, tokens: usize, adapted: bool) -> Result<(), CudaError> {
+        let (c, s) = (self.config, &mut self.scratch);
+        s.positions.reserve(tokens)?;
+        s.pages.reserve(tokens)?;
+        s.x.reserve(tokens * c.hidden)?;
+        s.normed.reserve(tokens * c.hidden)?;
+        s.q.reserve(tokens * c.q_channels())?;
+        s.k.reserve(tokens * c.kv_channels())?;
+        s.v.reserve(tokens * c.kv_channels())?;
+        s.attended.reserve(tokens * c.q_channels())?;
+        s.gated.reserve(tokens * c.intermediate)?;
+        if self.ranks > 0 || adapted {
+            s.gate.reserve(tokens * c.intermediate)?;
+            s.up.reserve(tokens * c.intermediate)?;
+        }
+        s.linear.reserve(if adapted { tokens * c.hidden } else { 0 }, tokens * self.ranks)
     }
 
     /// The cache profiles it serves.
@@ -499,7 +569,6 @@ impl CudaDecoder {
     fn begin(&mut self, plan: &StepPlan, spans: &[Span]) -> Result<usize, CudaError> {
         let tokens = spans.last().map_or(0, |s| s.first + s.n);
         let c = self.config;
-        let s = &mut self.scratch;
         let (mut positions, mut pages) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
         for span in spans {
             let row = &plan.rows[span.row];
@@ -509,32 +578,19 @@ impl CudaDecoder {
                 pages.push(exact[position as usize / P - row.sealed.len()].0);
             }
         }
-        s.positions.reserve(tokens)?;
-        s.positions.write(0, &positions)?;
-        s.pages.reserve(tokens)?;
-        s.pages.write(0, &pages)?;
-        s.x.reserve(tokens * c.hidden)?;
-        s.normed.reserve(tokens * c.hidden)?;
-        s.q.reserve(tokens * c.q_channels())?;
-        s.k.reserve(tokens * c.kv_channels())?;
-        s.v.reserve(tokens * c.kv_channels())?;
-        s.attended.reserve(tokens * c.q_channels())?;
-        s.gated.reserve(tokens * c.intermediate)?;
         let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
         let wearing = &self.wearing;
         self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
-        if self.ranks > 0 || self.worn.apart(MLP, tokens) {
-            s.gate.reserve(tokens * c.intermediate)?;
-            s.up.reserve(tokens * c.intermediate)?;
-        }
-        s.linear.reserve(if self.worn.adapts == 0 { 0 } else { tokens * c.hidden }, tokens * self.ranks)?;
+        self.reserve(tokens, self.worn.apart(MLP, tokens) || self.worn.adapts != 0)?;
+        self.scratch.positions.write(0, &positions)?;
+        self.scratch.pages.write(0, &pages)?;
 
         let mut used = 0;
         for some in spans.chunk_by(|a, b| key(&plan.rows[a.row]) == key(&plan.rows[b.row])) {
             let row = &plan.rows[some[0].row];
             let (first, n) = (some[0].first, some.iter().map(|s| s.n).sum());
             if used == self.groups.len() {
-                let (work, prefill) = (DeviceWork::new(&self.device)?, Prefill::new(&self.device)?);
+                let (work, prefill) = (self.work.another(&self.device)?, self.prefill.another(&self.device)?);
                 self.groups.push(Group { profile: row.profile, store: row.store, first, n, work, prefill });
             }
             let group = &mut self.groups[used];

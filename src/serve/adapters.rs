@@ -79,7 +79,7 @@ pub fn registry(
 
 /// Bytes of a device that adapters may take, where `free` are left beside the weights: none where none can be loaded.
 pub fn device_bytes(settings: &AdapterSettings, free: u64) -> u64 {
-    if settings.modules.is_empty() && settings.root.is_none() {
+    if !settings.any() {
         return 0;
     }
     settings.device_memory_bytes.unwrap_or(free / 8)

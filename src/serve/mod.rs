@@ -230,25 +230,36 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     }
 
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
-    // Of a device: weights in bf16, and what a step computes with, are taken; of the rest some is left to the driver.
-    let device_free = match &device {
-        Some(device) => Some((device.memory()?.0 as u64).saturating_sub(weight_bytes + STEP_BYTES) / 20 * 19),
-        None => None,
+    let full = profiles[0].layout.clone();
+    let placed = match device {
+        None => Placed::Host(profiles),
+        Some(device) => {
+            let (weights, rope) = (decoder.weights(), decoder.rope());
+            let step = (settings.max_num_batched_tokens as usize, settings.adapters.any());
+            let on = CudaDecoder::without_cache(device.clone(), model, weights, rope, profiles, step)
+                .context("weights, maps of cache profiles and what a step computes with must fit the device")?;
+            Placed::Device(device, Box::new(on))
+        }
+    };
+    // Of a device: what is left beside weights, maps and the memory of a step, but for what grows, and some for the driver.
+    let device_free = match &placed {
+        Placed::Device(device, _) => Some((device.memory()?.0 as u64).saturating_sub(CudaDecoder::further_bytes()) / 20 * 19),
+        Placed::Host(_) => None,
     };
     let device_adapters = device_free.map(|free| adapters::device_bytes(&settings.adapters, free));
-    if device.is_none() && settings.adapters.device_memory_bytes.is_some() {
+    if device_free.is_none() && settings.adapters.device_memory_bytes.is_some() {
         tracing::warn!("--lora-device-memory-bytes has no effect: the CPU serves");
     }
     let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
         (Some(bytes), _) => bytes,
         (None, None) => {
             let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
-            default_arena(free / 2, &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
+            default_arena(free / 2, &full, &sizes, (context, settings.max_num_seqs))
         }
         (None, Some(free)) => {
             // Copies of adapters are a little larger than what they are counted as: tables, and tensors that are aligned.
             let taken = device_adapters.map_or(0, |bytes| bytes + bytes / 16);
-            default_arena(free.saturating_sub(taken), &profiles[0].layout, &sizes, (context, settings.max_num_seqs))
+            default_arena(free.saturating_sub(taken), &full, &sizes, (context, settings.max_num_seqs))
         }
     };
     let config = scheduler::Config {
@@ -276,25 +287,22 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
     let held = HeldAs::of(&decoder.weights().embed);
     let adapters = adapters::registry(checkpoint, held, (&settings.adapters, device_adapters), (&names, telemetry))?;
-    let runner = match device {
-        None => {
+    let runner = match placed {
+        Placed::Host(profiles) => {
             let arena = Arena::new(arena_bytes)
                 .with_context(|| format!("cannot reserve {arena_bytes} bytes for the cache; lower --kv-cache-memory-bytes"))?;
             Runner::Host(Box::new(Host { decoder, arena, profiles, ops }))
         }
-        Some(device) => {
-            let block = settings.max_num_batched_tokens as usize;
-            let (weights, rope) = (decoder.weights(), decoder.rope());
+        Placed::Device(device, mut on) => {
             let for_adapters = device_adapters.unwrap_or(0);
-            let memory = (arena_bytes, for_adapters, block);
-            let on = CudaDecoder::new(device.clone(), model, weights, rope, profiles, memory)?;
+            on.give(arena_bytes, for_adapters)?;
             let left = device.memory()?.0 as u64;
             if left < for_adapters {
                 bail!(
                     "adapters may take {for_adapters} bytes on the device and {left} are left there beside weights and cache; lower --lora-device-memory-bytes or --kv-cache-memory-bytes"
                 );
             }
-            Runner::Cuda(Box::new(on))
+            Runner::Cuda(on)
         }
     };
     let backend = match &runner {
@@ -319,8 +327,11 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     })
 }
 
-/// Bytes of a device that activations, tables and partial results of a step may take.
-const STEP_BYTES: u64 = 1 << 30;
+/// Where a model and its profiles are.
+enum Placed {
+    Host(Vec<ReadyProfile>),
+    Device(Arc<Device>, Box<CudaDecoder>),
+}
 
 /// The memory that is free, but no more than the longest sequences of a full house could use.
 fn default_arena(free: u64, full: &PageLayout, sizes: &[ProfileSizes], (context, seqs): (u32, usize)) -> u64 {

@@ -13,6 +13,7 @@ use strait::model::cuda::CudaDecoder;
 use strait::model::decoder::{Decoder, ReadyProfile};
 use strait::model::delta::{Delta, EmbedDelta, EmbedFactors, Factors, HeldAs, Norm, Site, SiteDelta};
 use strait::model::weights::{LoadDtype, Projection};
+use strait::ops::cuda::Device;
 use strait::request::Event;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
@@ -20,7 +21,7 @@ use crate::cuda::{Kept, Wardrobe, demo, engine_on, hear, own_device, request, rm
 use crate::http::adapters::{limits, registry_of};
 use crate::{adapters, emulated, golden};
 
-fn open(name: &str) -> &'static Checkpoint {
+pub(crate) fn open(name: &str) -> &'static Checkpoint {
     Box::leak(Box::new(Checkpoint::open(&golden::folder(name)).unwrap()))
 }
 
@@ -31,7 +32,7 @@ fn full(config: &ModelConfig) -> Vec<ReadyProfile> {
 }
 
 /// Numbers of about `scale`, from a seed.
-struct Numbers(u64);
+pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
     fn next(&mut self) -> f32 {
@@ -53,7 +54,7 @@ impl Numbers {
         Factors::new((&self.vec(rank * inputs, (inputs as f32).sqrt().recip()), &self.vec(out * rank, scale)), rank, HeldAs::Bf16)
     }
 
-    fn plain(&mut self, c: &ModelConfig, sites: &[Site], rank: usize) -> Delta {
+    pub(crate) fn plain(&mut self, c: &ModelConfig, sites: &[Site], rank: usize) -> Delta {
         let mut delta = Delta::new(c.layers);
         for layer in &mut delta.layers {
             for &site in sites {
@@ -101,12 +102,12 @@ impl Numbers {
     }
 }
 
-fn id(n: u64) -> AdapterGeneration {
+pub(crate) fn id(n: u64) -> AdapterGeneration {
     AdapterGeneration(n)
 }
 
 /// Adapters of every kind, and how many bytes they are.
-fn wardrobe(c: &ModelConfig) -> (Vec<(AdapterGeneration, Arc<Delta>)>, u64) {
+pub(crate) fn wardrobe(c: &ModelConfig) -> (Vec<(AdapterGeneration, Arc<Delta>)>, u64) {
     let mut numbers = Numbers(11);
     let mut head = numbers.plain(c, &[Site::Q, Site::V], 20);
     head.layers[0] = Default::default();
@@ -155,14 +156,19 @@ fn products_of_two_matrices_say_the_same_on_the_device_as_on_the_host() {
 
 /// A decoder of a golden model on the device, with a `full` cache.
 fn on_device(checkpoint: &'static Checkpoint, adapter_bytes: u64) -> CudaDecoder {
+    on(own_device(), checkpoint, (64, adapter_bytes))
+}
+
+/// The same on any device, with room for steps of so many tokens.
+pub(crate) fn on(device: Arc<Device>, checkpoint: &'static Checkpoint, (tokens, adapter_bytes): (usize, u64)) -> CudaDecoder {
     let config = &checkpoint.config;
     let host = Decoder::new(config, checkpoint.weights(LoadDtype::Bf16), 1024, 64);
-    let arena = 16 * full(config)[0].layout.sizes().exact;
-    CudaDecoder::new(own_device(), config, host.weights(), host.rope(), full(config), (arena, adapter_bytes, 64)).unwrap()
+    let arena = 64 * full(config)[0].layout.sizes().exact;
+    CudaDecoder::new(device, config, host.weights(), host.rope(), full(config), (arena, adapter_bytes, tokens)).unwrap()
 }
 
 /// One step of prompts side by side, each under an adapter; the logits of all positions.
-fn step(on: &mut CudaDecoder, prompts: &[(&[u32], AdapterGeneration)], given: &[(AdapterGeneration, &Arc<Delta>)]) -> Kept {
+pub(crate) fn step(on: &mut CudaDecoder, prompts: &[(&[u32], AdapterGeneration)], given: &[(AdapterGeneration, &Arc<Delta>)]) -> Kept {
     let config = on.config();
     let page = full(config)[0].layout.sizes().exact;
     let mut plan = StepPlan::default();
@@ -225,6 +231,31 @@ fn what_a_row_wears_is_nothing_to_its_neighbours() {
         for position in 0..row.0.len() as u32 {
             assert_eq!(all.0[&(i, position)], alone.0[&(0, position)], "row {i} at {position}");
         }
+    }
+}
+
+/// Launches name tensors of adapters that do more than add: what was recorded for one must not run for another that lies where it lay.
+#[test]
+fn an_address_that_comes_again_is_not_the_adapter_it_was() {
+    let checkpoint = open("llama-bias");
+    let c = &checkpoint.config;
+    let mut numbers = Numbers(23);
+    let mut of_rank = |rank: usize| {
+        let mut delta = numbers.plain(c, &[Site::Q, Site::V], rank);
+        let own = HeldAs::Bf16.matrix((c.vocab, c.hidden), &numbers.vec(c.vocab * c.hidden, 0.1));
+        delta.head = Some(SiteDelta { replace: Some(Projection { weight: own, inner: None, bias: None }), ..SiteDelta::default() });
+        Arc::new(delta)
+    };
+    let (one, two) = (of_rank(16), of_rank(12));
+    let mut on = on_device(checkpoint, one.bytes() * 9 / 8);
+    let rows: &[(&[u32], AdapterGeneration)] = &[(&[3, 1, 4], id(1))];
+    (0..3).for_each(|_| drop(step(&mut on, rows, &[(id(1), &one)])));
+    let rows: &[(&[u32], AdapterGeneration)] = &[(&[3, 1, 4], id(2))];
+    let want = step(&mut on_device(checkpoint, two.bytes() * 9 / 8), rows, &[(id(2), &two)]);
+    for _ in 0..3 {
+        let got = step(&mut on, rows, &[(id(2), &two)]);
+        assert_eq!(on.adapters().count(), 1, "one made room for the other");
+        assert!((0..3).all(|at| got.0[&(0, at)] == want.0[&(0, at)]));
     }
 }
 

@@ -10,6 +10,7 @@ mod checkpoint;
 mod codec;
 mod cuda;
 mod cuda_adapters;
+mod cuda_devices;
 mod cuda_latents;
 mod cuda_linear;
 mod cuda_sample;

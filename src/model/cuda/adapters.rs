@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
 use std::sync::{Arc, Weak};
 
@@ -47,6 +48,8 @@ type Span = (usize, usize);
 
 /// An adapter on the device.
 pub(super) struct DeviceAdapter {
+    /// Of all copies of this process: addresses come again, numbers do not.
+    pub(super) number: u64,
     image: Memory<u8>,
     /// Largest rank of a linear layer's update.
     pub(super) rank: usize,
@@ -259,7 +262,9 @@ impl DeviceAdapter {
             })?;
         }
         copier.wait()?;
-        Ok(DeviceAdapter { image: memory, rank, updates, adapts, replaced, norms, embed, layers: delta.layers.len() })
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Ok(DeviceAdapter { number, image: memory, rank, updates, adapts, replaced, norms, embed, layers: delta.layers.len() })
     }
 
     /// Where its table begins.
@@ -417,14 +422,19 @@ fn make_all(device: &Arc<Device>, asked: &Receiver<Job>) {
 }
 
 impl DeviceAdapters {
-    /// None; at most `budget` bytes of them, but for what one batch needs.
-    pub(super) fn new(device: Arc<Device>, budget: u64) -> Self {
-        DeviceAdapters { budget, copies: HashMap::new(), clock: 0, maker: Maker { device, arrived: Arc::new(|| ()), thread: None } }
+    /// None, and room for none but what one batch needs.
+    pub(super) fn new(device: Arc<Device>) -> Self {
+        DeviceAdapters { budget: 0, copies: HashMap::new(), clock: 0, maker: Maker { device, arrived: Arc::new(|| ()), thread: None } }
     }
 
     /// Has `arrived` called, by another thread, whenever a copy has been made that [`DeviceAdapters::fetch`] asked for from now on.
     pub(super) fn on_arrival(&mut self, arrived: Arrived) {
         self.maker.arrived = arrived;
+    }
+
+    /// There may be at most so many bytes of them, but for what one batch needs.
+    pub(super) fn set_budget(&mut self, budget: u64) {
+        self.budget = budget;
     }
 
     /// How many bytes of adapters a batch may wear.

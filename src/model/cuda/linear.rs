@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::adapters::{DeviceAdapter, bit};
 use super::upload;
 use crate::model::weights::{Projection, Weight};
-use crate::ops::cuda::linear::{Job, Linears, MANY, Mode, Norm};
+use crate::ops::cuda::linear::{Job, Linears, Mode, Norm, worn_apart};
 use crate::ops::cuda::lora::{Segment, Shape, Target, WornRows};
 use crate::ops::cuda::{CudaError, Device, Memory, Part};
 
@@ -84,11 +84,13 @@ pub(super) struct Worn {
     /// Of all adapters worn: [`DeviceAdapter::updates`], [`DeviceAdapter::adapts`].
     pub(super) updates: u8,
     pub(super) adapts: u8,
+    /// Rows from which updates are added apart.
+    many: usize,
 }
 
 impl Worn {
     pub(super) fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        Ok(Worn { rows: WornRows::new(device)?, segments: Vec::new(), updates: 0, adapts: 0 })
+        Ok(Worn { rows: WornRows::new(device)?, many: worn_apart(device), segments: Vec::new(), updates: 0, adapts: 0 })
     }
 
     /// Takes to the device who wears what in a batch of parts of so many rows; `shapes` are those of all linear layers it passes.
@@ -124,7 +126,7 @@ impl Worn {
     /// Whether what adapters do at these kinds of place is done apart from the products of `rows`: gains, biases and other weights
     /// always are; updates are where rows are many.
     pub(super) fn apart(&self, bits: u8, rows: usize) -> bool {
-        self.adapts & bits != 0 || (self.updates & bits != 0 && rows >= MANY)
+        self.adapts & bits != 0 || (self.updates & bits != 0 && rows >= self.many)
     }
 
     /// Adds all that launches depend on, but for what lies in device memory that tables point to.
@@ -133,7 +135,7 @@ impl Worn {
         key.push(u64::from(self.updates) << 8 | u64::from(self.adapts));
         // Of one that does more than updates, tensors are named by launches.
         for (adapter, rows) in self.segments.iter().filter(|(a, _)| !a.is_plain()) {
-            key.extend([adapter.sites(), rows.start as u64, rows.end as u64]);
+            key.extend([adapter.number, rows.start as u64, rows.end as u64]);
         }
     }
 }
@@ -242,7 +244,7 @@ pub(super) fn project(
         })
         .collect();
     // Few rows are expanded where their products are summed.
-    let fuses = rows < MANY && jobs.iter().all(|job| job.of.inner.is_none() && !touched(worn.adapts, job));
+    let fuses = rows < worn.many && jobs.iter().all(|job| job.of.inner.is_none() && !touched(worn.adapts, job));
     if fuses
         && targets.is_empty()
         && let Some(linears) = input.fused(device, (rows, inputs), &launched)

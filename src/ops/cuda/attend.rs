@@ -4,7 +4,7 @@
 //! A row's spans follow from its own length alone, so what a row comes to does not depend on what else is in the batch.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
 
@@ -262,13 +262,11 @@ struct Slice {
 /// Bytes of partial results that are kept at once, where a single row does not need more.
 const PARTIAL_BYTES: usize = 256 << 20;
 
-/// Work on the device, and the memory of its partial results. Built once a step; launched once a layer.
-pub struct DeviceWork {
-    table: Memory<u32>,
-    sealed_items: Memory<SealedItem>,
-    exact_items: Memory<ExactItem>,
-    rows: Memory<MergeRow>,
-    slices: Vec<Slice>,
+/// What partial results take at most, where a single row does not need more: memory grows to powers of two.
+pub const PARTIAL_MOST: usize = 2 * PARTIAL_BYTES;
+
+/// Absorbed queries and partial results, between the launches of one layer's attention.
+struct Partials {
     fragments: Memory<u16>,
     factors: Memory<f32>,
     offsets: Memory<f32>,
@@ -278,6 +276,31 @@ pub struct DeviceWork {
     exact_state: Memory<f32>,
     /// How many blocks of a row's spans have ended; zero between launches.
     ended: Memory<u32>,
+}
+
+impl Partials {
+    fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Ok(Partials {
+            fragments: device.alloc(1)?,
+            factors: device.alloc(1)?,
+            offsets: device.alloc(1)?,
+            sealed: device.alloc(1)?,
+            sealed_state: device.alloc(1)?,
+            exact: device.alloc(1)?,
+            exact_state: device.alloc(1)?,
+            ended: device.alloc(0)?,
+        })
+    }
+}
+
+/// Work on the device, and the memory of its partial results. Built once a step; launched once a layer.
+pub struct DeviceWork {
+    table: Memory<u32>,
+    sealed_items: Memory<SealedItem>,
+    exact_items: Memory<ExactItem>,
+    rows: Memory<MergeRow>,
+    slices: Vec<Slice>,
+    partials: Arc<Mutex<Partials>>,
     /// Most parts a row has.
     parts: usize,
     /// Whether each row is a sequence's one position, over exact pages alone.
@@ -312,23 +335,32 @@ impl DeviceWork {
     /// # Errors
     /// Where there is no room.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Self::of(device, Arc::new(Mutex::new(Partials::new(device)?)))
+    }
+
+    /// The same, with the memory of this one's partial results: launches of both follow one another, as a stream's do.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub fn another(&self, device: &Arc<Device>) -> Result<Self, CudaError> {
+        Self::of(device, self.partials.clone())
+    }
+
+    fn of(device: &Arc<Device>, partials: Arc<Mutex<Partials>>) -> Result<Self, CudaError> {
         Ok(DeviceWork {
             table: device.alloc(1)?,
             sealed_items: device.alloc(1)?,
             exact_items: device.alloc(1)?,
             rows: device.alloc(1)?,
             slices: Vec::new(),
-            fragments: device.alloc(1)?,
-            factors: device.alloc(1)?,
-            offsets: device.alloc(1)?,
-            sealed: device.alloc(1)?,
-            sealed_state: device.alloc(1)?,
-            exact: device.alloc(1)?,
-            exact_state: device.alloc(1)?,
-            ended: device.alloc(0)?,
+            partials,
             parts: 0,
             single: false,
         })
+    }
+
+    fn partials(&self) -> MutexGuard<'_, Partials> {
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the work of a step to the device, and makes room for its partial results in any layer of `layers`.
@@ -374,20 +406,20 @@ impl DeviceWork {
         self.single = work.sealed.is_empty() && work.sequences == work.rows.len();
         self.parts = work.rows.iter().map(|r| (r.sealed_end - r.sealed + r.exact_end - r.exact) as usize).max().unwrap_or(0);
         let (sealed, exact) = self.slices.iter().fold((0, 0), |(s, e), slice| (s.max(slice.sealed.len()), e.max(slice.exact.len())));
+        let mut p = self.partials();
         if !work.sealed.is_empty() {
-            self.fragments
-                .reserve(batch * tiles * 256 * most(&|l| steps(l).max(key_width(l.blocks, l.keys.rank / l.blocks.max(1)) / 16)))?;
-            self.factors.reserve(batch * tiles * 16)?;
-            self.offsets.reserve(batch * tiles * 16)?;
-            self.sealed.reserve(sealed * tiles * 16 * rank)?;
-            self.sealed_state.reserve(sealed * tiles * 16 * 4)?;
+            p.fragments.reserve(batch * tiles * 256 * most(&|l| steps(l).max(key_width(l.blocks, l.keys.rank / l.blocks.max(1)) / 16)))?;
+            p.factors.reserve(batch * tiles * 16)?;
+            p.offsets.reserve(batch * tiles * 16)?;
+            p.sealed.reserve(sealed * tiles * 16 * rank)?;
+            p.sealed_state.reserve(sealed * tiles * 16 * 4)?;
         }
-        self.exact.reserve(exact * shape.heads * shape.head_dim)?;
-        self.exact_state.reserve(exact * shape.heads * 2)?;
+        p.exact.reserve(exact * shape.heads * shape.head_dim)?;
+        p.exact_state.reserve(exact * shape.heads * 2)?;
         let blocks = exact * shape.kv_heads * head_groups(shape);
-        if blocks > self.ended.len() {
-            self.ended.reserve(blocks)?;
-            self.ended.fill(0)?;
+        if blocks > p.ended.len() {
+            p.ended.reserve(blocks)?;
+            p.ended.fill(0)?;
         }
         Ok(())
     }
@@ -396,9 +428,10 @@ impl DeviceWork {
     pub fn key(&self, key: &mut Vec<u64>) {
         key.extend([self.parts as u64, u64::from(self.single)]);
         key.extend(self.slices.iter().flat_map(|s| [s.rows.end, s.sealed.end, s.exact.end]).map(|n| n as u64));
-        key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr(), self.fragments.ptr()]);
-        key.extend([self.factors.ptr(), self.offsets.ptr(), self.sealed.ptr(), self.sealed_state.ptr()]);
-        key.extend([self.exact.ptr(), self.exact_state.ptr(), self.ended.ptr()]);
+        key.extend([self.table.ptr(), self.sealed_items.ptr(), self.exact_items.ptr(), self.rows.ptr()]);
+        let p = self.partials();
+        key.extend([p.fragments.ptr(), p.factors.ptr(), p.offsets.ptr(), p.sealed.ptr(), p.sealed_state.ptr()]);
+        key.extend([p.exact.ptr(), p.exact_state.ptr(), p.ended.ptr()]);
     }
 
     /// Whether attention over the work, which is all of a batch of so many rows, can turn their queries and append their keys and values itself:
@@ -412,8 +445,9 @@ impl DeviceWork {
     /// # Errors
     /// Where the device fails.
     pub(super) fn spoil(&mut self) -> Result<(), CudaError> {
-        self.sealed.fill(0xff)?;
-        self.sealed_state.fill(0xff)
+        let mut p = self.partials();
+        p.sealed.fill(0xff)?;
+        p.sealed_state.fill(0xff)
     }
 
     /// Launches one layer's attention over the work.
@@ -441,12 +475,13 @@ impl DeviceWork {
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let absorb = layer.maps.and_then(|maps| Some((maps, maps.absorb.as_ref()?)));
         if let (Some((maps, absorb)), true) = (absorb, self.slices.iter().any(|s| !s.sealed.is_empty())) {
+            let p = self.partials();
             let args = AbsorbArgs {
                 q: layer.q,
                 map: absorb.ptr(),
-                fragments: self.fragments.ptr(),
-                factors: self.factors.ptr(),
-                offsets: self.offsets.ptr(),
+                fragments: p.fragments.ptr(),
+                factors: p.factors.ptr(),
+                offsets: p.offsets.ptr(),
                 scale,
                 heads: heads as i32,
                 kv_heads: kv_heads as i32,
@@ -481,15 +516,16 @@ impl DeviceWork {
             [k.codes, k.meta, v.codes, v.meta, 4 * v.rank].iter().all(|at| at.is_multiple_of(16)),
             "sections of words are aligned: {part:?}"
         );
+        let p = self.partials();
         let args = SealedArgs {
             arena: layer.arena,
             table: self.table.ptr(),
             items: self.sealed_items.part(items.start, items.len()).ptr(),
-            fragments: self.fragments.ptr(),
-            factors: self.factors.ptr(),
-            offsets: self.offsets.ptr(),
-            out: self.sealed.ptr(),
-            state: self.sealed_state.ptr(),
+            fragments: p.fragments.ptr(),
+            factors: p.factors.ptr(),
+            offsets: p.offsets.ptr(),
+            out: p.sealed.ptr(),
+            state: p.sealed_state.ptr(),
             key_codes: k.codes as u32,
             key_scales: k.meta as u32,
             value_codes: v.codes as u32,
@@ -522,17 +558,18 @@ impl DeviceWork {
             _ => ("attend_absorbed", Meets::Absorbed, spread.groups),
         };
         let (lines, values) = meets.reach();
+        let p = self.partials();
         let args = LatentsArgs {
             arena: layer.arena,
             table: self.table.ptr(),
             items: self.sealed_items.part(items.start, items.len()).ptr(),
-            queries: if maps.way == Way::Rebuilt { layer.q } else { self.fragments.ptr() },
-            factors: self.factors.ptr(),
+            queries: if maps.way == Way::Rebuilt { layer.q } else { p.fragments.ptr() },
+            factors: p.factors.ptr(),
             up: maps.key_up.ptr(),
             mean: maps.key_mean.as_ref().map_or(0, Memory::ptr),
             rope: layer.rope,
-            out: self.sealed.ptr(),
-            state: self.sealed_state.ptr(),
+            out: p.sealed.ptr(),
+            state: p.sealed_state.ptr(),
             scale,
             heads: heads as u32,
             units: units as u32,
@@ -568,16 +605,17 @@ impl DeviceWork {
         let Heads { heads, kv_heads, head_dim: d, scale } = layer.shape;
         let layout = layer.view.layout;
         let (merged, merged_f32) = if self.merges_itself(device, slice, layer.shape) { (layer.out, layer.out_f32) } else { (0, 0) };
+        let p = self.partials();
         let args = ExactArgs {
             arena: layer.arena,
             table: self.table.ptr(),
             items: self.exact_items.part(items.start, items.len()).ptr(),
             q: layer.q,
-            out: self.exact.ptr(),
-            state: self.exact_state.ptr(),
+            out: p.exact.ptr(),
+            state: p.exact_state.ptr(),
             merged,
             merged_f32,
-            ended: self.ended.ptr(),
+            ended: p.ended.ptr(),
             scale,
             offset: layer.exact_offset as u32,
             sinks_offset: (layer.view.layer * layout.sinks_layer_bytes()) as u32,
@@ -613,12 +651,13 @@ impl DeviceWork {
         }
         let rank = layer.maps.map_or(0, |maps| maps.stride);
         let tiles = heads.div_ceil(16);
+        let p = self.partials();
         let args = MergeArgs {
             rows: self.rows.part(rows.start, rows.len()).ptr(),
-            sealed: self.sealed.ptr(),
-            sealed_state: self.sealed_state.ptr(),
-            exact: self.exact.ptr(),
-            exact_state: self.exact_state.ptr(),
+            sealed: p.sealed.ptr(),
+            sealed_state: p.sealed_state.ptr(),
+            exact: p.exact.ptr(),
+            exact_state: p.exact_state.ptr(),
             up: layer.maps.map_or(0, |m| m.up.ptr()),
             mean: layer.maps.map_or(0, |m| m.mean.ptr()),
             out: layer.out,

@@ -123,6 +123,13 @@ impl Device {
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        // Kernels wait for the launch ahead only where they were compiled for an architecture that can (`grid_wait`): what the driver makes of
+        // the image's PTX, for one it has no code of, cannot.
+        // SAFETY: a kernel of the module that was loaded.
+        let compiled_for = unsafe {
+            let function = result::module::get_function(module, c"merge".to_owned())?;
+            result::function::get_function_attribute(function, CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
+        };
         Ok(Arc::new(Device {
             context,
             stream,
@@ -130,7 +137,7 @@ impl Device {
             kernels: Mutex::default(),
             processors,
             shared,
-            overlaps: capability.0 >= 9,
+            overlaps: compiled_for >= 90,
             own: [(); 3].map(|()| AtomicBool::new(own && capability.0 == 9)),
         }))
     }

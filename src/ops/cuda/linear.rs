@@ -47,7 +47,7 @@ pub struct Linears<'a> {
     pub rows: usize,
     pub inputs: usize,
     pub ldx: usize,
-    /// What adapters add, for fewer rows than [`MANY`].
+    /// What adapters add, for fewer rows than [`worn_apart`].
     pub worn: Option<Fused>,
     /// What becomes of the input first, to the bits that [`Device::rms_norm`] gives: where [`Linears::norms`] says so, and without adapters.
     pub norm: Option<Norm>,
@@ -218,7 +218,7 @@ impl Linears<'_> {
             };
             let args = LinearsWornArgs { linears: args, worn };
             // SAFETY: as above; tables are of adapters that the batch holds.
-            return unsafe { device.launch(kernel, grid(blocks), 256, 65_536 + 5120 * n + 3072, &args) };
+            return unsafe { device.launch(kernel, grid(blocks), 256, worn_shared(n), &args) };
         }
         let kernel = match (m, n) {
             (1, 1) => "linear_few_m1_n1",
@@ -245,6 +245,16 @@ fn few_blocks(device: &Device, m: usize, n: usize) -> usize {
         (_, 1 | 2) if device.shared >= 200 << 10 => 3,
         _ => 2,
     }
+}
+
+/// Bytes of shared memory of `linear_worn_*`, of so many eights of rows.
+const fn worn_shared(n: usize) -> usize {
+    65_536 + 5120 * n + 3072
+}
+
+/// Rows from which what adapters add is added apart: [`MANY`], or fewer on a device whose blocks have too little shared memory.
+pub fn worn_apart(device: &Device) -> usize {
+    if worn_shared(MANY.div_ceil(8) - 1) <= device.shared { MANY } else { MANY / 2 + 1 }
 }
 
 /// Bytes of shared memory of `linear_normed_*`: weights on their way; of each row the sums of 8 warps, and what it is normed to.

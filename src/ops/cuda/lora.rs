@@ -306,7 +306,7 @@ impl WornRows {
         assert!(rows <= self.of_row.len(), "{rows} rows");
         let args = AdaptArgs { worn: self.worn.ptr(), of_row: self.of_row.ptr(), y, onto, bias, place: place as u32, width: out as u32 };
         // SAFETY: as above.
-        unsafe { device.launch("adapt_rows", [out.div_ceil(1024), rows, 1], 256, 0, &args) }
+        unsafe { device.launch("adapt_rows", [rows, out.div_ceil(1024), 1], 256, 0, &args) }
     }
 }
 

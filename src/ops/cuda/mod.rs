@@ -48,7 +48,8 @@ impl CudaError {
         use cudarc::driver::sys::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OUT_OF_MEMORY};
         match self {
             CudaError::Launch { source, .. } | CudaError::Device(source) => {
-                !matches!(source.0, CUDA_ERROR_INVALID_VALUE | CUDA_ERROR_OUT_OF_MEMORY)
+                // Those from 900 to 908 are of a recording, and end with it.
+                !matches!(source.0, CUDA_ERROR_INVALID_VALUE | CUDA_ERROR_OUT_OF_MEMORY) && !(900..=908).contains(&(source.0 as u32))
             }
             _ => false,
         }

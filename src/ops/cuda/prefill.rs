@@ -4,7 +4,7 @@
 //! what queries have come to is carried from span to span, and to the exact pages. Spans are counted from position 0, so what a query comes
 //! to does not depend on the chunk it is in.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
 
@@ -113,6 +113,23 @@ struct Round {
     items: std::ops::Range<usize>,
 }
 
+/// What lies between the rounds of one layer.
+struct Carry {
+    /// Rebuilt pages of a round.
+    rebuilt: Memory<u16>,
+    carried: Memory<f32>,
+    carried_state: Memory<f32>,
+}
+
+impl Carry {
+    /// Makes room for so many rebuilt pages, and what so many queries have come to.
+    fn reserve(&mut self, shape: Heads, pages: usize, queries: usize) -> Result<(), CudaError> {
+        self.rebuilt.reserve(pages * page_units(shape) * 32)?;
+        self.carried.reserve(queries * shape.heads * shape.head_dim)?;
+        self.carried_state.reserve(queries * shape.heads * 2)
+    }
+}
+
 /// Chunks of a step, on the device.
 pub struct Prefill {
     rows: Vec<PrefillRow>,
@@ -125,10 +142,7 @@ pub struct Prefill {
     device_items: Memory<Item>,
     device_table: Memory<u32>,
     device_jobs: Memory<RebuildJob>,
-    /// Rebuilt pages of a round.
-    rebuilt: Memory<u16>,
-    carried: Memory<f32>,
-    carried_state: Memory<f32>,
+    carry: Arc<Mutex<Carry>>,
     rounds: Vec<Round>,
     /// Over exact pages, before those of the rounds.
     items: usize,
@@ -148,6 +162,19 @@ impl Prefill {
     /// # Errors
     /// Where there is no room.
     pub fn in_spans(device: &Arc<Device>, span: usize) -> Result<Self, CudaError> {
+        let carry = Carry { rebuilt: device.alloc(1)?, carried: device.alloc(1)?, carried_state: device.alloc(1)? };
+        Self::of(device, span, Arc::new(Mutex::new(carry)))
+    }
+
+    /// None yet, with the memory between launches of this one: launches of both follow one another, as a stream's do.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    pub fn another(&self, device: &Arc<Device>) -> Result<Self, CudaError> {
+        Self::of(device, self.span, self.carry.clone())
+    }
+
+    fn of(device: &Arc<Device>, span: usize, carry: Arc<Mutex<Carry>>) -> Result<Self, CudaError> {
         Ok(Prefill {
             rows: vec![],
             table: vec![],
@@ -158,12 +185,22 @@ impl Prefill {
             device_items: device.alloc(1)?,
             device_table: device.alloc(1)?,
             device_jobs: device.alloc(1)?,
-            rebuilt: device.alloc(1)?,
-            carried: device.alloc(1)?,
-            carried_state: device.alloc(1)?,
+            carry,
             rounds: vec![],
             items: 0,
         })
+    }
+
+    /// Makes room for what lies between launches, however much of a step is chunks over sealed pages, of so many queries together.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn reserve(&mut self, shape: Heads, queries: usize) -> Result<(), CudaError> {
+        self.carry().reserve(shape, ROUND, queries)
+    }
+
+    fn carry(&self) -> MutexGuard<'_, Carry> {
+        self.carry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets all chunks.
@@ -240,10 +277,8 @@ impl Prefill {
         }
         if !self.rounds.is_empty() {
             let most = self.rounds.iter().map(|r| r.jobs.len()).max().unwrap_or(0);
-            let lines = self.rows.iter().map(|r| (r.first + r.n) as usize).max().unwrap_or(0) * shape.heads;
-            self.rebuilt.reserve(most * page_units(shape) * 32)?;
-            self.carried.reserve(lines * shape.head_dim)?;
-            self.carried_state.reserve(lines * 2)?;
+            let lines = self.rows.iter().map(|r| (r.first + r.n) as usize).max().unwrap_or(0);
+            self.carry().reserve(shape, most, lines)?;
         }
         self.device_rows.reserve(rows.len())?;
         self.device_rows.write(0, &rows)?;
@@ -258,7 +293,8 @@ impl Prefill {
     /// Adds all that its launches depend on, but for what lies in its memory.
     pub fn key(&self, key: &mut Vec<u64>) {
         key.extend([self.items as u64, self.device_rows.ptr(), self.device_items.ptr(), self.device_table.ptr()]);
-        key.extend([self.device_jobs.ptr(), self.rebuilt.ptr(), self.carried.ptr(), self.carried_state.ptr()]);
+        let carry = self.carry();
+        key.extend([self.device_jobs.ptr(), carry.rebuilt.ptr(), carry.carried.ptr(), carry.carried_state.ptr()]);
         key.push(self.rounds.len() as u64);
         key.extend(self.rounds.iter().flat_map(|r| [r.jobs.end, r.items.end]).map(|n| n as u64));
     }
@@ -276,9 +312,10 @@ impl Prefill {
         }
         assert!(layer.view.layout.exact == ExactType::Bf16, "chunks meet exact pages of bf16");
         assert!(self.rows.iter().all(|r| (r.first + r.n) as usize <= layer.batch), "chunks beyond the batch");
+        let rebuilt = self.carry().rebuilt.ptr();
         for round in &self.rounds {
             self.rebuild(device, layer, round)?;
-            self.meet(device, layer.shape, (layer.q, layer.out), (self.rebuilt.ptr(), 0), round.items.clone())?;
+            self.meet(device, layer.shape, (layer.q, layer.out), (rebuilt, 0), round.items.clone())?;
         }
         self.meet(device, layer.shape, (layer.q, layer.out), (layer.arena, layer.exact_offset), 0..self.items)
     }
@@ -303,7 +340,7 @@ impl Prefill {
         let args = RebuildArgs {
             arena: layer.arena,
             jobs: self.device_jobs.part(round.jobs.start, round.jobs.len()).ptr(),
-            out: self.rebuilt.ptr(),
+            out: self.carry().rebuilt.ptr(),
             key_up: maps.map_or(0, |m| m.key_up.ptr()),
             key_mean: maps.and_then(|m| m.key_mean.as_ref()).map_or(0, Memory::ptr),
             rope: if turns { layer.rope } else { [0; 2] },
@@ -331,6 +368,7 @@ impl Prefill {
         items: std::ops::Range<usize>,
     ) -> Result<(), CudaError> {
         let Heads { heads, kv_heads, head_dim: d, scale } = shape;
+        let carry = self.carry();
         let args = PrefillArgs {
             arena,
             pages: self.device_table.ptr(),
@@ -342,8 +380,8 @@ impl Prefill {
             offset: offset as u32,
             kv_heads: kv_heads as u32,
             scale: scale * std::f32::consts::LOG2_E,
-            carried: self.carried.ptr(),
-            carried_state: self.carried_state.ptr(),
+            carried: carry.carried.ptr(),
+            carried_state: carry.carried_state.ptr(),
         };
         let at = D.iter().position(|&of| of == d).unwrap_or_else(|| panic!("heads of {d} channels were refused"));
         let (kernel, block, shared) = if self.wide { (WIDE[at], 256, 1536 * d) } else { (COMMON[at], 128, 4 * (72 * d + 64 * (d + 8))) };
@@ -408,9 +446,7 @@ impl Sample {
         work.device_rows = device.upload(&self.rows)?;
         work.device_items = device.upload(&items)?;
         work.device_table = device.upload(&self.table.to_vec()?)?;
-        let lines = self.rows[0].n as usize * self.shape.heads;
-        work.carried.reserve(lines * self.shape.head_dim)?;
-        work.carried_state.reserve(lines * 2)?;
+        work.carry().reserve(self.shape, 0, self.rows[0].n as usize)?;
         let ms = device.time(3, || {
             (0..self.rows.len()).try_for_each(|row| {
                 let items = row * each as usize..(row + 1) * each as usize;

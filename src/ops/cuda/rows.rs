@@ -168,7 +168,7 @@ impl Device {
         assert!(gate.len() >= out.len() && up.len() >= out.len() && out.len() == rows * width, "{rows} rows of {width}");
         let args = SiluArgs { gate: gate.ptr(), up: up.ptr(), out: out.ptr(), stride: width as u32, width: width as u32 };
         // SAFETY: shapes were checked.
-        unsafe { self.launch("silu_mul", [width.div_ceil(1024), rows, 1], 256, 0, &args) }
+        unsafe { self.launch("silu_mul", [rows, width.div_ceil(1024), 1], 256, 0, &args) }
     }
 
     /// See [`Rope`].

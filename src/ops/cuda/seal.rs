@@ -122,6 +122,11 @@ fn dense(p: &Projection) -> Vec<f32> {
 /// Pages that are sealed at once: what lies between the two kernels is so much.
 const AT_ONCE: usize = 128;
 
+/// Elements that lie between the two kernels, of so many pages of a layer of so many latents.
+pub fn latents_between(pages: usize, latents: usize) -> usize {
+    pages.min(AT_ONCE) * 64 * latents
+}
+
 /// Seals `n` of `jobs` in one layer. `rope` holds cosines and sines of positions, `[positions][d / 2]`; `latents` grows to what lies
 /// between the two kernels.
 ///
@@ -155,7 +160,7 @@ pub fn seal(
     };
     let (keys, values) = (part(sealed.keys), part(sealed.values));
     let most = sealed.keys.rank.max(sealed.values.rank);
-    latents.reserve(n.min(AT_ONCE) * 64 * (sealed.keys.rank + sealed.values.rank))?;
+    latents.reserve(latents_between(n, sealed.keys.rank + sealed.values.rank))?;
     for first in (0..n).step_by(AT_ONCE) {
         let n = AT_ONCE.min(n - first);
         let jobs = jobs.part(first, n);

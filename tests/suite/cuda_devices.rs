@@ -1,0 +1,91 @@
+//! Devices unlike an H200, as the emulated driver has them: less shared memory, less memory, an architecture the image has no code of. And
+//! what must not depend on which device it is.
+
+use std::sync::Arc;
+
+use strait::model::delta::Site;
+use strait::ops::cuda::{CudaError, Device};
+
+use crate::cuda::{device, own_device};
+use crate::cuda_adapters::{Numbers, id, on, open, step};
+use crate::emulated;
+
+/// Of the emulated driver: a small card, and a later architecture. Nothing on a real machine.
+fn others() -> Option<[Arc<Device>; 2]> {
+    device();
+    emulated::EMULATED.get().map(|_| [1, 2].map(|n| Device::open(n).unwrap()))
+}
+
+#[test]
+fn rows_that_wear_adapters_say_the_same_on_any_device() {
+    let Some(others) = others() else { return eprintln!("a real machine has the devices it has") };
+    let checkpoint = open("llama-bias");
+    let mut numbers = Numbers(5);
+    let delta = Arc::new(numbers.plain(&checkpoint.config, &Site::ALL, 9));
+    for n in [1, 8, 20, 33, 40, 64] {
+        let prompt: Vec<u32> = (0..n).map(|t| (t * 31 + 7) % 250).collect();
+        let said = |device: Arc<Device>| {
+            let mut on = on(device, checkpoint, (64, delta.bytes() * 2));
+            // As launches, recorded, and replayed.
+            (0..3).map(|_| step(&mut on, &[(&prompt, id(1))], &[(id(1), &delta)])).collect::<Vec<_>>()
+        };
+        // Those of one architecture alone round elsewhere.
+        let want = said(Device::open_common(0).unwrap());
+        for other in &others {
+            let name = other.describe();
+            let got = said(other.clone());
+            for (got, want) in got.iter().zip(&want) {
+                assert!((0..n).all(|at| got.0[&(0, at)] == want.0[&(0, at)]), "{n} rows on {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_step_takes_no_memory_that_was_not_reserved() {
+    let checkpoint = open("llama-bias");
+    let Some([small, _]) = others() else { return eprintln!("others share the memory of a real device") };
+    let prompt: Vec<u32> = (0..64).collect();
+    let rows: Vec<(&[u32], _)> = (0..16).map(|_| (&prompt[..], id(0))).collect();
+    let grown = |tokens: usize| {
+        let mut on = on(small.clone(), checkpoint, (tokens, 0));
+        let before = small.memory().unwrap().0;
+        step(&mut on, &rows, &[]);
+        before - small.memory().unwrap().0
+    };
+    let (reserved, not) = (grown(64 * 16), grown(64));
+    assert!(reserved < 1 << 20 && not > 2 << 20, "{reserved} bytes for a step that was expected, {not} for another");
+}
+
+#[test]
+fn launches_of_many_rows_fit_every_grid() {
+    let device = own_device();
+    let (rows, width) = (65_536, 8);
+    let ones = device.upload(&vec![1.0f32; rows * width]).unwrap();
+    let out = device.alloc::<u16>(rows * width).unwrap();
+    device.silu_mul(ones.all(), ones.all(), width, out.all()).unwrap();
+    let silu = half::bf16::from_f32(1.0 / (1.0 + (-1.0f32).exp())).to_bits();
+    assert!(out.to_vec().unwrap().iter().all(|&x| x == silu));
+}
+
+/// Whatever frees memory waits for the stream, which spoils what is recorded there meanwhile. That is no loss of the device.
+#[test]
+fn a_recording_that_was_disturbed_is_not_a_lost_device() {
+    let device = own_device();
+    let ones = device.upload(&[1.0f32; 64]).unwrap();
+    let out = device.alloc::<u16>(64).unwrap();
+    let work = || device.silu_mul(ones.all(), ones.all(), 8, out.all());
+    let other = device.alloc::<u8>(16).unwrap();
+    let disturbed = device.record(|| {
+        std::thread::scope(|scope| scope.spawn(|| drop(other)).join().unwrap());
+        work()
+    });
+    match disturbed {
+        Err(e @ CudaError::Device(_)) => assert!(!e.is_lost(), "{e}"),
+        Err(e @ CudaError::Launch { .. }) => assert!(!e.is_lost(), "{e}"),
+        Err(e) => panic!("{e}"),
+        Ok(_) => panic!("it was disturbed"),
+    }
+    device.record(work).unwrap().launch().unwrap();
+    device.wait().unwrap();
+}
