@@ -14,14 +14,17 @@
 //! so it is in front again of all that arrived later.
 //!
 //! **A step.** First every decoding sequence, one token each. What remains of the step's budget, in token-layers, goes to
-//! prefills: at least half to the first in rank, the rest to the others by fewest remaining tokens. So a huge prompt is
-//! never starved, and never starves.
+//! prefills: at least half to the first in rank, the rest to those that have less left than it, fewest first, and what they
+//! leave to the first again. So a huge prompt is never starved, and never starves, and of equal ones each is done as soon as
+//! it can be.
 //!
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
-//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first), or
-//! for an adapter that is under way to the device, is passed: it lacks nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
+//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first, and will
+//! have it sooner than the sequence itself would), or for an adapter that is under way to the device, is passed: it lacks
+//! nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
 //! may start before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
-//! by them; if its pages are wanted before it computed anything, it loses nothing by giving them back.
+//! by them; if its pages or its place are wanted before it computed anything, by one before it in rank or one that decodes, it
+//! gives them back and loses nothing.
 //!
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
 //! cached. It computes prompt and generated tokens again later; nothing is emitted twice, and it goes on as if nothing had
@@ -31,7 +34,8 @@
 //! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again in an emptied
 //! arena, and while it runs nobody else starts. There `enqueue` promised it every page it will need.
 //!
-//! Priority orders who is admitted and who is preempted for want of pages; nobody is preempted just to let another start.
+//! Priority orders who is admitted and who is preempted for want of pages; nobody who has computed anything is preempted just
+//! to let another start.
 
 mod check;
 mod fit;
@@ -621,21 +625,31 @@ impl Scheduler {
         true
     }
 
-    /// Who gives back its pages: one that is not shielded, the last in rank of those.
+    /// Who gives back its pages: one that loses nothing, or one that is not shielded, the last in rank of those.
     fn victim(&self) -> usize {
-        let score = |at: usize| (self.running[at].preemptions < SHIELD, self.running[at].rank);
+        let score = |at: usize| {
+            let sequence = &self.running[at];
+            (sequence.is_untouched(), sequence.preemptions < SHIELD, sequence.rank)
+        };
         (0..self.running.len()).max_by_key(|&at| score(at)).expect("somebody failed to grow")
     }
 
-    /// Starts waiting sequences while there is room.
+    /// Starts waiting sequences while there is room. Those that run and have computed nothing make room for one that is before them.
     fn admit(&mut self, out: &mut Vec<Outcome>) {
         let mut after = Bound::Unbounded;
-        while self.running.len() < self.config.max_num_seqs && !self.running.iter().any(|s| s.compact) {
+        while !self.running.iter().any(|s| s.compact) {
             let Some((&rank, _)) = self.waiting.range((after, Bound::Unbounded)).next() else { break };
-            match self.try_start(rank, out) {
+            let admission = if self.running.len() < self.config.max_num_seqs { self.try_start(rank, out) } else { Admission::NoRoom };
+            match admission {
                 Admission::Started | Admission::Failed => {}
                 Admission::Parked => after = Bound::Excluded(rank),
-                Admission::NoRoom => break,
+                Admission::NoRoom => {
+                    let Some(at) = self.running.iter().rposition(|s| s.rank > rank && s.is_untouched()) else { break };
+                    let sequence = self.running.remove(at);
+                    out.push(Outcome::Preempted { seq: sequence.id });
+                    let waiting = sequence.preempt(&mut self.pool);
+                    self.wait(waiting);
+                }
             }
         }
     }
@@ -670,9 +684,11 @@ impl Scheduler {
                     Some(hit) => self.scratch.hits.push(hit),
                     None => {
                         let Scheduler { running, config, keys, .. } = self;
-                        if let Some(runner) =
-                            running.iter_mut().find_map(|s| s.will_offer(&sequence, page, &config.profiles, keys).then_some(s.rank))
-                        {
+                        // Waiting must not take longer than to compute all that is missing.
+                        let alone = sequence.prefill_target(profile.compressed) - page * PAGE_TOKENS;
+                        let lacks = (&sequence, page, u64::from(alone) * u64::from(config.layers));
+                        let served = (&config.profiles[..], config.layers);
+                        if let Some(runner) = running.iter_mut().find_map(|s| s.will_offer(lacks, served, keys).then_some(s.rank)) {
                             sequence.state.parked = Some((runner, page));
                             self.wait(sequence);
                             return Admission::Parked;
@@ -747,8 +763,9 @@ impl Scheduler {
                 prefills.push((self.running[at].remaining(self.profile(at).compressed, layers), at));
             }
         }
-        if let Some((&mut (_, first), others)) = prefills.split_first_mut() {
+        if let Some((&mut (most, first), others)) = prefills.split_first_mut() {
             others.sort_unstable();
+            let shorter = others.partition_point(|(left, _)| *left < most);
             let costs = |at: usize, budget: u64| self.running[at].quanta(self.profile(at).compressed, layers, budget, |_| {});
             let emit = |at: usize, budget: u64, plan: &mut StepPlan| {
                 let (sequence, profile) = (&self.running[at], self.profile(at));
@@ -756,16 +773,16 @@ impl Scheduler {
             };
             let page = u64::from(PAGE_TOKENS) * u64::from(layers);
             let half = (spare / 2).next_multiple_of(page).min(spare);
-            // What the others cannot use goes to the first as well, in the same rows; so their share is found out first.
+            // What shorter ones cannot use goes to the first as well, in the same rows; so their share is found out first. Ones that are no
+            // shorter get what is left: sooner they would only delay the first, and be done no earlier themselves.
             let mut rest = spare - costs(first, half);
-            for (_, at) in others.iter() {
+            for (_, at) in &others[..shorter] {
                 rest -= costs(*at, rest);
             }
             let used_by_others = spare - costs(first, half) - rest;
             spare -= emit(first, spare - used_by_others, plan);
-            let mut left = used_by_others.min(spare);
             for (_, at) in others.iter() {
-                left -= emit(*at, left, plan);
+                spare -= emit(*at, spare, plan);
             }
         }
         self.scratch.prefills = prefills;

@@ -200,9 +200,9 @@ impl Sequence<Waiting> {
         }
     }
 
-    /// When it gives up waiting; only before its first token.
+    /// When it gives up waiting; only before anything of it was computed.
     pub(super) fn deadline(&self) -> Option<Duration> {
-        self.generated.is_empty().then(|| self.times.arrived.saturating_add(self.request.queue_timeout))
+        (self.preemptions == 0 && self.generated.is_empty()).then(|| self.times.arrived.saturating_add(self.request.queue_timeout))
     }
 
     /// Takes its pages and begins to run.
@@ -248,8 +248,7 @@ impl Sequence<Waiting> {
 impl Sequence<Running> {
     /// Gives everything back; what was computed and is not found in the prefix index is computed again.
     pub(super) fn preempt(mut self, pool: &mut PagePool) -> Sequence<Waiting> {
-        let untouched = Phase::Prefill { layer: 0, at: self.state.reused };
-        self.preemptions += u32::from(self.state.phase != untouched);
+        self.preemptions += u32::from(!self.is_untouched());
         self.release_pages(pool);
         self.with(Waiting::default())
     }
@@ -288,6 +287,11 @@ impl Sequence<Running> {
         sealed.iter().chain(exact).chain(workspace).copied().chain(*sinks).chain(sealing)
     }
 
+    /// Whether nothing of it was computed since it started: it loses nothing when it gives its pages back.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.state.phase == Phase::Prefill { layer: 0, at: self.state.reused }
+    }
+
     pub(super) fn is_decoding(&self) -> bool {
         self.state.phase == Phase::Decode
     }
@@ -313,10 +317,26 @@ impl Sequence<Running> {
         !self.is_decoding() && (self.state.offered as u32..complete).contains(&page)
     }
 
-    /// Whether its prefill is still to offer just the page that `other` lacks.
-    pub(super) fn will_offer(&mut self, other: &Sequence<Waiting>, page: u32, profiles: &[ProfileSizes], keys: &Keys) -> bool {
+    /// Whether its prefill is still to offer just the page that `other` lacks, after no more token-layers than `most`.
+    pub(super) fn will_offer(
+        &mut self,
+        (other, page, most): (&Sequence<Waiting>, u32, u64),
+        (profiles, layers): (&[ProfileSizes], u32),
+        keys: &Keys,
+    ) -> bool {
         let profile = &profiles[usize::from(self.request.profile.0)];
-        self.root == other.root && self.is_computing(page, profile) && Some(&self.page(page, keys).0) == other.keys.get(page as usize)
+        self.root == other.root
+            && self.is_computing(page, profile)
+            && self.until_offered(page, profile.compressed, layers) <= most
+            && Some(&self.page(page, keys).0) == other.keys.get(page as usize)
+    }
+
+    /// Token-layers until its prefill offers a page: pages are sealed when all of the prompt is there, and exact ones one by one.
+    fn until_offered(&self, page: u32, compressed: bool, layers: u32) -> u64 {
+        match self.state.phase {
+            Phase::Prefill { at, .. } if !compressed => u64::from(((page + 1) * PAGE_TOKENS).saturating_sub(at)) * u64::from(layers),
+            _ => self.remaining(compressed, layers),
+        }
     }
 
     fn cache_use(&self, profile: &ProfileSizes) -> CacheUse {

@@ -24,7 +24,7 @@ use crate::config::Settings;
 use crate::config::args::{DeviceArg, LogFormat, ServeFlags};
 use crate::demo;
 use crate::engine::thread::{Broken, EngineThread, Host, Parts, Runner, start};
-use crate::ids::{PAGE_TOKENS, ProfileIndex};
+use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::Arena;
 use crate::kv::layout::PageLayout;
 use crate::model::cuda::{self, CudaDecoder};
@@ -262,6 +262,9 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
             default_arena(free.saturating_sub(taken), &full, &sizes, (context, settings.max_num_seqs))
         }
     };
+    if arena_bytes > ARENA_MOST {
+        bail!("{}; lower --kv-cache-memory-bytes", scheduler::ConfigError::Arena(arena_bytes));
+    }
     let config = scheduler::Config {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
@@ -333,12 +336,15 @@ enum Placed {
     Device(Arc<Device>, Box<CudaDecoder>),
 }
 
+/// Bytes that pages can address.
+const ARENA_MOST: u64 = u32::MAX as u64 * PageAddr::UNIT;
+
 /// The memory that is free, but no more than the longest sequences of a full house could use.
 fn default_arena(free: u64, full: &PageLayout, sizes: &[ProfileSizes], (context, seqs): (u32, usize)) -> u64 {
     let page = full.sizes().exact;
     let house = u64::from(context.div_ceil(PAGE_TOKENS)).saturating_mul(page).saturating_mul(seqs as u64);
     let largest = sizes.iter().flat_map(|s| [s.sizes.exact, s.sizes.workspace]).max().unwrap_or(page);
-    free.min(house).max(8 * largest)
+    free.min(house).min(ARENA_MOST).max(8 * largest)
 }
 
 /// The device that was asked for; `None` for the host.
@@ -506,4 +512,21 @@ fn banner(address: &SocketAddr, is_demo: bool, s: &Summary) -> String {
         s.name
     ));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::layout::{ExactType, PageSizes};
+
+    /// However much memory a machine has, pages can address their arena.
+    #[test]
+    fn the_default_arena_is_no_larger_than_its_addresses() {
+        let model = &demo::checkpoint().expect("it is built in").config;
+        let full = PageLayout::new(model, ExactType::Bf16, &crate::kv::layout::Profile { name: "full".into(), cskv: None }, None);
+        let sizes = [ProfileSizes { sizes: PageSizes { exact: full.sizes().exact, ..PageSizes::default() }, ..ProfileSizes::default() }];
+        let house = |seqs| default_arena(1 << 42, &full, &sizes, (1 << 30, seqs));
+        assert_eq!(house(1 << 20), ARENA_MOST);
+        assert!(house(1) <= ARENA_MOST && ARENA_MOST / PageAddr::UNIT <= u64::from(u32::MAX));
+    }
 }

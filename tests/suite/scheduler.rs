@@ -357,17 +357,15 @@ fn equal_prompts_share_sealed_pages_and_sinks() {
         ... 7 steps
         = s1 starts after 1s, 128 cached
         = s2 starts after 1s, 128 cached
-        s1 p1 128..200 layers 0..1 sealed=2 exact=2 keep(64) keep(8)
-        s1 p1 128..200 layers 1..2 sealed=2 exact=2 keep(64) keep(8)
-        s1 p1 128..200 layers 2..3 sealed=2 exact=2 keep(64) keep(8)
+        s1 p1 128..200 layers 0..4 sealed=2 exact=2 keep(64) keep(8) sample
         s2 p1 128..260 layers 0..1 sealed=2 exact=3 seal->@144 keep(64) keep(4)
-        s2 p1 128..260 layers 1..2 sealed=2 exact=3 seal->@144 keep(64) keep(4)
-        --
-        s1 p1 128..200 layers 3..4 sealed=2 exact=2 keep(64) keep(8) sample
-        s2 p1 128..260 layers 2..3 sealed=2 exact=3 seal->@144 keep(64) keep(4)
-        s2 p1 128..260 layers 3..4 sealed=2 exact=3 seal->@144 keep(64) keep(4) sample
+        s2 p1 128..192 layers 1..2 sealed=2 exact=1
         = s1 says one
         = s1 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
+        --
+        s2 p1 192..260 layers 1..2 sealed=2 exact=3 seal->@144 keep(64) keep(4)
+        s2 p1 128..260 layers 2..3 sealed=2 exact=3 seal->@144 keep(64) keep(4)
+        s2 p1 128..260 layers 3..4 sealed=2 exact=3 seal->@144 keep(64) keep(4) sample
         = s2 says one
         = s2 Length: 260+1 tokens, 128 cached; 192 sealed, 72 exact, 9984 bytes
         --
@@ -397,16 +395,16 @@ fn equal_prompts_at_once_are_computed_once() {
         --
         = s1 starts after 3s, 128 cached
         = s2 starts after 3s, 128 cached
-        s1 p1 128..200 layers 0..1 sealed=2 exact=2 keep(64) keep(8)
-        s1 p1 128..200 layers 1..2 sealed=2 exact=2 keep(64) keep(8)
-        s1 p1 128..200 layers 2..3 sealed=2 exact=2 keep(64) keep(8)
-        s2 p1 128..200 layers 0..4 sealed=2 exact=2 keep(64) keep(8) sample
-        = s2 says one
-        = s2 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
-        --
-        s1 p1 128..200 layers 3..4 sealed=2 exact=2 keep(64) keep(8) sample
+        s1 p1 128..200 layers 0..4 sealed=2 exact=2 keep(64) keep(8) sample
+        s2 p1 128..200 layers 0..1 sealed=2 exact=2 keep(64) keep(8)
+        s2 p1 128..200 layers 1..2 sealed=2 exact=2 keep(64) keep(8)
+        s2 p1 128..200 layers 2..3 sealed=2 exact=2 keep(64) keep(8)
         = s1 says one
         = s1 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
+        --
+        s2 p1 128..200 layers 3..4 sealed=2 exact=2 keep(64) keep(8) sample
+        = s2 says one
+        = s2 Length: 200+1 tokens, 128 cached; 128 sealed, 76 exact, 9472 bytes
         --
     "#]]);
 }
@@ -670,6 +668,97 @@ fn who_waits_for_its_adapter_is_passed_and_starts_when_that_is_there() {
     "#]]);
 }
 
+/// What a long prompt offers all at its end is not waited for by one that shares no more than its beginning.
+#[test]
+fn a_shared_beginning_is_not_waited_for_longer_than_it_takes_to_compute() {
+    let mut s = Script::new(config(64));
+    s.enqueue(request(1, 0, 3000, 1));
+    s.steps(1);
+    s.enqueue(request(1, 0, 200, 1));
+    s.skip(1).steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p1 0..512 layers 0..1 sealed=0 exact=8
+        --
+        ... 1 steps
+        s0 p1 768..1024 layers 0..1 sealed=0 exact=16
+        s1 p1 0..200 layers 1..2 sealed=0 exact=4 sinks seal->@488 seal->@496 keep(64) keep(8)
+        --
+        s0 p1 1024..1280 layers 0..1 sealed=0 exact=20
+        s1 p1 0..200 layers 2..3 sealed=0 exact=4 sinks seal->@488 seal->@496 keep(64) keep(8)
+        --
+    "#]]);
+}
+
+#[test]
+fn one_before_them_takes_the_place_of_those_that_computed_nothing() {
+    let mut s = Script::new(Config { max_num_seqs: 3, ..config(64) });
+    for document in 0..3 {
+        s.enqueue(request(0, document, 1000, 1));
+    }
+    s.steps(1);
+    s.enqueue(GenerateRequest { priority: -1, ..request(0, 9, 20, 1) });
+    // The last of them starts again after it.
+    s.steps(2).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        = s2 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2
+        --
+        = s2 preempted
+        = s3 starts after 1s, 0 cached
+        s3 p0 0..20 sealed=0 exact=1 sample
+        s0 p0 128..192 sealed=0 exact=3
+        = s3 says one
+        = s3 Length: 20+1 tokens, 0 cached; 0 sealed, 20 exact, 4096 bytes
+        --
+        s0 p0 192..320 sealed=0 exact=5
+        --
+    "#]]);
+}
+
+#[test]
+fn of_equal_prompts_the_first_is_done_first() {
+    let mut s = Script::new(config(64));
+    s.enqueue(request(0, 0, 300, 1));
+    s.enqueue(request(0, 1, 300, 1));
+    s.steps(6).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        = s1 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2
+        --
+        s0 p0 128..256 sealed=0 exact=4
+        --
+        s0 p0 256..300 sealed=0 exact=5 sample
+        s1 p0 0..64 sealed=0 exact=1
+        = s0 says one
+        = s0 Length: 300+1 tokens, 0 cached; 0 sealed, 300 exact, 20480 bytes
+        --
+        s1 p0 64..192 sealed=0 exact=3
+        --
+        s1 p0 192..300 sealed=0 exact=5 sample
+        = s1 says one
+        = s1 Length: 300+1 tokens, 0 cached; 0 sealed, 300 exact, 20480 bytes
+        --
+    "#]]);
+}
+
+#[test]
+fn what_was_computed_does_not_expire_in_the_queue_it_was_sent_back_to() {
+    let mut s = Script::new(config(6));
+    s.enqueue(GenerateRequest { priority: -1, ..request(0, 0, 126, 40) });
+    s.steps(1);
+    let timeout = Duration::from_secs(40);
+    s.enqueue(GenerateRequest { queue_timeout: timeout, ..request(0, 1, 250, 5) });
+    s.steps_until(10, "s1 preempted");
+    assert!(!s.text.contains("s1 says"), "before its first token");
+    s.now += timeout;
+    let mut out = Vec::new();
+    s.scheduler.expire(s.now, &mut out);
+    s.tell(&out);
+    assert!(!s.text.contains("QueueTimeout"), "{}", s.text);
+    s.steps_until(60, "s1 Length");
+}
+
 #[test]
 fn a_huge_prompt_and_short_chats_both_advance() {
     let mut s = Script::new(Config { max_num_batched_tokens: 256, ..config(64) });
@@ -726,19 +815,15 @@ fn a_short_chat_behind_two_huge_prompts_goes_before_the_second() {
     s.steps(2).finish(expect![[r#"
         = s0 starts after 1s, 0 cached
         = s1 starts after 1s, 0 cached
-        s0 p0 0..128 sealed=0 exact=2
-        s1 p1 0..512 layers 0..1 sealed=0 exact=8
+        s0 p0 0..256 sealed=0 exact=4
         --
         = s2 starts after 1s, 0 cached
-        s0 p0 128..256 sealed=0 exact=4
+        s0 p0 256..448 sealed=0 exact=7
         s2 p0 0..50 sealed=0 exact=1 sample
-        s1 p1 512..768 layers 0..1 sealed=0 exact=12
         = s2 says one
         = s2 Length: 50+1 tokens, 0 cached; 0 sealed, 50 exact, 4096 bytes
         --
-        s0 p0 256..384 sealed=0 exact=6
-        s1 p1 768..1000 layers 0..1 sealed=0 exact=16 sinks seal->@1152 seal->@1160 seal->@1168 seal->@1176 seal->@1184 seal->@1192 seal->@1200 seal->@1208 seal->@1216 seal->@1224 seal->@1232 seal->@1240 seal->@1248 seal->@1256 keep(64) keep(40)
-        s1 p1 0..256 layers 1..2 sealed=0 exact=4
+        s0 p0 448..704 sealed=0 exact=11
         --
     "#]]);
 }
