@@ -126,6 +126,7 @@ pub enum Event {
     Prompt {
         logprobs: Vec<TokenLogprob>,
     },
+    /// A stop token is told like any other, as the last one: it has a log-probability and is billed, and the edge keeps it out of the text.
     Token {
         id: TokenId,
         logprob: Option<TokenLogprob>,

@@ -560,8 +560,6 @@ impl Room {
                     tracing::debug!(?seq, "preempted");
                 }
                 Outcome::Done { seq, mut reason, mut ended } => {
-                    // When the first token was a stop token, which is none of the stream, the scores are still here.
-                    self.tell_prompt(seq);
                     if self.clients.get(&seq).is_some_and(|c| c.scoring) {
                         (reason, ended.usage.completion_tokens) = (FinishReason::Length, 0);
                     }
@@ -581,20 +579,22 @@ impl Room {
     fn token(&mut self, seq: SeqId, id: TokenId, logprob: Option<TokenLogprob>) {
         let Some(client) = self.clients.get_mut(&seq) else { return };
         let now = Instant::now();
+        client.first_token.get_or_insert(now);
+        if client.scoring {
+            // Sampled to end it; no token of anybody's, nor on any bill.
+            return self.tell_prompt(seq);
+        }
         let event = match client.last_token.replace(now) {
             None => telemetry::Event::FirstToken { ttft_s: (now - client.arrived).as_secs_f64() },
             Some(before) => telemetry::Event::NextToken { gap_s: (now - before).as_secs_f64() },
         };
-        client.first_token.get_or_insert(now);
         client.generated += 1;
         if let Some(occurrences) = &mut client.occurrences {
             occurrences.add(id);
         }
         self.tell_prompt(seq);
         (self.emit)(event);
-        if self.clients.get(&seq).is_some_and(|c| !c.scoring) {
-            self.tell(seq, Event::Token { id, logprob });
-        }
+        self.tell(seq, Event::Token { id, logprob });
     }
 
     /// Hands out the scores of a prompt, once.

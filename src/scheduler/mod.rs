@@ -133,7 +133,7 @@ pub enum Outcome {
         cached_tokens: u32,
         prompt_tokens: u32,
     },
-    /// A token of the stream, from `row` of the plan just committed. A stop token is not part of the stream.
+    /// A token, from `row` of the plan just committed; the stop token too, as the last one. Whether it is text is the edge's to say.
     Token {
         seq: SeqId,
         row: usize,
@@ -143,7 +143,7 @@ pub enum Outcome {
     Preempted {
         seq: SeqId,
     },
-    /// It ended as it should. `completion_tokens` counts the stop token, as vLLM does.
+    /// It ended as it should. `completion_tokens` counts its `Token`s.
     Done {
         seq: SeqId,
         reason: FinishReason,
@@ -540,9 +540,7 @@ impl Scheduler {
         sequence.times.first_token.get_or_insert(self.now);
         sequence.times.last_token = Some(self.now);
         let full = sequence.generated.len() as u32 == sequence.request.max_new_tokens;
-        if !stops {
-            out.push(Outcome::Token { seq, row, id });
-        }
+        out.push(Outcome::Token { seq, row, id });
         if stops || full {
             let reason = if stops { FinishReason::Stop } else { FinishReason::Length };
             let ended = self.remove(at, false);

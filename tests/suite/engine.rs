@@ -20,6 +20,7 @@ use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, 
 use strait::request::{Event, Failure, FinishReason, GenerateRequest, Sampling, TokenLogprob, Usage};
 use strait::scheduler::{self, ProfileSizes, RowResult};
 use strait::step::StepPlan;
+use strait::telemetry;
 
 const POSITIONS: usize = 768;
 
@@ -71,12 +72,7 @@ pub(crate) fn tight() -> Size {
 }
 
 /// As [`world`], with somebody who hears of what happens.
-pub(crate) fn watched(
-    model: &str,
-    size: Size,
-    ops: impl Fn() -> Box<dyn Ops>,
-    emit: impl Fn(strait::telemetry::Event) + Send + 'static,
-) -> World {
+pub(crate) fn watched(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>, emit: impl Fn(telemetry::Event) + Send + 'static) -> World {
     let (engine, thread) = start(Parts { emit: Box::new(emit), ..parts(model, size, ops) }).unwrap();
     World { engine, thread: Some(thread) }
 }
@@ -178,7 +174,7 @@ pub(crate) fn hear(mut stream: TokenStream) -> Said {
     }
 }
 
-pub(crate) fn settled(world: &World) -> Arc<strait::telemetry::Snapshot> {
+pub(crate) fn settled(world: &World) -> Arc<telemetry::Snapshot> {
     let begun = Instant::now();
     loop {
         let s = world.engine.snapshot();
@@ -275,7 +271,14 @@ fn prompt_log_probabilities_come_through_every_way_of_prefill() {
 
 #[test]
 fn a_prompt_may_be_scored_without_an_answer() {
-    let world = world("qwen2", ROOMY, cpu);
+    let counted = Arc::new(AtomicU32::new(0));
+    let world = watched("qwen2", ROOMY, cpu, {
+        let counted = counted.clone();
+        move |event| match event {
+            telemetry::Event::FirstToken { .. } | telemetry::Event::NextToken { .. } => _ = counted.fetch_add(1, Ordering::Relaxed),
+            _ => {}
+        }
+    });
     let prompt = tokens(100, 5, 256);
     let score = |max| hear(world.engine.submit(GenerateRequest { prompt_logprobs: Some(1), ..request(&prompt, max, 0) }).unwrap());
     let (answered, scored) = (score(1), score(0));
@@ -283,6 +286,7 @@ fn a_prompt_may_be_scored_without_an_answer() {
     assert_eq!((scored.prompt.len(), scored.tokens.len()), (99, 0));
     let (reason, usage) = scored.end.unwrap();
     assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 0));
+    assert_eq!(counted.load(Ordering::Relaxed), 1, "tokens that were generated for somebody");
 }
 
 #[test]
@@ -306,7 +310,7 @@ fn preempted_sequences_say_the_same() {
             let counter = preemptions.clone();
             let parts = Parts {
                 emit: Box::new(move |event| {
-                    if matches!(event, strait::telemetry::Event::Preempted) {
+                    if matches!(event, telemetry::Event::Preempted) {
                         counter.fetch_add(1, Ordering::Relaxed);
                     }
                 }),
@@ -361,8 +365,10 @@ fn stop_tokens_end_and_minimum_lengths_hold_them_off() {
     let first = free.iter().position(|&t| t == stop).unwrap();
     let with = |min| GenerateRequest { stop_tokens: Arc::new([stop]), min_new_tokens: min, ..request(&prompt, 30, 0) };
     let stopped = hear(world.engine.submit(with(0)).unwrap());
-    assert_eq!(stopped.tokens, free[..first]);
-    assert_eq!(stopped.end.unwrap().0, FinishReason::Stop);
+    assert_eq!(stopped.tokens, free[..=first]);
+    assert_eq!(stopped.logprobs.len(), first + 1);
+    let (reason, usage) = stopped.end.unwrap();
+    assert_eq!((reason, usage.completion_tokens as usize), (FinishReason::Stop, first + 1));
     let held = hear(world.engine.submit(with(20)).unwrap()).tokens;
     assert!(held.len() >= 20 && !held[..20].contains(&stop));
 }

@@ -200,7 +200,7 @@ fn a_short_chat() {
 }
 
 #[test]
-fn a_stop_token_ends_the_stream_and_is_not_part_of_it() {
+fn a_stop_token_is_the_last_of_the_stream() {
     let mut s = Script::new(config(16));
     s.enqueue(GenerateRequest { min_new_tokens: 2, ..request(0, 0, 10, 9) });
     for word in [STOP, WORD, STOP] {
@@ -216,6 +216,7 @@ fn a_stop_token_ends_the_stream_and_is_not_part_of_it() {
         = s0 says one
         --
         s0 p0 11..12 sealed=0 exact=1 sample
+        = s0 says 2
         = s0 Stop: 10+3 tokens, 0 cached; 0 sealed, 12 exact, 4096 bytes
         --
     "#]]);

@@ -621,9 +621,8 @@ impl Sim {
                     self.tally.done += 1;
                     let (output, why) = live.alone();
                     let emitted = &live.tokens[live.request.prompt.len()..];
-                    let told = output.len() - usize::from(why == FinishReason::Stop);
                     let usage = ended.usage;
-                    if emitted != &output[..told] || *reason != why {
+                    if emitted != output || *reason != why {
                         return wrong("not what it says alone");
                     }
                     if (usage.completion_tokens as usize, usage.prompt_tokens as usize) != (output.len(), live.request.prompt.len()) {

@@ -203,10 +203,48 @@ impl Engine for Happened {
 }
 
 fn happened(events: Vec<Event>) -> App {
-    let engine = EngineHandle::new(Arc::new(Happened(Mutex::new(events))));
+    served(EngineHandle::new(Arc::new(Happened(Mutex::new(events)))), model())
+}
+
+/// Any engine behind the router.
+fn served(engine: EngineHandle, model: Model) -> App {
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-    server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
+    server.install(Loaded { model, engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
     App { router: server.router(), server, fake: Fake::new(vec![]) }
+}
+
+/// The engine itself, of which the scripts above only say what it does.
+#[tokio::test]
+async fn the_engine_tells_the_stop_token_and_the_edge_keeps_it_out_of_the_text() {
+    let world = crate::engine::world("llama2", crate::engine::ROOMY, crate::engine::cpu);
+    let app = |eos| served(world.engine.clone(), Model { defaults: Defaults { eos, ..Defaults::default() }, ..model() });
+    let greedy = json!({"temperature": 0, "cache_profile": "full", "return_token_ids": true, "logit_bias": {"0": -100}, "logprobs": 0});
+    let ask = |prompt: &[TokenId], extra: Value| with(with(greedy.clone(), &json!({"prompt": prompt})), &extra);
+    let prompt = crate::engine::tokens(20, 3, 256);
+    let text = |ids: &[TokenId]| String::from_utf8_lossy(&ids.iter().map(|&id| id as u8).collect::<Vec<_>>()).into_owned();
+
+    let answer = app(vec![]).post(TEXT, &ask(&prompt, json!({"max_tokens": 16}))).await.json();
+    let free: Vec<TokenId> = serde_json::from_value(answer["choices"][0]["token_ids"].clone()).unwrap();
+    let n = (3..16).find(|&n| !free[..n].contains(&free[n])).expect("the model does not repeat itself from its third token on");
+    let eos = free[n];
+
+    for (app, extra, said) in [
+        (app(vec![eos]), json!({"max_tokens": 16}), &free[..n]),
+        (app(vec![]), json!({"max_tokens": 16, "stop_token_ids": [eos]}), &free[..n]),
+        (app(vec![]), json!({"max_tokens": 16, "stop_token_ids": [eos], "include_stop_str_in_output": true}), &free[..=n]),
+    ] {
+        let answer = app.post(TEXT, &ask(&prompt, extra.clone())).await.json();
+        let choice = &answer["choices"][0];
+        assert_eq!((&choice["finish_reason"], &choice["text"]), (&json!("stop"), &json!(text(said))), "{extra}");
+        assert_eq!((&choice["token_ids"], &answer["usage"]["completion_tokens"]), (&json!(free[..=n]), &json!(n + 1)), "{extra}");
+        assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(n + 1), "{extra}");
+    }
+    // A harness counts on a prompt of n tokens and the one that follows, whatever it is.
+    let prompt = [&prompt[..], &free[..n]].concat();
+    let answer = app(vec![eos]).post(TEXT, &ask(&prompt, json!({"max_tokens": 1, "echo": true}))).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(prompt.len() + 1));
+    assert_eq!((&choice["token_ids"], &choice["finish_reason"]), (&json!([eos]), &json!("stop")));
 }
 
 #[tokio::test]
