@@ -36,6 +36,7 @@
 mod check;
 mod fit;
 mod profile;
+mod queue;
 mod sequence;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -44,6 +45,7 @@ use std::time::Duration;
 
 pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
+pub use self::queue::Queue;
 pub use self::sequence::{Ended, Times};
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
@@ -64,9 +66,9 @@ pub struct Config {
     pub max_num_seqs: usize,
     /// Tokens one step computes, through all layers; more layers' worth is never planned.
     pub max_num_batched_tokens: u32,
-    /// Requests that wait, not counting preempted ones.
+    /// Sequences that wait for their first start. This and the next are kept by [`Queue`], whom those who enqueue ask before.
     pub max_queued_requests: usize,
-    /// Their prompt tokens. A single request may exceed this when nothing else waits.
+    /// Their prompt tokens. A single request may exceed both when nothing else waits.
     pub max_queued_tokens: u64,
     pub layers: u32,
     /// Prompt and generated tokens of one sequence.
@@ -97,8 +99,6 @@ pub enum ConfigError {
 /// Why a request was not taken. Nothing of it is left behind.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refused {
-    #[error("the queue is full: {requests} requests, {tokens} tokens")]
-    QueueFull { requests: usize, tokens: u64 },
     /// It could not run even alone. Bytes of whole slabs, exact.
     #[error("the request needs {need} bytes of cache, and there are {have}")]
     TooLarge { need: u64, have: u64 },
@@ -166,8 +166,6 @@ pub struct Scheduler {
     running: Vec<Sequence<Running>>,
     ranks: HashMap<SeqId, Rank>,
     deadlines: BTreeSet<(Duration, Rank)>,
-    /// Waiting sequences that never ran, and their prompt tokens.
-    queued: (usize, u64),
     arrivals: u64,
     now: Duration,
     draining: bool,
@@ -237,7 +235,6 @@ impl Scheduler {
             running: Vec::new(),
             ranks: HashMap::new(),
             deadlines: BTreeSet::new(),
-            queued: (0, 0),
             arrivals: 0,
             now: Duration::ZERO,
             draining: false,
@@ -253,7 +250,7 @@ impl Scheduler {
     /// Takes a request into the queue.
     ///
     /// # Errors
-    /// When it cannot wait (`QueueFull`), can never run (`TooLarge`, `TooLong`, `Malformed`), or none are taken any more.
+    /// When it can never run (`TooLarge`, `TooLong`, `Malformed`), or none are taken any more. Whether it may wait is for [`Queue`] to say.
     ///
     /// # Panics
     /// When `seq` was used before and is not over.
@@ -275,11 +272,6 @@ impl Scheduler {
         let prompt = request.prompt.len() as u32;
         fit::alone(&self.pool, request.profile, profile, prompt, request.max_new_tokens)
             .map_err(|(need, have)| Refused::TooLarge { need, have })?;
-        let (requests, tokens) = self.queued;
-        let too_many = requests >= self.config.max_queued_requests;
-        if too_many || (requests > 0 && tokens + u64::from(prompt) > self.config.max_queued_tokens) {
-            return Err(Refused::QueueFull { requests, tokens });
-        }
         let rank = (request.priority, self.arrivals);
         assert!(self.ranks.insert(seq, rank).is_none(), "{seq:?} is used twice");
         self.arrivals += 1;
@@ -489,9 +481,6 @@ impl Scheduler {
         if let Some(deadline) = sequence.deadline() {
             self.deadlines.insert((deadline, sequence.rank));
         }
-        if sequence.times.started.is_none() {
-            self.queued = (self.queued.0 + 1, self.queued.1 + u64::from(sequence.prompt_len()));
-        }
         self.waiting.insert(sequence.rank, sequence);
     }
 
@@ -499,9 +488,6 @@ impl Scheduler {
         let sequence = self.waiting.remove(&rank)?;
         if let Some(deadline) = sequence.deadline() {
             self.deadlines.remove(&(deadline, rank));
-        }
-        if sequence.times.started.is_none() {
-            self.queued = (self.queued.0 - 1, self.queued.1 - u64::from(sequence.prompt_len()));
         }
         Some(sequence)
     }

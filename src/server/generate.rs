@@ -34,7 +34,7 @@ use crate::admission::wire::{ChatRequest, CompletionRequest, DetokenizeRequest, 
 use crate::admission::{self, Admitted, Codec, Prompt, TextStream};
 use crate::engine::{EngineHandle, TokenStream};
 use crate::ids::{AdapterGeneration, TokenId};
-use crate::request::{self, Event, Failure, FinishReason, TokenLogprob};
+use crate::request::{self, Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
 use crate::telemetry;
 use crate::text::Start;
 
@@ -137,17 +137,11 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
     // Reading and tokenising may have taken long enough for the drain to begin.
     server.accepting()?;
 
-    let mut submitted = Vec::with_capacity(requests.len());
-    for mut request in requests {
-        request.adapter = lease.as_ref().map_or_else(AdapterGeneration::default, Lease::generation);
-        let stop_tokens = request.stop_tokens.clone();
-        let profile = request.profile;
-        // A refusal drops, and so cancels, the choices before it.
-        let stream = loaded.engine.submit_with(request, lease.clone())?;
-        submitted.push((stream, stop_tokens, profile));
-    }
-    drop(lease);
-    let profile = submitted.first().map_or(loaded.model.default_profile, |(_, _, profile)| *profile);
+    let adapter = lease.as_ref().map_or_else(AdapterGeneration::default, Lease::generation);
+    let requests: Vec<_> = requests.into_iter().map(|request| GenerateRequest { adapter, ..request }).collect();
+    let profile = requests.first().map_or(loaded.model.default_profile, |request| request.profile);
+    let stop_tokens: Vec<_> = requests.iter().map(|request| request.stop_tokens.clone()).collect();
+    let streams = loaded.engine.submit_all(requests, lease)?.into_iter().zip(stop_tokens).collect();
     let answer = Answer {
         kind,
         id: match kind {
@@ -159,7 +153,6 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
         prompts,
         reply,
     };
-    let streams = submitted.into_iter().map(|(stream, stop_tokens, _)| (stream, stop_tokens)).collect();
     match answer.reply.stream {
         Some(_) => Ok(stream(server, loaded, answer, streams)),
         None => collect(&loaded, &answer, streams).await.map_err(|failure| {

@@ -1,8 +1,9 @@
 //! The real engine thread on tiny real models: batching, profiles, layer-by-layer prefill, cancellation, faults.
 
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
@@ -69,6 +70,11 @@ pub(crate) fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> 
 /// As [`world`], with room for a few sequences at a time.
 pub(crate) fn tight() -> Size {
     Size { arena_pages: 14, ..ROOMY }
+}
+
+/// As [`world`], where so many may wait.
+pub(crate) fn queue_of(queue: usize) -> Size {
+    Size { queue, ..ROOMY }
 }
 
 /// As [`world`], with somebody who hears of what happens.
@@ -394,6 +400,36 @@ fn what_cannot_fit_and_what_cannot_wait_is_refused_at_the_door() {
     assert!(matches!(long(), Err(SubmitError::Draining)));
 }
 
+#[test]
+fn the_sequences_of_a_request_are_queued_all_or_none() {
+    let books = Arc::new(Mutex::new(BTreeMap::<String, u32>::new()));
+    let world = watched("llama3", Size { seqs: 1, queue: 2, ..ROOMY }, cpu, {
+        let books = books.clone();
+        move |event| match event {
+            telemetry::Event::Accepted { .. } => *books.lock().unwrap().entry("accepted".into()).or_default() += 1,
+            telemetry::Event::Finished { reason, .. } => *books.lock().unwrap().entry(reason.into()).or_default() += 1,
+            _ => {}
+        }
+    });
+    let all = |n, max| world.engine.submit_all((0..n).map(|i| request(&tokens(20, 1 + i, 256), max, 0)).collect(), None);
+    // Nobody waits: they are taken whole, and four of them at least wait behind the first.
+    let first = all(5, 500).unwrap();
+    for n in [1, 2, 9] {
+        assert!(matches!(all(n, 500), Err(SubmitError::QueueFull { queued: 4..=5, .. })), "{n} more");
+    }
+    drop(first);
+    let begun = Instant::now();
+    while books.lock().unwrap().get("abort") != Some(&5) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", books.lock().unwrap());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let said: Vec<Said> = all(6, 3).unwrap().into_iter().map(hear).collect();
+    assert!(said.iter().all(|s| s.tokens.len() == 3));
+    drop(world);
+    let want = BTreeMap::from([("accepted".into(), 11), ("abort".into(), 5), ("length".into(), 6)]);
+    assert_eq!(*books.lock().unwrap(), want, "nothing is counted of what was refused");
+}
+
 /// Panics whenever a linear layer sees the mark that one token's embedding carries.
 struct Cursed(Cpu, f32);
 
@@ -435,8 +471,7 @@ fn a_request_that_breaks_the_step_ends_alone() {
     let clean = |n, seed| -> Vec<TokenId> { tokens(n, seed, 250) };
     let world = world("llama2", ROOMY, move || Box::new(Cursed(Cpu::new(1), mark[0])));
     let good: Vec<Vec<TokenId>> = (0..5).map(|i| clean(40 + 30 * i, i as u64 + 1)).collect();
-    let bias: Arc<std::collections::BTreeMap<TokenId, f32>> =
-        Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
+    let bias: Arc<BTreeMap<TokenId, f32>> = Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
     let ask = |prompt: &[TokenId], p| GenerateRequest {
         sampling: Sampling { logit_bias: bias.clone(), ..Sampling::greedy() },
         ..request(prompt, 10, p)

@@ -13,7 +13,7 @@ use expect_test::{Expect, expect};
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::PageSizes;
 use strait::request::{Failure, GenerateRequest, Sampling, Timings};
-use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Refused, RowResult, Scheduler, SealedSplit};
+use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Queue, Refused, RowResult, Scheduler, SealedSplit};
 use strait::step::{Logits, StepPlan};
 use strait::telemetry::Branch;
 
@@ -818,8 +818,62 @@ fn nobody_passes_what_does_not_fit_and_priority_goes_first() {
 }
 
 #[test]
-fn a_full_queue_refuses_and_so_does_what_can_never_fit() {
-    let mut s = Script::new(Config { max_queued_requests: 2, max_queued_tokens: 150, ..config(4) });
+fn a_queue_takes_a_request_whole_or_not_at_all() {
+    let mut queue = Queue::new(&Config { max_queued_requests: 4, max_queued_tokens: 100, ..config(4) });
+    // What enters (prompts), or who leaves; then how many wait, and what came of it.
+    let mut transcript = String::new();
+    for (prompts, leaves) in [
+        (&[10, 10, 10][..], None),
+        // Two more would be five.
+        (&[1, 1], None),
+        (&[1], None),
+        (&[], Some(3)),
+        // Room for one, but not for its tokens.
+        (&[71], None),
+        (&[70], None),
+        (&[], Some(0)),
+        (&[], Some(0)),
+        (&[], Some(1)),
+        (&[], Some(2)),
+        (&[1], None),
+        (&[], Some(4)),
+        (&[], Some(5)),
+        // Nobody waits: however many, and however long.
+        (&[50, 50, 50, 50, 50], None),
+        (&[0], None),
+    ] {
+        let said = match leaves {
+            Some(seq) => {
+                queue.leave(SeqId(seq));
+                format!("s{seq} leaves")
+            }
+            None => format!("{prompts:?} enters: {:?}", queue.enter(prompts)),
+        };
+        writeln!(transcript, "{said}; {} wait", queue.len()).expect("strings take everything");
+    }
+    expect![[r#"
+        [10, 10, 10] enters: Ok([s0, s1, s2]); 3 wait
+        [1, 1] enters: Err(3); 3 wait
+        [1] enters: Ok([s3]); 4 wait
+        s3 leaves; 3 wait
+        [71] enters: Err(3); 3 wait
+        [70] enters: Ok([s4]); 4 wait
+        s0 leaves; 3 wait
+        s0 leaves; 3 wait
+        s1 leaves; 2 wait
+        s2 leaves; 1 wait
+        [1] enters: Ok([s5]); 2 wait
+        s4 leaves; 1 wait
+        s5 leaves; 0 wait
+        [50, 50, 50, 50, 50] enters: Ok([s6, s7, s8, s9, s10]); 5 wait
+        [0] enters: Err(5); 5 wait
+    "#]]
+    .assert_eq(&transcript);
+}
+
+#[test]
+fn what_can_never_fit_is_refused() {
+    let mut s = Script::new(config(4));
     let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
     // 4 exact pages hold 256 positions; the last token generated is not one of them.
     assert_eq!(refused(request(0, 0, 250, 8)), Some(Refused::TooLarge { need: 5 * SLAB, have: 4 * SLAB }));
@@ -827,13 +881,6 @@ fn a_full_queue_refuses_and_so_does_what_can_never_fit() {
     assert_eq!(refused(request(2, 0, 10, 1)), Some(Refused::Malformed("no such cache profile")));
     assert_eq!(refused(request(0, 0, 0, 1)), Some(Refused::Malformed("no tokens to read or to write")));
     s.enqueue(request(0, 0, 250, 7));
-    let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
-    assert_eq!(refused(request(0, 1, 10, 1)), Some(Refused::QueueFull { requests: 1, tokens: 250 }));
-    let mut s = Script::new(Config { max_queued_requests: 2, ..config(4) });
-    s.enqueue(request(0, 0, 10, 7));
-    s.enqueue(request(0, 1, 10, 7));
-    let refused = s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO);
-    assert_eq!(refused, Err(Refused::QueueFull { requests: 2, tokens: 20 }));
     s.scheduler.drain();
     assert_eq!(s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO), Err(Refused::Draining));
     s.skip(9);

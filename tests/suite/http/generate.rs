@@ -185,11 +185,11 @@ async fn offsets_are_places_in_the_text() {
 struct Happened(Mutex<Vec<Event>>);
 
 impl Engine for Happened {
-    fn submit_with(&self, _: GenerateRequest, _: Option<Lease>) -> Result<TokenStream, SubmitError> {
+    fn submit_all(&self, _: Vec<GenerateRequest>, _: Option<Lease>) -> Result<Vec<TokenStream>, SubmitError> {
         let events = std::mem::take(&mut *self.0.lock().expect("unshared"));
         let (tx, rx) = mpsc::channel(events.len());
         events.into_iter().for_each(|event| tx.try_send(event).expect("room"));
-        Ok(TokenStream::new(SeqId(1), rx, || {}))
+        Ok(vec![TokenStream::new(SeqId(1), rx, || {})])
     }
     fn finish(&self, _: SeqId) {}
     fn snapshot(&self) -> Arc<Snapshot> {
@@ -245,6 +245,18 @@ async fn the_engine_tells_the_stop_token_and_the_edge_keeps_it_out_of_the_text()
     let choice = &answer["choices"][0];
     assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(prompt.len() + 1));
     assert_eq!((&choice["token_ids"], &choice["finish_reason"]), (&json!([eos]), &json!("stop")));
+}
+
+#[tokio::test]
+async fn an_idle_server_takes_a_request_of_more_sequences_than_may_wait() {
+    let world = crate::engine::world("llama2", crate::engine::queue_of(2), crate::engine::cpu);
+    let app = served(world.engine.clone(), model());
+    let prompts: Vec<Vec<TokenId>> = (0..8).map(|i| crate::engine::tokens(20, 3 + i, 256)).collect();
+    for (extra, choices) in [(json!({"prompt": prompts}), 8), (json!({"prompt": prompts[0], "n": 5}), 5)] {
+        let answer = app.post(TEXT, &with(json!({"max_tokens": 2, "logit_bias": {"0": -100}}), &extra)).await;
+        assert_eq!(answer.verdict(), "200");
+        assert_eq!(answer.json()["choices"].as_array().map(Vec::len), Some(choices));
+    }
 }
 
 #[tokio::test]
