@@ -48,7 +48,7 @@ pub trait Engine: Send + Sync {
 /// Why a request was not queued.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
-    /// The queue is full; `retry_after` is measured from the rate at which the queue drains.
+    /// The queue is full; `retry_after` follows from the pace at which it drains.
     #[error("the request queue is full ({queued} requests)")]
     QueueFull { queued: usize, retry_after: Duration },
     /// The request can never fit the cache, however idle the server is.

@@ -37,9 +37,6 @@ const CHECK_EVERY: u64 = 256;
 /// How often gauges are refreshed while the engine is busy.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(100);
 
-/// Starts remembered to measure how fast the queue drains.
-const STARTS: usize = 32;
-
 /// Everything the engine owns.
 pub struct Parts {
     pub runner: Runner,
@@ -144,7 +141,6 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
         draining: AtomicBool::new(false),
         born: Instant::now(),
         beat: AtomicU64::new(IDLE),
-        starts: Mutex::default(),
         snapshot: RwLock::new(Arc::new(scheduler.snapshot())),
     });
     let mut runner = parts.runner;
@@ -208,7 +204,6 @@ struct Door {
     born: Instant,
     /// Milliseconds since `born` when the current step began, or [`IDLE`].
     beat: AtomicU64,
-    starts: Mutex<std::collections::VecDeque<Instant>>,
     snapshot: RwLock<Arc<Snapshot>>,
 }
 
@@ -219,18 +214,6 @@ impl Door {
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().expect("no holder of the queue panics")
-    }
-
-    /// Time until the queue has room for one more, from the pace of the latest starts; at least a second.
-    fn retry_after(&self) -> Duration {
-        let starts = self.starts.lock().expect("no holder panics");
-        let pace = match (starts.front(), starts.len()) {
-            (Some(first), n) if n > 1 => first.elapsed() / (n - 1) as u32,
-            (Some(first), _) => first.elapsed(),
-            // Nothing ever started: the engine is on its first requests, for as long as it has lived.
-            (None, _) => self.born.elapsed(),
-        };
-        pace.clamp(Duration::from_secs(1), Duration::from_secs(600))
     }
 }
 
@@ -248,8 +231,10 @@ impl Engine for Arc<Door> {
             }
         }
         let prompts: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
-        let entered = self.queue().enter(&prompts);
-        let seqs = entered.map_err(|queued| SubmitError::QueueFull { queued, retry_after: self.retry_after() })?;
+        let seqs = {
+            let (mut queue, now) = (self.queue(), self.born.elapsed());
+            queue.enter(&prompts, now).map_err(|queued| SubmitError::QueueFull { queued, retry_after: queue.retry_after(now) })?
+        };
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {
             let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
@@ -534,16 +519,12 @@ impl Room {
     /// Tells clients and telemetry what happened. `logprobs` are by row of the plan just settled.
     fn deliver(&mut self, logprobs: &[Option<TokenLogprob>]) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
+        // One time for all that starts in a plan.
+        let now = self.door.born.elapsed();
         for outcome in outcomes.drain(..) {
             match outcome {
                 Outcome::Started { seq, queued, cached_tokens, prompt_tokens } => {
-                    self.door.queue().leave(seq);
-                    let mut starts = self.door.starts.lock().expect("no holder panics");
-                    starts.push_back(Instant::now());
-                    if starts.len() > STARTS {
-                        starts.pop_front();
-                    }
-                    drop(starts);
+                    self.door.queue().start(seq, now);
                     (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
                     (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
                 }

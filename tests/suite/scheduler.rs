@@ -847,7 +847,7 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
                 queue.leave(SeqId(seq));
                 format!("s{seq} leaves")
             }
-            None => format!("{prompts:?} enters: {:?}", queue.enter(prompts)),
+            None => format!("{prompts:?} enters: {:?}", queue.enter(prompts, Duration::ZERO)),
         };
         writeln!(transcript, "{said}; {} wait", queue.len()).expect("strings take everything");
     }
@@ -867,6 +867,57 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
         s5 leaves; 0 wait
         [50, 50, 50, 50, 50] enters: Ok([s6, s7, s8, s9, s10]); 5 wait
         [0] enters: Err(5); 5 wait
+    "#]]
+    .assert_eq(&transcript);
+}
+
+#[test]
+fn a_refusal_says_how_fast_the_queue_drains_not_how_rarely_anybody_comes() {
+    let mut queue = Queue::new(&config(4));
+    let at = |s: f64| Duration::from_secs_f64(s);
+    let mut transcript = String::new();
+    let mut step = |queue: &mut Queue, enter: usize, starts: &[u64], now: f64| {
+        queue.enter(&vec![1; enter], at(now)).expect("there is room");
+        starts.iter().for_each(|&seq| queue.start(SeqId(seq), at(now)));
+        let started = if starts.is_empty() { String::new() } else { format!(", {starts:?} start") };
+        let entered = if enter == 0 { String::new() } else { format!(", {enter} come") };
+        writeln!(transcript, "{now} s{entered}{started}; {} wait: {:?}", queue.len(), queue.retry_after(at(now)))
+            .expect("strings take all");
+    };
+    for (now, enter, starts) in [
+        // Nobody waits behind it: it says nothing of a queue.
+        (0.0, 1, &[0][..]),
+        (3600.0, 8, &[]),
+        // No pace yet: as long as the oldest has waited.
+        (3607.0, 0, &[]),
+        // A crowd into places that were free.
+        (3610.0, 0, &[1, 2, 3]),
+        (3611.5, 0, &[4]),
+        (3614.5, 0, &[5]),
+        // Nothing has started for longer than the mean of 2.25 s.
+        (3620.5, 0, &[]),
+        (7000.0, 0, &[]),
+        // The last one, an hour, and two starts that are 1 s apart.
+        (7001.0, 0, &[6, 7, 8]),
+        (10_800.0, 4, &[9]),
+        (10_801.0, 0, &[10]),
+        (10_801.5, 0, &[]),
+    ] {
+        step(&mut queue, enter, starts, now);
+    }
+    expect![[r#"
+        0 s, 1 come, [0] start; 0 wait: 1s
+        3600 s, 8 come; 8 wait: 1s
+        3607 s; 8 wait: 7s
+        3610 s, [1, 2, 3] start; 5 wait: 10s
+        3611.5 s, [4] start; 4 wait: 1.5s
+        3614.5 s, [5] start; 3 wait: 2.25s
+        3620.5 s; 3 wait: 6s
+        7000 s; 3 wait: 600s
+        7001 s, [6, 7, 8] start; 0 wait: 1s
+        10800 s, 4 come, [9] start; 3 wait: 1s
+        10801 s, [10] start; 2 wait: 1s
+        10801.5 s; 2 wait: 1s
     "#]]
     .assert_eq(&transcript);
 }

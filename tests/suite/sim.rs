@@ -461,7 +461,7 @@ impl Sim {
         let request = self.world.request(&mut self.rng);
         self.next_seq += 1;
         // As the engine does: a place in the queue first.
-        let Ok(seqs) = self.queue.enter(&[request.prompt.len()]) else {
+        let Ok(seqs) = self.queue.enter(&[request.prompt.len()], self.now) else {
             self.tally.refused += 1;
             return Ok(());
         };
@@ -606,7 +606,7 @@ impl Sim {
                 Outcome::Started { seq, cached_tokens, prompt_tokens, .. } => {
                     let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
                     live.cached = *cached_tokens;
-                    self.queue.leave(*seq);
+                    self.queue.start(*seq, self.now);
                     self.tally.cached_tokens += u64::from(*cached_tokens);
                     if live.request.adapter == ADAPTER && self.travel > 0 {
                         return wrong("a start before the adapter is there");
