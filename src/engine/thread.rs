@@ -172,8 +172,9 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
 }
 
 enum Message {
-    /// The sequences of one request; their places in the queue are taken.
-    Submit(Vec<Submitted>),
+    /// The sequences of one request; their places in the queue are taken. It came to the door at that age of the engine, and waited since
+    /// for the step in flight.
+    Submit(Duration, Vec<Submitted>),
     /// Nobody listens any more.
     Cancel(SeqId),
     /// The listener has what it wanted (a stop string): end it as finished.
@@ -231,9 +232,11 @@ impl Engine for Arc<Door> {
             }
         }
         let prompts: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
+        let arrived = self.born.elapsed();
         let seqs = {
-            let (mut queue, now) = (self.queue(), self.born.elapsed());
-            queue.enter(&prompts, now).map_err(|queued| SubmitError::QueueFull { queued, retry_after: queue.retry_after(now) })?
+            let mut queue = self.queue();
+            let entered = queue.enter(&prompts, arrived);
+            entered.map_err(|queued| SubmitError::QueueFull { queued, retry_after: queue.retry_after(arrived) })?
         };
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {
@@ -241,7 +244,7 @@ impl Engine for Arc<Door> {
             submitted.push(Submitted { seq, request, adapter: adapter.clone(), events });
             receivers.push(receiver);
         }
-        if !self.send(Message::Submit(submitted)) {
+        if !self.send(Message::Submit(arrived, submitted)) {
             let mut queue = self.queue();
             seqs.iter().for_each(|&seq| queue.leave(seq));
             return Err(SubmitError::Stopped);
@@ -294,6 +297,8 @@ struct Client {
     /// No token was asked for: only the prompt is scored.
     scoring: bool,
     arrived: Instant,
+    /// When it first had pages to run on.
+    started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
 }
@@ -407,7 +412,7 @@ impl Room {
 
     fn hear(&mut self, message: Message) {
         match message {
-            Message::Submit(sequences) => sequences.into_iter().for_each(|submitted| self.enqueue(submitted)),
+            Message::Submit(arrived, sequences) => sequences.into_iter().for_each(|submitted| self.enqueue(arrived, submitted)),
             Message::Cancel(seq) => {
                 if let Some(ended) = self.scheduler.cancel(seq) {
                     self.forget(seq, "abort", ended.preemptions);
@@ -425,7 +430,7 @@ impl Room {
         }
     }
 
-    fn enqueue(&mut self, Submitted { seq, mut request, adapter, events }: Submitted) {
+    fn enqueue(&mut self, arrived: Duration, Submitted { seq, mut request, adapter, events }: Submitted) {
         let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
         // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
         let scoring = max_new == 0;
@@ -436,14 +441,15 @@ impl Room {
             generated: 0,
             prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
             scoring,
-            arrived: Instant::now(),
+            arrived: self.door.born + arrived,
+            started: None,
             first_token: None,
             last_token: None,
             request: request.clone(),
             adapter,
         };
         self.clients.insert(seq, client);
-        if let Err(refused) = self.scheduler.enqueue(seq, request, self.door.born.elapsed()) {
+        if let Err(refused) = self.scheduler.enqueue(seq, request, arrived) {
             // The door checks all of this before; what gets here raced with a drain.
             let failure = match refused {
                 scheduler::Refused::Draining => Failure::Draining,
@@ -525,6 +531,9 @@ impl Room {
             match outcome {
                 Outcome::Started { seq, queued, cached_tokens, prompt_tokens } => {
                     self.door.queue().start(seq, now);
+                    if let Some(client) = self.clients.get_mut(&seq) {
+                        client.started = Some(client.arrived + queued);
+                    }
                     (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
                     (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
                 }
@@ -601,7 +610,7 @@ impl Room {
         (self.emit)(telemetry::Event::Finished {
             reason,
             e2e_s: (now - client.arrived).as_secs_f64(),
-            prefill_s: (first - client.arrived).as_secs_f64(),
+            prefill_s: client.started.map(|started| (first - started).as_secs_f64()),
             decode_s: (now - first).as_secs_f64(),
             prompt_tokens: client.request.prompt.len() as u32,
             completion_tokens: client.generated,

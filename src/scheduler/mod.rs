@@ -247,15 +247,16 @@ impl Scheduler {
         })
     }
 
-    /// Takes a request into the queue.
+    /// Takes a request into the queue. It waits since `arrived`, which may be earlier than times already told: it lay somewhere until it
+    /// could be enqueued.
     ///
     /// # Errors
     /// When it can never run (`TooLarge`, `TooLong`, `Malformed`), or none are taken any more. Whether it may wait is for [`Queue`] to say.
     ///
     /// # Panics
     /// When `seq` was used before and is not over.
-    pub fn enqueue(&mut self, seq: SeqId, request: GenerateRequest, now: Duration) -> Result<(), Refused> {
-        self.now = self.now.max(now);
+    pub fn enqueue(&mut self, seq: SeqId, request: GenerateRequest, arrived: Duration) -> Result<(), Refused> {
+        self.now = self.now.max(arrived);
         if self.draining {
             return Err(Refused::Draining);
         }
@@ -278,7 +279,7 @@ impl Scheduler {
         let identity =
             CacheIdentity { model: self.config.model_digest, adapter: request.adapter, profile: request.profile, salt: request.cache_salt };
         let root = self.keys.root(&identity);
-        self.wait(Sequence::new(seq, rank, request, root, self.now));
+        self.wait(Sequence::new(seq, rank, request, root, arrived));
         Ok(())
     }
 

@@ -430,6 +430,80 @@ fn the_sequences_of_a_request_are_queued_all_or_none() {
     assert_eq!(*books.lock().unwrap(), want, "nothing is counted of what was refused");
 }
 
+/// Waits at the first norm of a step while the test holds the gate, and has said so before.
+struct Gated(Cpu, Arc<(Mutex<()>, AtomicU32)>);
+
+impl Ops for Gated {
+    fn describe(&self) -> String {
+        "gated".into()
+    }
+    fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+        self.0.linear(x, rows, jobs);
+    }
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
+        self.0.low_rank(x, updates, targets);
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        self.1.1.fetch_add(1, Ordering::SeqCst);
+        drop(self.1.0.lock().unwrap());
+        self.0.rms_norm(x, weight, eps, out);
+    }
+    fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
+        self.0.rope(x, heads, table, positions);
+    }
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        self.0.silu_mul(gate, up);
+    }
+    fn attend(&self, arena: &Arena, shape: Heads, table: &RopeTable, rows: &[AttendRow<'_>], q: &[f32], out: &mut [f32]) {
+        self.0.attend(arena, shape, table, rows, q, out);
+    }
+    fn seal(&self, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
+        self.0.seal(arena, view, table, jobs);
+    }
+}
+
+#[test]
+fn the_wait_for_the_step_in_flight_is_in_every_time() {
+    let gate = Arc::new((Mutex::new(()), AtomicU32::new(0)));
+    let (events, heard) = std::sync::mpsc::channel();
+    let world = watched(
+        "llama3",
+        ROOMY,
+        || Box::new(Gated(Cpu::new(1), gate.clone())),
+        move |event| {
+            let _ = events.send(event);
+        },
+    );
+    let (norms, wait) = (&gate.1, Duration::from_millis(100));
+    let held = gate.0.lock().unwrap();
+    let before = norms.load(Ordering::SeqCst);
+    let first = world.engine.submit(request(&tokens(20, 1, 256), 1, 0)).unwrap();
+    while norms.load(Ordering::SeqCst) == before {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // The step is in flight: the engine hears of nothing until it is over.
+    let second = world.engine.submit(request(&tokens(20, 2, 256), 1, 0)).unwrap();
+    let impatient = world.engine.submit(GenerateRequest { queue_timeout: wait, ..request(&tokens(20, 3, 256), 1, 0) }).unwrap();
+    std::thread::sleep(wait);
+    drop(held);
+    assert!(hear(first).end.is_ok());
+    assert!(hear(second).end.unwrap().1.timings.queue >= wait);
+    assert_eq!(hear(impatient).end, Err(Failure::QueueTimeout));
+    drop(world);
+    let (mut queued, mut ttft, mut finished) = (vec![], vec![], vec![]);
+    for event in heard {
+        match event {
+            telemetry::Event::Started { queue_s, .. } => queued.push(queue_s),
+            telemetry::Event::FirstToken { ttft_s } => ttft.push(ttft_s),
+            telemetry::Event::Finished { reason, e2e_s, prefill_s, .. } => finished.push((reason, e2e_s, prefill_s)),
+            _ => {}
+        }
+    }
+    let [(_, _, Some(_)), ("error", waited, None), ("length", e2e, Some(prefill))] = finished[..] else { panic!("{finished:?}") };
+    assert!(queued[1] >= wait.as_secs_f64() && ttft[1] >= queued[1] && waited >= wait.as_secs_f64(), "{queued:?} {ttft:?} {waited}");
+    assert!(prefill + queued[1] <= e2e + 1e-6, "the queue is no part of the prefill: {prefill} {} {e2e}", queued[1]);
+}
+
 /// Panics whenever a linear layer sees the mark that one token's embedding carries.
 struct Cursed(Cpu, f32);
 
