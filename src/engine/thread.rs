@@ -529,13 +529,15 @@ impl Room {
         let now = self.door.born.elapsed();
         for outcome in outcomes.drain(..) {
             match outcome {
-                Outcome::Started { seq, queued, cached_tokens, prompt_tokens } => {
+                Outcome::Started { seq, queued, looked_up, cached_tokens, prompt_tokens } => {
                     self.door.queue().start(seq, now);
                     if let Some(client) = self.clients.get_mut(&seq) {
                         client.started = Some(client.arrived + queued);
                     }
                     (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
-                    (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
+                    if looked_up {
+                        (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
+                    }
                 }
                 Outcome::Token { seq, row, id } => self.token(seq, id, logprobs.get(row).cloned().flatten()),
                 Outcome::Preempted { seq } => {

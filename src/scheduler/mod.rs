@@ -130,6 +130,8 @@ pub enum Outcome {
     Started {
         seq: SeqId,
         queued: Duration,
+        /// The prefix index was asked: it is kept, and the prompt is not to be scored.
+        looked_up: bool,
         cached_tokens: u32,
         prompt_tokens: u32,
     },
@@ -643,7 +645,8 @@ impl Scheduler {
         if sequence.compact && self.running.is_empty() {
             self.pool.forget_all();
         }
-        if self.config.prefix_caching && !sequence.compact && !sequence.wants_prompt_logits() {
+        let looks_up = self.config.prefix_caching && !sequence.compact && !sequence.wants_prompt_logits();
+        if looks_up {
             let mut usable = profile.reusable_pages(sequence.prefill_target(profile.compressed));
             if profile.compressed && sequence.times.started.is_some() {
                 // What it read compressed the first time, and nothing else, or it would go on differently.
@@ -692,6 +695,7 @@ impl Scheduler {
             out.push(Outcome::Started {
                 seq: sequence.id,
                 queued: self.now.saturating_sub(sequence.times.arrived),
+                looked_up: looks_up,
                 cached_tokens: sequence.cached_tokens,
                 prompt_tokens: sequence.prompt_len(),
             });

@@ -290,6 +290,8 @@ impl Choice<'_> {
                 }
                 self.bill = Some(usage);
             }
+            // It had all it wanted; what became of the engine's side since changes nothing, but the bill went with it.
+            Event::Failed { .. } if self.matched => self.bill = Some(request::Usage::default()),
             Event::Failed { failure } => return Err(failure),
         }
         Ok(part)
@@ -353,7 +355,8 @@ impl<'a> Run<'a> {
         })
         .await?;
         self.turn = index + 1;
-        let Some(event) = event else { return Some(Err(Failure::Internal("the engine left a sequence without an end".into()))) };
+        let without_end = || Event::Failed { failure: Failure::Internal("the engine left a sequence without an end".into()) };
+        let event = event.unwrap_or_else(without_end);
         Some(self.choices[index].absorb(event, self.engine).map(|part| (index, part)))
     }
 }

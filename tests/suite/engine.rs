@@ -307,6 +307,31 @@ fn an_equal_beginning_is_read_from_the_cache_and_changes_nothing() {
 }
 
 #[test]
+fn a_look_up_is_counted_where_one_is_made() {
+    let prompt = tokens(150, 11, 256);
+    for (prefix_caching, want) in [(true, vec![(150, 0), (150, 128)]), (false, vec![])] {
+        let lookups = Arc::new(Mutex::new(vec![]));
+        let into = lookups.clone();
+        let mut parts = Parts {
+            emit: Box::new(move |event| {
+                if let telemetry::Event::PrefixLookup { queried, hit } = event {
+                    into.lock().unwrap().push((queried, hit));
+                }
+            }),
+            ..parts("llama2", ROOMY, cpu)
+        };
+        parts.scheduler.prefix_caching = prefix_caching;
+        let (engine, thread) = start(parts).unwrap();
+        let world = World { engine, thread: Some(thread) };
+        // A prompt that is scored asks nobody, and leaves its pages to those who do.
+        for prompt_logprobs in [None, None, Some(0)] {
+            hear(world.engine.submit(GenerateRequest { prompt_logprobs, ..request(&prompt, 1, 0) }).unwrap()).end.unwrap();
+        }
+        assert_eq!(*lookups.lock().unwrap(), want, "prefix caching {prefix_caching}");
+    }
+}
+
+#[test]
 fn preempted_sequences_say_the_same() {
     let prompts: Vec<Vec<TokenId>> = (0..12).map(|i| tokens(100 + i, 40 + i as u64, 256)).collect();
     // Twelve sequences grow to some 9 pages each; few pages force preemption, again and again in an exact cache.

@@ -603,7 +603,7 @@ impl Sim {
             }
             let wrong = |what: &str| Err(format!("{what}: {outcome:?}"));
             match &outcome {
-                Outcome::Started { seq, cached_tokens, prompt_tokens, .. } => {
+                Outcome::Started { seq, looked_up, cached_tokens, prompt_tokens, .. } => {
                     let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
                     live.cached = *cached_tokens;
                     self.queue.start(*seq, self.now);
@@ -612,6 +612,9 @@ impl Sim {
                         return wrong("a start before the adapter is there");
                     }
                     self.tally.passed += u64::from(self.travel > 0);
+                    if *looked_up != (self.world.config.prefix_caching && live.request.prompt_logprobs.is_none()) {
+                        return wrong("a look-up that was not made, or was and is not told");
+                    }
                     let n = live.request.prompt.len() as u32;
                     if *prompt_tokens != n || *cached_tokens >= n || !cached_tokens.is_multiple_of(P) {
                         return wrong("a start that cannot be");

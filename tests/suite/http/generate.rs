@@ -376,6 +376,28 @@ async fn a_stream_that_fell_behind_is_told_whole() {
 }
 
 #[tokio::test]
+async fn a_choice_that_met_its_stop_string_is_finished_whatever_comes_after() {
+    let failed = |failure| vec![Say("a.b"), Tell(Event::Failed { failure })];
+    // The last one's engine dies.
+    for steps in [failed(Failure::Numerical), failed(Failure::Draining), vec![Say("a.b")]] {
+        for stream in [false, true] {
+            let app = app(vec![Ok(steps.clone()), Ok(vec![Wait(20), Say("other"), Done(FinishReason::Length)])]);
+            let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "stop": ".", "stream": stream})).await;
+            assert_eq!(answer.status, 200);
+            let all = if stream { frames(&answer.text) } else { vec![answer.json()] };
+            assert!(!stream || answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+            let choices = || all.iter().flat_map(|f| f["choices"].as_array().expect("choices"));
+            let told = |i: usize| {
+                let own: Vec<_> = choices().filter(|c| c["index"] == i).collect();
+                let text: String = own.iter().filter_map(|c| c["text"].as_str()).collect();
+                (text, own[own.len() - 1]["finish_reason"].as_str().expect("a reason"))
+            };
+            assert_eq!((told(0), told(1)), (("a".into(), "stop"), ("other".into(), "length")));
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_failed_choice_ends_its_siblings() {
     let app = app(vec![Ok(vec![Hang]), Ok(vec![Tell(Event::Failed { failure: Failure::Numerical })])]);
     assert_eq!(app.post(CHAT, &with(hello(), &json!({"n": 2}))).await.verdict(), "500 numerical_error -");
