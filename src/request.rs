@@ -126,6 +126,7 @@ pub enum Event {
     Prompt {
         logprobs: Vec<TokenLogprob>,
     },
+    /// A stop token is told like any other, as the last one: it has a log-probability and is billed, and the edge keeps it out of the text.
     Token {
         id: TokenId,
         logprob: Option<TokenLogprob>,
@@ -153,7 +154,7 @@ pub struct Usage {
 /// Where the time of one sequence went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Timings {
-    /// From arrival until it first had pages to run on.
+    /// From arrival at the engine's door until it first had pages to run on.
     pub queue: Duration,
     /// From then to the first token.
     pub prefill: Duration,

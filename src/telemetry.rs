@@ -38,11 +38,11 @@ pub enum Event {
     NextToken {
         gap_s: f64,
     },
-    /// A sequence ended. `reason`: `stop`, `length`, `abort` or `error`.
+    /// A sequence ended. `reason`: `stop`, `length`, `abort` or `error`. Where it never started there is no `prefill_s`.
     Finished {
         reason: &'static str,
         e2e_s: f64,
-        prefill_s: f64,
+        prefill_s: Option<f64>,
         decode_s: f64,
         prompt_tokens: u32,
         completion_tokens: u32,
@@ -502,9 +502,11 @@ impl Telemetry {
             Event::Finished { reason, e2e_s, prefill_s, decode_s, prompt_tokens, completion_tokens, preemptions } => {
                 self.counter_vecs["vllm:request_success_total"].with_label_values(&[reason]).inc();
                 h.e2e.observe(e2e_s);
-                h.prefill.observe(prefill_s);
-                h.decode.observe(decode_s);
-                h.inference.observe(prefill_s + decode_s);
+                if let Some(prefill_s) = prefill_s {
+                    h.prefill.observe(prefill_s);
+                    h.decode.observe(decode_s);
+                    h.inference.observe(prefill_s + decode_s);
+                }
                 h.prompt.observe(f64::from(prompt_tokens));
                 h.generation.observe(f64::from(completion_tokens));
                 h.preemptions.observe(f64::from(preemptions));
@@ -659,7 +661,7 @@ mod tests {
             Event::Finished {
                 reason: "stop",
                 e2e_s: 1.0,
-                prefill_s: 0.25,
+                prefill_s: Some(0.25),
                 decode_s: 0.5,
                 prompt_tokens: 10,
                 completion_tokens: 2,
@@ -787,6 +789,22 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
         assert!(text.lines().any(|l| l == r#"strait:adapters{state="resident"} 2"#), "{text}");
+    }
+
+    #[test]
+    fn what_never_started_was_not_computed_for() {
+        let telemetry = loaded();
+        let (reason, prompt_tokens) = ("abort", 10);
+        let never =
+            Event::Finished { reason, e2e_s: 9.0, prefill_s: None, decode_s: 0.0, prompt_tokens, completion_tokens: 0, preemptions: 0 };
+        telemetry.emit(never);
+        let text = telemetry.render();
+        for (name, n) in
+            [("e2e_request_latency", 1), ("request_prefill_time", 0), ("request_decode_time", 0), ("request_inference_time", 0)]
+        {
+            let line = format!(r#"vllm:{name}_seconds_count{{engine="0",model_name="demo"}} {n}"#);
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
     }
 
     #[test]

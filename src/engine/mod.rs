@@ -21,10 +21,14 @@ pub struct EngineHandle {
 
 /// What stands behind a handle: the engine thread, or a script in a test of the HTTP edge.
 pub trait Engine: Send + Sync {
-    /// Queues a request, or says why not. The lease is on the adapter the request names, if it names one, and is held until the
-    /// sequence has ended.
-    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError>;
-    /// Queues a request to the model alone.
+    /// Queues the sequences of one request, or says why not and has queued none. There is a stream for each, in their order. The lease is
+    /// on the adapter that they name, if they name one, and is held until the last of them has ended.
+    fn submit_all(&self, requests: Vec<GenerateRequest>, adapter: Option<Lease>) -> Result<Vec<TokenStream>, SubmitError>;
+    /// Queues one sequence.
+    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
+        Ok(self.submit_all(vec![request], adapter)?.pop().expect("there is a stream for each sequence"))
+    }
+    /// Queues one sequence of the model alone.
     fn submit(&self, request: GenerateRequest) -> Result<TokenStream, SubmitError> {
         self.submit_with(request, None)
     }
@@ -44,7 +48,7 @@ pub trait Engine: Send + Sync {
 /// Why a request was not queued.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
-    /// The queue is full; `retry_after` is measured from the rate at which the queue drains.
+    /// The queue is full; `retry_after` follows from the pace at which it drains.
     #[error("the request queue is full ({queued} requests)")]
     QueueFull { queued: usize, retry_after: Duration },
     /// The request can never fit the cache, however idle the server is.

@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc as std_mpsc;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -24,7 +24,7 @@ use crate::model::draw::{Answer, Ask, Draw, NotFinite, Occurrences, has_penaltie
 use crate::ops::Ops;
 use crate::ops::cuda::CudaError;
 use crate::request::{Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
-use crate::scheduler::{self, Fit, Outcome, RowResult, Scheduler};
+use crate::scheduler::{self, Fit, Outcome, Queue, RowResult, Scheduler};
 use crate::step::StepPlan;
 use crate::telemetry::{self, Snapshot};
 
@@ -36,9 +36,6 @@ const CHECK_EVERY: u64 = 256;
 
 /// How often gauges are refreshed while the engine is busy.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(100);
-
-/// Starts remembered to measure how fast the queue drains.
-const STARTS: usize = 32;
 
 /// Everything the engine owns.
 pub struct Parts {
@@ -140,15 +137,10 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
     let door = Arc::new(Door {
         inbox: Mutex::new(inbox),
         fit: Fit::new(&parts.scheduler),
-        max_queued: parts.scheduler.max_queued_requests,
-        max_queued_tokens: parts.scheduler.max_queued_tokens,
-        queued: AtomicUsize::new(0),
-        queued_tokens: AtomicU64::new(0),
-        next_seq: AtomicU64::new(0),
+        queue: Mutex::new(Queue::new(&parts.scheduler)),
         draining: AtomicBool::new(false),
         born: Instant::now(),
         beat: AtomicU64::new(IDLE),
-        starts: Mutex::default(),
         snapshot: RwLock::new(Arc::new(scheduler.snapshot())),
     });
     let mut runner = parts.runner;
@@ -180,12 +172,9 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
 }
 
 enum Message {
-    Submit {
-        seq: SeqId,
-        request: GenerateRequest,
-        adapter: Option<Lease>,
-        events: mpsc::Sender<Event>,
-    },
+    /// The sequences of one request; their places in the queue are taken. It came to the door at that age of the engine, and waited since
+    /// for the step in flight.
+    Submit(Duration, Vec<Submitted>),
     /// Nobody listens any more.
     Cancel(SeqId),
     /// The listener has what it wanted (a stop string): end it as finished.
@@ -196,6 +185,13 @@ enum Message {
     Stop,
 }
 
+struct Submitted {
+    seq: SeqId,
+    request: GenerateRequest,
+    adapter: Option<Lease>,
+    events: mpsc::Sender<Event>,
+}
+
 /// The heartbeat of an engine that has nothing to do.
 const IDLE: u64 = u64::MAX;
 
@@ -203,17 +199,12 @@ const IDLE: u64 = u64::MAX;
 struct Door {
     inbox: Mutex<std_mpsc::Sender<Message>>,
     fit: Fit,
-    max_queued: usize,
-    max_queued_tokens: u64,
-    /// Requests that were submitted and have not started, and their prompt tokens.
-    queued: AtomicUsize,
-    queued_tokens: AtomicU64,
-    next_seq: AtomicU64,
+    /// Sequences that were submitted and have not started. Nothing else is locked while this is.
+    queue: Mutex<Queue>,
     draining: AtomicBool,
     born: Instant,
     /// Milliseconds since `born` when the current step began, or [`IDLE`].
     beat: AtomicU64,
-    starts: Mutex<std::collections::VecDeque<Instant>>,
     snapshot: RwLock<Arc<Snapshot>>,
 }
 
@@ -222,53 +213,49 @@ impl Door {
         self.inbox.lock().expect("no holder of the inbox panics").send(message).is_ok()
     }
 
-    fn leave_queue(&self, prompt_tokens: usize) {
-        self.queued.fetch_sub(1, Ordering::Relaxed);
-        self.queued_tokens.fetch_sub(prompt_tokens as u64, Ordering::Relaxed);
-    }
-
-    /// Time until the queue has room for one more, from the pace of the latest starts; at least a second.
-    fn retry_after(&self) -> Duration {
-        let starts = self.starts.lock().expect("no holder panics");
-        let pace = match (starts.front(), starts.len()) {
-            (Some(first), n) if n > 1 => first.elapsed() / (n - 1) as u32,
-            (Some(first), _) => first.elapsed(),
-            // Nothing ever started: the engine is on its first requests, for as long as it has lived.
-            (None, _) => self.born.elapsed(),
-        };
-        pace.clamp(Duration::from_secs(1), Duration::from_secs(600))
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().expect("no holder of the queue panics")
     }
 }
 
 impl Engine for Arc<Door> {
-    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
+    fn submit_all(&self, requests: Vec<GenerateRequest>, adapter: Option<Lease>) -> Result<Vec<TokenStream>, SubmitError> {
         let leased = adapter.as_ref().map_or(AdapterGeneration::default(), Lease::generation);
-        assert_eq!(request.adapter, leased, "a request names the adapter it has a lease on");
+        assert!(requests.iter().all(|r| r.adapter == leased), "a request names the adapter it has a lease on");
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::Draining);
         }
-        let prompt = request.prompt.len();
-        let fit = self.fit.check(request.profile, prompt as u32, request.max_new_tokens.max(1));
-        if let Err((need, have)) = fit {
-            return Err(SubmitError::TooLarge { need, have });
+        for request in &requests {
+            let fit = self.fit.check(request.profile, request.prompt.len() as u32, request.max_new_tokens.max(1));
+            if let Err((need, have)) = fit {
+                return Err(SubmitError::TooLarge { need, have });
+            }
         }
-        // Reserve the place first, so that two submitters cannot both take the last one.
-        let queued = self.queued.fetch_add(1, Ordering::Relaxed);
-        let tokens = self.queued_tokens.fetch_add(prompt as u64, Ordering::Relaxed);
-        if queued >= self.max_queued || (queued > 0 && tokens + prompt as u64 > self.max_queued_tokens) {
-            self.leave_queue(prompt);
-            return Err(SubmitError::QueueFull { queued, retry_after: self.retry_after() });
+        let prompts: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
+        let arrived = self.born.elapsed();
+        let seqs = {
+            let mut queue = self.queue();
+            let entered = queue.enter(&prompts, arrived);
+            entered.map_err(|queued| SubmitError::QueueFull { queued, retry_after: queue.retry_after(arrived) })?
+        };
+        let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
+        for (&seq, request) in seqs.iter().zip(requests) {
+            let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
+            submitted.push(Submitted { seq, request, adapter: adapter.clone(), events });
+            receivers.push(receiver);
         }
-        let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
-        let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
-        if !self.send(Message::Submit { seq, request, adapter, events }) {
-            self.leave_queue(prompt);
+        if !self.send(Message::Submit(arrived, submitted)) {
+            let mut queue = self.queue();
+            seqs.iter().for_each(|&seq| queue.leave(seq));
             return Err(SubmitError::Stopped);
         }
-        let door = self.clone();
-        Ok(TokenStream::new(seq, receiver, move || {
-            door.send(Message::Cancel(seq));
-        }))
+        let stream = |(seq, receiver)| {
+            let door = self.clone();
+            TokenStream::new(seq, receiver, move || {
+                door.send(Message::Cancel(seq));
+            })
+        };
+        Ok(seqs.into_iter().zip(receivers).map(stream).collect())
     }
 
     fn finish(&self, seq: SeqId) {
@@ -309,9 +296,9 @@ struct Client {
     prompt_logprobs: Vec<Option<TokenLogprob>>,
     /// No token was asked for: only the prompt is scored.
     scoring: bool,
-    /// Counted in the door's queue until its first start.
-    queued: bool,
     arrived: Instant,
+    /// When it first had pages to run on.
+    started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
 }
@@ -425,38 +412,7 @@ impl Room {
 
     fn hear(&mut self, message: Message) {
         match message {
-            Message::Submit { seq, mut request, adapter, events } => {
-                let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
-                // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
-                let scoring = max_new == 0;
-                request.max_new_tokens = max_new.max(1);
-                let client = Client {
-                    occurrences: has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt)),
-                    events,
-                    generated: 0,
-                    prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
-                    scoring,
-                    queued: true,
-                    arrived: Instant::now(),
-                    first_token: None,
-                    last_token: None,
-                    request: request.clone(),
-                    adapter,
-                };
-                self.clients.insert(seq, client);
-                if let Err(refused) = self.scheduler.enqueue(seq, request, self.door.born.elapsed()) {
-                    // The door checks all of this before; what gets here raced with a drain.
-                    let failure = match refused {
-                        scheduler::Refused::Draining => Failure::Draining,
-                        other => Failure::Internal(other.to_string()),
-                    };
-                    self.tell(seq, Event::Failed { failure });
-                    self.forget(seq, "error", 0);
-                } else {
-                    self.fetch(seq);
-                    (self.emit)(telemetry::Event::Accepted { prompt_tokens: prompt as u32, max_new_tokens: max_new });
-                }
-            }
+            Message::Submit(arrived, sequences) => sequences.into_iter().for_each(|submitted| self.enqueue(arrived, submitted)),
             Message::Cancel(seq) => {
                 if let Some(ended) = self.scheduler.cancel(seq) {
                     self.forget(seq, "abort", ended.preemptions);
@@ -471,6 +427,39 @@ impl Room {
             Message::AdapterArrived => {}
             Message::Drain => self.scheduler.drain(),
             Message::Stop => unreachable!("handled by receive"),
+        }
+    }
+
+    fn enqueue(&mut self, arrived: Duration, Submitted { seq, mut request, adapter, events }: Submitted) {
+        let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
+        // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
+        let scoring = max_new == 0;
+        request.max_new_tokens = max_new.max(1);
+        let client = Client {
+            occurrences: has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt)),
+            events,
+            generated: 0,
+            prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
+            scoring,
+            arrived: self.door.born + arrived,
+            started: None,
+            first_token: None,
+            last_token: None,
+            request: request.clone(),
+            adapter,
+        };
+        self.clients.insert(seq, client);
+        if let Err(refused) = self.scheduler.enqueue(seq, request, arrived) {
+            // The door checks all of this before; what gets here raced with a drain.
+            let failure = match refused {
+                scheduler::Refused::Draining => Failure::Draining,
+                other => Failure::Internal(other.to_string()),
+            };
+            self.tell(seq, Event::Failed { failure });
+            self.forget(seq, "error", 0);
+        } else {
+            self.fetch(seq);
+            (self.emit)(telemetry::Event::Accepted { prompt_tokens: prompt as u32, max_new_tokens: max_new });
         }
     }
 
@@ -536,23 +525,19 @@ impl Room {
     /// Tells clients and telemetry what happened. `logprobs` are by row of the plan just settled.
     fn deliver(&mut self, logprobs: &[Option<TokenLogprob>]) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
+        // One time for all that starts in a plan.
+        let now = self.door.born.elapsed();
         for outcome in outcomes.drain(..) {
             match outcome {
-                Outcome::Started { seq, queued, cached_tokens, prompt_tokens } => {
+                Outcome::Started { seq, queued, looked_up, cached_tokens, prompt_tokens } => {
+                    self.door.queue().start(seq, now);
                     if let Some(client) = self.clients.get_mut(&seq) {
-                        // A preempted sequence starts again; it left the queue the first time.
-                        if !std::mem::take(&mut client.queued) {
-                            continue;
-                        }
-                        self.door.leave_queue(client.request.prompt.len());
-                        let mut starts = self.door.starts.lock().expect("no holder panics");
-                        starts.push_back(Instant::now());
-                        if starts.len() > STARTS {
-                            starts.pop_front();
-                        }
+                        client.started = Some(client.arrived + queued);
                     }
                     (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
-                    (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
+                    if looked_up {
+                        (self.emit)(telemetry::Event::PrefixLookup { queried: prompt_tokens, hit: cached_tokens });
+                    }
                 }
                 Outcome::Token { seq, row, id } => self.token(seq, id, logprobs.get(row).cloned().flatten()),
                 Outcome::Preempted { seq } => {
@@ -560,8 +545,6 @@ impl Room {
                     tracing::debug!(?seq, "preempted");
                 }
                 Outcome::Done { seq, mut reason, mut ended } => {
-                    // When the first token was a stop token, which is none of the stream, the scores are still here.
-                    self.tell_prompt(seq);
                     if self.clients.get(&seq).is_some_and(|c| c.scoring) {
                         (reason, ended.usage.completion_tokens) = (FinishReason::Length, 0);
                     }
@@ -581,20 +564,22 @@ impl Room {
     fn token(&mut self, seq: SeqId, id: TokenId, logprob: Option<TokenLogprob>) {
         let Some(client) = self.clients.get_mut(&seq) else { return };
         let now = Instant::now();
+        client.first_token.get_or_insert(now);
+        if client.scoring {
+            // Sampled to end it; no token of anybody's, nor on any bill.
+            return self.tell_prompt(seq);
+        }
         let event = match client.last_token.replace(now) {
             None => telemetry::Event::FirstToken { ttft_s: (now - client.arrived).as_secs_f64() },
             Some(before) => telemetry::Event::NextToken { gap_s: (now - before).as_secs_f64() },
         };
-        client.first_token.get_or_insert(now);
         client.generated += 1;
         if let Some(occurrences) = &mut client.occurrences {
             occurrences.add(id);
         }
         self.tell_prompt(seq);
         (self.emit)(event);
-        if self.clients.get(&seq).is_some_and(|c| !c.scoring) {
-            self.tell(seq, Event::Token { id, logprob });
-        }
+        self.tell(seq, Event::Token { id, logprob });
     }
 
     /// Hands out the scores of a prompt, once.
@@ -621,15 +606,13 @@ impl Room {
     fn forget(&mut self, seq: SeqId, reason: &'static str, preemptions: u32) {
         let Some(mut client) = self.clients.remove(&seq) else { return };
         self.leaving.extend(client.adapter.take());
-        if client.queued {
-            self.door.leave_queue(client.request.prompt.len());
-        }
+        self.door.queue().leave(seq);
         let now = Instant::now();
         let first = client.first_token.unwrap_or(now);
         (self.emit)(telemetry::Event::Finished {
             reason,
             e2e_s: (now - client.arrived).as_secs_f64(),
-            prefill_s: (first - client.arrived).as_secs_f64(),
+            prefill_s: client.started.map(|started| (first - started).as_secs_f64()),
             decode_s: (now - first).as_secs_f64(),
             prompt_tokens: client.request.prompt.len() as u32,
             completion_tokens: client.generated,

@@ -49,12 +49,6 @@ impl Scheduler {
         if running > self.config.max_num_seqs || !self.running.is_sorted_by(|a, b| a.rank < b.rank) {
             return Err(format!("{running} sequences run, or not in order"));
         }
-        let fresh = self.waiting.values().filter(|s| s.times.started.is_none());
-        let queued = fresh.fold((0, 0), |(n, tokens), s| (n + 1, tokens + u64::from(s.prompt_len())));
-        let fits = queued.0 <= self.config.max_queued_requests && (queued.0 <= 1 || queued.1 <= self.config.max_queued_tokens);
-        if queued != self.queued || !fits {
-            return Err(format!("{queued:?} requests and tokens are queued, and {:?} are counted", self.queued));
-        }
         let deadlines: Vec<_> = self.waiting.values().filter_map(|s| Some((s.deadline()?, s.rank))).collect();
         if deadlines.len() != self.deadlines.len() || !deadlines.iter().all(|d| self.deadlines.contains(d)) {
             return Err(format!("{} deadlines for {} that wait", self.deadlines.len(), deadlines.len()));

@@ -40,6 +40,7 @@
 mod check;
 mod fit;
 mod profile;
+mod queue;
 mod sequence;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -48,6 +49,7 @@ use std::time::Duration;
 
 pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
+pub use self::queue::Queue;
 pub use self::sequence::{Ended, Times};
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
@@ -68,9 +70,9 @@ pub struct Config {
     pub max_num_seqs: usize,
     /// Tokens one step computes, through all layers; more layers' worth is never planned.
     pub max_num_batched_tokens: u32,
-    /// Requests that wait, not counting preempted ones.
+    /// Sequences that wait for their first start. This and the next are kept by [`Queue`], whom those who enqueue ask before.
     pub max_queued_requests: usize,
-    /// Their prompt tokens. A single request may exceed this when nothing else waits.
+    /// Their prompt tokens. A single request may exceed both when nothing else waits.
     pub max_queued_tokens: u64,
     pub layers: u32,
     /// Prompt and generated tokens of one sequence.
@@ -101,8 +103,6 @@ pub enum ConfigError {
 /// Why a request was not taken. Nothing of it is left behind.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refused {
-    #[error("the queue is full: {requests} requests, {tokens} tokens")]
-    QueueFull { requests: usize, tokens: u64 },
     /// It could not run even alone. Bytes of whole slabs, exact.
     #[error("the request needs {need} bytes of cache, and there are {have}")]
     TooLarge { need: u64, have: u64 },
@@ -134,10 +134,12 @@ pub enum Outcome {
     Started {
         seq: SeqId,
         queued: Duration,
+        /// The prefix index was asked: it is kept, and the prompt is not to be scored.
+        looked_up: bool,
         cached_tokens: u32,
         prompt_tokens: u32,
     },
-    /// A token of the stream, from `row` of the plan just committed. A stop token is not part of the stream.
+    /// A token, from `row` of the plan just committed; the stop token too, as the last one. Whether it is text is the edge's to say.
     Token {
         seq: SeqId,
         row: usize,
@@ -147,7 +149,7 @@ pub enum Outcome {
     Preempted {
         seq: SeqId,
     },
-    /// It ended as it should. `completion_tokens` counts the stop token, as vLLM does.
+    /// It ended as it should. `completion_tokens` counts its `Token`s.
     Done {
         seq: SeqId,
         reason: FinishReason,
@@ -170,8 +172,6 @@ pub struct Scheduler {
     running: Vec<Sequence<Running>>,
     ranks: HashMap<SeqId, Rank>,
     deadlines: BTreeSet<(Duration, Rank)>,
-    /// Waiting sequences that never ran, and their prompt tokens.
-    queued: (usize, u64),
     arrivals: u64,
     now: Duration,
     draining: bool,
@@ -241,7 +241,6 @@ impl Scheduler {
             running: Vec::new(),
             ranks: HashMap::new(),
             deadlines: BTreeSet::new(),
-            queued: (0, 0),
             arrivals: 0,
             now: Duration::ZERO,
             draining: false,
@@ -254,15 +253,16 @@ impl Scheduler {
         })
     }
 
-    /// Takes a request into the queue.
+    /// Takes a request into the queue. It waits since `arrived`, which may be earlier than times already told: it lay somewhere until it
+    /// could be enqueued.
     ///
     /// # Errors
-    /// When it cannot wait (`QueueFull`), can never run (`TooLarge`, `TooLong`, `Malformed`), or none are taken any more.
+    /// When it can never run (`TooLarge`, `TooLong`, `Malformed`), or none are taken any more. Whether it may wait is for [`Queue`] to say.
     ///
     /// # Panics
     /// When `seq` was used before and is not over.
-    pub fn enqueue(&mut self, seq: SeqId, request: GenerateRequest, now: Duration) -> Result<(), Refused> {
-        self.now = self.now.max(now);
+    pub fn enqueue(&mut self, seq: SeqId, request: GenerateRequest, arrived: Duration) -> Result<(), Refused> {
+        self.now = self.now.max(arrived);
         if self.draining {
             return Err(Refused::Draining);
         }
@@ -279,18 +279,13 @@ impl Scheduler {
         let prompt = request.prompt.len() as u32;
         fit::alone(&self.pool, request.profile, profile, prompt, request.max_new_tokens)
             .map_err(|(need, have)| Refused::TooLarge { need, have })?;
-        let (requests, tokens) = self.queued;
-        let too_many = requests >= self.config.max_queued_requests;
-        if too_many || (requests > 0 && tokens + u64::from(prompt) > self.config.max_queued_tokens) {
-            return Err(Refused::QueueFull { requests, tokens });
-        }
         let rank = (request.priority, self.arrivals);
         assert!(self.ranks.insert(seq, rank).is_none(), "{seq:?} is used twice");
         self.arrivals += 1;
         let identity =
             CacheIdentity { model: self.config.model_digest, adapter: request.adapter, profile: request.profile, salt: request.cache_salt };
         let root = self.keys.root(&identity);
-        self.wait(Sequence::new(seq, rank, request, root, self.now));
+        self.wait(Sequence::new(seq, rank, request, root, arrived));
         Ok(())
     }
 
@@ -493,9 +488,6 @@ impl Scheduler {
         if let Some(deadline) = sequence.deadline() {
             self.deadlines.insert((deadline, sequence.rank));
         }
-        if sequence.times.started.is_none() {
-            self.queued = (self.queued.0 + 1, self.queued.1 + u64::from(sequence.prompt_len()));
-        }
         self.waiting.insert(sequence.rank, sequence);
     }
 
@@ -503,9 +495,6 @@ impl Scheduler {
         let sequence = self.waiting.remove(&rank)?;
         if let Some(deadline) = sequence.deadline() {
             self.deadlines.remove(&(deadline, rank));
-        }
-        if sequence.times.started.is_none() {
-            self.queued = (self.queued.0 - 1, self.queued.1 - u64::from(sequence.prompt_len()));
         }
         Some(sequence)
     }
@@ -544,9 +533,7 @@ impl Scheduler {
         sequence.times.first_token.get_or_insert(self.now);
         sequence.times.last_token = Some(self.now);
         let full = sequence.generated.len() as u32 == sequence.request.max_new_tokens;
-        if !stops {
-            out.push(Outcome::Token { seq, row, id });
-        }
+        out.push(Outcome::Token { seq, row, id });
         if stops || full {
             let reason = if stops { FinishReason::Stop } else { FinishReason::Length };
             let ended = self.remove(at, false);
@@ -672,7 +659,8 @@ impl Scheduler {
         if sequence.compact && self.running.is_empty() {
             self.pool.forget_all();
         }
-        if self.config.prefix_caching && !sequence.compact && !sequence.wants_prompt_logits() {
+        let looks_up = self.config.prefix_caching && !sequence.compact && !sequence.wants_prompt_logits();
+        if looks_up {
             let mut usable = profile.reusable_pages(sequence.prefill_target(profile.compressed));
             if profile.compressed && sequence.times.started.is_some() {
                 // What it read compressed the first time, and nothing else, or it would go on differently.
@@ -723,6 +711,7 @@ impl Scheduler {
             out.push(Outcome::Started {
                 seq: sequence.id,
                 queued: self.now.saturating_sub(sequence.times.arrived),
+                looked_up: looks_up,
                 cached_tokens: sequence.cached_tokens,
                 prompt_tokens: sequence.prompt_len(),
             });

@@ -34,7 +34,7 @@ use crate::admission::wire::{ChatRequest, CompletionRequest, DetokenizeRequest, 
 use crate::admission::{self, Admitted, Codec, Prompt, TextStream};
 use crate::engine::{EngineHandle, TokenStream};
 use crate::ids::{AdapterGeneration, TokenId};
-use crate::request::{self, Event, Failure, FinishReason, TokenLogprob};
+use crate::request::{self, Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
 use crate::telemetry;
 use crate::text::Start;
 
@@ -137,17 +137,11 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
     // Reading and tokenising may have taken long enough for the drain to begin.
     server.accepting()?;
 
-    let mut submitted = Vec::with_capacity(requests.len());
-    for mut request in requests {
-        request.adapter = lease.as_ref().map_or_else(AdapterGeneration::default, Lease::generation);
-        let stop_tokens = request.stop_tokens.clone();
-        let profile = request.profile;
-        // A refusal drops, and so cancels, the choices before it.
-        let stream = loaded.engine.submit_with(request, lease.clone())?;
-        submitted.push((stream, stop_tokens, profile));
-    }
-    drop(lease);
-    let profile = submitted.first().map_or(loaded.model.default_profile, |(_, _, profile)| *profile);
+    let adapter = lease.as_ref().map_or_else(AdapterGeneration::default, Lease::generation);
+    let requests: Vec<_> = requests.into_iter().map(|request| GenerateRequest { adapter, ..request }).collect();
+    let profile = requests.first().map_or(loaded.model.default_profile, |request| request.profile);
+    let stop_tokens: Vec<_> = requests.iter().map(|request| request.stop_tokens.clone()).collect();
+    let streams = loaded.engine.submit_all(requests, lease)?.into_iter().zip(stop_tokens).collect();
     let answer = Answer {
         kind,
         id: match kind {
@@ -159,7 +153,6 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
         prompts,
         reply,
     };
-    let streams = submitted.into_iter().map(|(stream, stop_tokens, _)| (stream, stop_tokens)).collect();
     match answer.reply.stream {
         Some(_) => Ok(stream(server, loaded, answer, streams)),
         None => collect(&loaded, &answer, streams).await.map_err(|failure| {
@@ -297,6 +290,8 @@ impl Choice<'_> {
                 }
                 self.bill = Some(usage);
             }
+            // It had all it wanted; what became of the engine's side since changes nothing, but the bill went with it.
+            Event::Failed { .. } if self.matched => self.bill = Some(request::Usage::default()),
             Event::Failed { failure } => return Err(failure),
         }
         Ok(part)
@@ -360,7 +355,8 @@ impl<'a> Run<'a> {
         })
         .await?;
         self.turn = index + 1;
-        let Some(event) = event else { return Some(Err(Failure::Internal("the engine left a sequence without an end".into()))) };
+        let without_end = || Event::Failed { failure: Failure::Internal("the engine left a sequence without an end".into()) };
+        let event = event.unwrap_or_else(without_end);
         Some(self.choices[index].absorb(event, self.engine).map(|part| (index, part)))
     }
 }

@@ -1,8 +1,9 @@
 //! The real engine thread on tiny real models: batching, profiles, layer-by-layer prefill, cancellation, faults.
 
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
@@ -20,6 +21,7 @@ use strait::ops::{AttendRow, Heads, LayerView, Linear, Ops, RopeTable, SealJob, 
 use strait::request::{Event, Failure, FinishReason, GenerateRequest, Sampling, TokenLogprob, Usage};
 use strait::scheduler::{self, ProfileSizes, RowResult};
 use strait::step::StepPlan;
+use strait::telemetry;
 
 const POSITIONS: usize = 768;
 
@@ -70,13 +72,13 @@ pub(crate) fn tight() -> Size {
     Size { arena_pages: 14, ..ROOMY }
 }
 
+/// As [`world`], where so many may wait.
+pub(crate) fn queue_of(queue: usize) -> Size {
+    Size { queue, ..ROOMY }
+}
+
 /// As [`world`], with somebody who hears of what happens.
-pub(crate) fn watched(
-    model: &str,
-    size: Size,
-    ops: impl Fn() -> Box<dyn Ops>,
-    emit: impl Fn(strait::telemetry::Event) + Send + 'static,
-) -> World {
+pub(crate) fn watched(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>, emit: impl Fn(telemetry::Event) + Send + 'static) -> World {
     let (engine, thread) = start(Parts { emit: Box::new(emit), ..parts(model, size, ops) }).unwrap();
     World { engine, thread: Some(thread) }
 }
@@ -178,7 +180,7 @@ pub(crate) fn hear(mut stream: TokenStream) -> Said {
     }
 }
 
-pub(crate) fn settled(world: &World) -> Arc<strait::telemetry::Snapshot> {
+pub(crate) fn settled(world: &World) -> Arc<telemetry::Snapshot> {
     let begun = Instant::now();
     loop {
         let s = world.engine.snapshot();
@@ -275,7 +277,14 @@ fn prompt_log_probabilities_come_through_every_way_of_prefill() {
 
 #[test]
 fn a_prompt_may_be_scored_without_an_answer() {
-    let world = world("qwen2", ROOMY, cpu);
+    let counted = Arc::new(AtomicU32::new(0));
+    let world = watched("qwen2", ROOMY, cpu, {
+        let counted = counted.clone();
+        move |event| match event {
+            telemetry::Event::FirstToken { .. } | telemetry::Event::NextToken { .. } => _ = counted.fetch_add(1, Ordering::Relaxed),
+            _ => {}
+        }
+    });
     let prompt = tokens(100, 5, 256);
     let score = |max| hear(world.engine.submit(GenerateRequest { prompt_logprobs: Some(1), ..request(&prompt, max, 0) }).unwrap());
     let (answered, scored) = (score(1), score(0));
@@ -283,6 +292,7 @@ fn a_prompt_may_be_scored_without_an_answer() {
     assert_eq!((scored.prompt.len(), scored.tokens.len()), (99, 0));
     let (reason, usage) = scored.end.unwrap();
     assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 0));
+    assert_eq!(counted.load(Ordering::Relaxed), 1, "tokens that were generated for somebody");
 }
 
 #[test]
@@ -297,6 +307,31 @@ fn an_equal_beginning_is_read_from_the_cache_and_changes_nothing() {
 }
 
 #[test]
+fn a_look_up_is_counted_where_one_is_made() {
+    let prompt = tokens(150, 11, 256);
+    for (prefix_caching, want) in [(true, vec![(150, 0), (150, 128)]), (false, vec![])] {
+        let lookups = Arc::new(Mutex::new(vec![]));
+        let into = lookups.clone();
+        let mut parts = Parts {
+            emit: Box::new(move |event| {
+                if let telemetry::Event::PrefixLookup { queried, hit } = event {
+                    into.lock().unwrap().push((queried, hit));
+                }
+            }),
+            ..parts("llama2", ROOMY, cpu)
+        };
+        parts.scheduler.prefix_caching = prefix_caching;
+        let (engine, thread) = start(parts).unwrap();
+        let world = World { engine, thread: Some(thread) };
+        // A prompt that is scored asks nobody, and leaves its pages to those who do.
+        for prompt_logprobs in [None, None, Some(0)] {
+            hear(world.engine.submit(GenerateRequest { prompt_logprobs, ..request(&prompt, 1, 0) }).unwrap()).end.unwrap();
+        }
+        assert_eq!(*lookups.lock().unwrap(), want, "prefix caching {prefix_caching}");
+    }
+}
+
+#[test]
 fn preempted_sequences_say_the_same() {
     let prompts: Vec<Vec<TokenId>> = (0..12).map(|i| tokens(100 + i, 40 + i as u64, 256)).collect();
     // Twelve sequences grow to some 9 pages each; few pages force preemption, again and again in an exact cache.
@@ -306,7 +341,7 @@ fn preempted_sequences_say_the_same() {
             let counter = preemptions.clone();
             let parts = Parts {
                 emit: Box::new(move |event| {
-                    if matches!(event, strait::telemetry::Event::Preempted) {
+                    if matches!(event, telemetry::Event::Preempted) {
                         counter.fetch_add(1, Ordering::Relaxed);
                     }
                 }),
@@ -361,8 +396,10 @@ fn stop_tokens_end_and_minimum_lengths_hold_them_off() {
     let first = free.iter().position(|&t| t == stop).unwrap();
     let with = |min| GenerateRequest { stop_tokens: Arc::new([stop]), min_new_tokens: min, ..request(&prompt, 30, 0) };
     let stopped = hear(world.engine.submit(with(0)).unwrap());
-    assert_eq!(stopped.tokens, free[..first]);
-    assert_eq!(stopped.end.unwrap().0, FinishReason::Stop);
+    assert_eq!(stopped.tokens, free[..=first]);
+    assert_eq!(stopped.logprobs.len(), first + 1);
+    let (reason, usage) = stopped.end.unwrap();
+    assert_eq!((reason, usage.completion_tokens as usize), (FinishReason::Stop, first + 1));
     let held = hear(world.engine.submit(with(20)).unwrap()).tokens;
     assert!(held.len() >= 20 && !held[..20].contains(&stop));
 }
@@ -386,6 +423,110 @@ fn what_cannot_fit_and_what_cannot_wait_is_refused_at_the_door() {
     }
     world.engine.drain();
     assert!(matches!(long(), Err(SubmitError::Draining)));
+}
+
+#[test]
+fn the_sequences_of_a_request_are_queued_all_or_none() {
+    let books = Arc::new(Mutex::new(BTreeMap::<String, u32>::new()));
+    let world = watched("llama3", Size { seqs: 1, queue: 2, ..ROOMY }, cpu, {
+        let books = books.clone();
+        move |event| match event {
+            telemetry::Event::Accepted { .. } => *books.lock().unwrap().entry("accepted".into()).or_default() += 1,
+            telemetry::Event::Finished { reason, .. } => *books.lock().unwrap().entry(reason.into()).or_default() += 1,
+            _ => {}
+        }
+    });
+    let all = |n, max| world.engine.submit_all((0..n).map(|i| request(&tokens(20, 1 + i, 256), max, 0)).collect(), None);
+    // Nobody waits: they are taken whole, and four of them at least wait behind the first.
+    let first = all(5, 500).unwrap();
+    for n in [1, 2, 9] {
+        assert!(matches!(all(n, 500), Err(SubmitError::QueueFull { queued: 4..=5, .. })), "{n} more");
+    }
+    drop(first);
+    let begun = Instant::now();
+    while books.lock().unwrap().get("abort") != Some(&5) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", books.lock().unwrap());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let said: Vec<Said> = all(6, 3).unwrap().into_iter().map(hear).collect();
+    assert!(said.iter().all(|s| s.tokens.len() == 3));
+    drop(world);
+    let want = BTreeMap::from([("accepted".into(), 11), ("abort".into(), 5), ("length".into(), 6)]);
+    assert_eq!(*books.lock().unwrap(), want, "nothing is counted of what was refused");
+}
+
+/// Waits at the first norm of a step while the test holds the gate, and has said so before.
+struct Gated(Cpu, Arc<(Mutex<()>, AtomicU32)>);
+
+impl Ops for Gated {
+    fn describe(&self) -> String {
+        "gated".into()
+    }
+    fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
+        self.0.linear(x, rows, jobs);
+    }
+    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
+        self.0.low_rank(x, updates, targets);
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        self.1.1.fetch_add(1, Ordering::SeqCst);
+        drop(self.1.0.lock().unwrap());
+        self.0.rms_norm(x, weight, eps, out);
+    }
+    fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
+        self.0.rope(x, heads, table, positions);
+    }
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        self.0.silu_mul(gate, up);
+    }
+    fn attend(&self, arena: &Arena, shape: Heads, table: &RopeTable, rows: &[AttendRow<'_>], q: &[f32], out: &mut [f32]) {
+        self.0.attend(arena, shape, table, rows, q, out);
+    }
+    fn seal(&self, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
+        self.0.seal(arena, view, table, jobs);
+    }
+}
+
+#[test]
+fn the_wait_for_the_step_in_flight_is_in_every_time() {
+    let gate = Arc::new((Mutex::new(()), AtomicU32::new(0)));
+    let (events, heard) = std::sync::mpsc::channel();
+    let world = watched(
+        "llama3",
+        ROOMY,
+        || Box::new(Gated(Cpu::new(1), gate.clone())),
+        move |event| {
+            let _ = events.send(event);
+        },
+    );
+    let (norms, wait) = (&gate.1, Duration::from_millis(100));
+    let held = gate.0.lock().unwrap();
+    let before = norms.load(Ordering::SeqCst);
+    let first = world.engine.submit(request(&tokens(20, 1, 256), 1, 0)).unwrap();
+    while norms.load(Ordering::SeqCst) == before {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // The step is in flight: the engine hears of nothing until it is over.
+    let second = world.engine.submit(request(&tokens(20, 2, 256), 1, 0)).unwrap();
+    let impatient = world.engine.submit(GenerateRequest { queue_timeout: wait, ..request(&tokens(20, 3, 256), 1, 0) }).unwrap();
+    std::thread::sleep(wait);
+    drop(held);
+    assert!(hear(first).end.is_ok());
+    assert!(hear(second).end.unwrap().1.timings.queue >= wait);
+    assert_eq!(hear(impatient).end, Err(Failure::QueueTimeout));
+    drop(world);
+    let (mut queued, mut ttft, mut finished) = (vec![], vec![], vec![]);
+    for event in heard {
+        match event {
+            telemetry::Event::Started { queue_s, .. } => queued.push(queue_s),
+            telemetry::Event::FirstToken { ttft_s } => ttft.push(ttft_s),
+            telemetry::Event::Finished { reason, e2e_s, prefill_s, .. } => finished.push((reason, e2e_s, prefill_s)),
+            _ => {}
+        }
+    }
+    let [(_, _, Some(_)), ("error", waited, None), ("length", e2e, Some(prefill))] = finished[..] else { panic!("{finished:?}") };
+    assert!(queued[1] >= wait.as_secs_f64() && ttft[1] >= queued[1] && waited >= wait.as_secs_f64(), "{queued:?} {ttft:?} {waited}");
+    assert!(prefill + queued[1] <= e2e + 1e-6, "the queue is no part of the prefill: {prefill} {} {e2e}", queued[1]);
 }
 
 /// Panics whenever a linear layer sees the mark that one token's embedding carries.
@@ -429,8 +570,7 @@ fn a_request_that_breaks_the_step_ends_alone() {
     let clean = |n, seed| -> Vec<TokenId> { tokens(n, seed, 250) };
     let world = world("llama2", ROOMY, move || Box::new(Cursed(Cpu::new(1), mark[0])));
     let good: Vec<Vec<TokenId>> = (0..5).map(|i| clean(40 + 30 * i, i as u64 + 1)).collect();
-    let bias: Arc<std::collections::BTreeMap<TokenId, f32>> =
-        Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
+    let bias: Arc<BTreeMap<TokenId, f32>> = Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
     let ask = |prompt: &[TokenId], p| GenerateRequest {
         sampling: Sampling { logit_bias: bias.clone(), ..Sampling::greedy() },
         ..request(prompt, 10, p)

@@ -13,7 +13,7 @@ use expect_test::{Expect, expect};
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::PageSizes;
 use strait::request::{Failure, GenerateRequest, Sampling, Timings};
-use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Refused, RowResult, Scheduler, SealedSplit};
+use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Queue, Refused, RowResult, Scheduler, SealedSplit};
 use strait::step::{Logits, StepPlan};
 use strait::telemetry::Branch;
 
@@ -200,7 +200,7 @@ fn a_short_chat() {
 }
 
 #[test]
-fn a_stop_token_ends_the_stream_and_is_not_part_of_it() {
+fn a_stop_token_is_the_last_of_the_stream() {
     let mut s = Script::new(config(16));
     s.enqueue(GenerateRequest { min_new_tokens: 2, ..request(0, 0, 10, 9) });
     for word in [STOP, WORD, STOP] {
@@ -216,6 +216,7 @@ fn a_stop_token_ends_the_stream_and_is_not_part_of_it() {
         = s0 says one
         --
         s0 p0 11..12 sealed=0 exact=1 sample
+        = s0 says 2
         = s0 Stop: 10+3 tokens, 0 cached; 0 sealed, 12 exact, 4096 bytes
         --
     "#]]);
@@ -902,8 +903,113 @@ fn nobody_passes_what_does_not_fit_and_priority_goes_first() {
 }
 
 #[test]
-fn a_full_queue_refuses_and_so_does_what_can_never_fit() {
-    let mut s = Script::new(Config { max_queued_requests: 2, max_queued_tokens: 150, ..config(4) });
+fn a_queue_takes_a_request_whole_or_not_at_all() {
+    let mut queue = Queue::new(&Config { max_queued_requests: 4, max_queued_tokens: 100, ..config(4) });
+    // What enters (prompts), or who leaves; then how many wait, and what came of it.
+    let mut transcript = String::new();
+    for (prompts, leaves) in [
+        (&[10, 10, 10][..], None),
+        // Two more would be five.
+        (&[1, 1], None),
+        (&[1], None),
+        (&[], Some(3)),
+        // Room for one, but not for its tokens.
+        (&[71], None),
+        (&[70], None),
+        (&[], Some(0)),
+        (&[], Some(0)),
+        (&[], Some(1)),
+        (&[], Some(2)),
+        (&[1], None),
+        (&[], Some(4)),
+        (&[], Some(5)),
+        // Nobody waits: however many, and however long.
+        (&[50, 50, 50, 50, 50], None),
+        (&[0], None),
+    ] {
+        let said = match leaves {
+            Some(seq) => {
+                queue.leave(SeqId(seq));
+                format!("s{seq} leaves")
+            }
+            None => format!("{prompts:?} enters: {:?}", queue.enter(prompts, Duration::ZERO)),
+        };
+        writeln!(transcript, "{said}; {} wait", queue.len()).expect("strings take everything");
+    }
+    expect![[r#"
+        [10, 10, 10] enters: Ok([s0, s1, s2]); 3 wait
+        [1, 1] enters: Err(3); 3 wait
+        [1] enters: Ok([s3]); 4 wait
+        s3 leaves; 3 wait
+        [71] enters: Err(3); 3 wait
+        [70] enters: Ok([s4]); 4 wait
+        s0 leaves; 3 wait
+        s0 leaves; 3 wait
+        s1 leaves; 2 wait
+        s2 leaves; 1 wait
+        [1] enters: Ok([s5]); 2 wait
+        s4 leaves; 1 wait
+        s5 leaves; 0 wait
+        [50, 50, 50, 50, 50] enters: Ok([s6, s7, s8, s9, s10]); 5 wait
+        [0] enters: Err(5); 5 wait
+    "#]]
+    .assert_eq(&transcript);
+}
+
+#[test]
+fn a_refusal_says_how_fast_the_queue_drains_not_how_rarely_anybody_comes() {
+    let mut queue = Queue::new(&config(4));
+    let at = |s: f64| Duration::from_secs_f64(s);
+    let mut transcript = String::new();
+    let mut step = |queue: &mut Queue, enter: usize, starts: &[u64], now: f64| {
+        queue.enter(&vec![1; enter], at(now)).expect("there is room");
+        starts.iter().for_each(|&seq| queue.start(SeqId(seq), at(now)));
+        let started = if starts.is_empty() { String::new() } else { format!(", {starts:?} start") };
+        let entered = if enter == 0 { String::new() } else { format!(", {enter} come") };
+        writeln!(transcript, "{now} s{entered}{started}; {} wait: {:?}", queue.len(), queue.retry_after(at(now)))
+            .expect("strings take all");
+    };
+    for (now, enter, starts) in [
+        // Nobody waits behind it: it says nothing of a queue.
+        (0.0, 1, &[0][..]),
+        (3600.0, 8, &[]),
+        // No pace yet: as long as the oldest has waited.
+        (3607.0, 0, &[]),
+        // A crowd into places that were free.
+        (3610.0, 0, &[1, 2, 3]),
+        (3611.5, 0, &[4]),
+        (3614.5, 0, &[5]),
+        // Nothing has started for longer than the mean of 2.25 s.
+        (3620.5, 0, &[]),
+        (7000.0, 0, &[]),
+        // The last one, an hour, and two starts that are 1 s apart.
+        (7001.0, 0, &[6, 7, 8]),
+        (10_800.0, 4, &[9]),
+        (10_801.0, 0, &[10]),
+        (10_801.5, 0, &[]),
+    ] {
+        step(&mut queue, enter, starts, now);
+    }
+    expect![[r#"
+        0 s, 1 come, [0] start; 0 wait: 1s
+        3600 s, 8 come; 8 wait: 1s
+        3607 s; 8 wait: 7s
+        3610 s, [1, 2, 3] start; 5 wait: 10s
+        3611.5 s, [4] start; 4 wait: 1.5s
+        3614.5 s, [5] start; 3 wait: 2.25s
+        3620.5 s; 3 wait: 6s
+        7000 s; 3 wait: 600s
+        7001 s, [6, 7, 8] start; 0 wait: 1s
+        10800 s, 4 come, [9] start; 3 wait: 1s
+        10801 s, [10] start; 2 wait: 1s
+        10801.5 s; 2 wait: 1s
+    "#]]
+    .assert_eq(&transcript);
+}
+
+#[test]
+fn what_can_never_fit_is_refused() {
+    let mut s = Script::new(config(4));
     let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
     // 4 exact pages hold 256 positions; the last token generated is not one of them.
     assert_eq!(refused(request(0, 0, 250, 8)), Some(Refused::TooLarge { need: 5 * SLAB, have: 4 * SLAB }));
@@ -911,13 +1017,6 @@ fn a_full_queue_refuses_and_so_does_what_can_never_fit() {
     assert_eq!(refused(request(2, 0, 10, 1)), Some(Refused::Malformed("no such cache profile")));
     assert_eq!(refused(request(0, 0, 0, 1)), Some(Refused::Malformed("no tokens to read or to write")));
     s.enqueue(request(0, 0, 250, 7));
-    let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();
-    assert_eq!(refused(request(0, 1, 10, 1)), Some(Refused::QueueFull { requests: 1, tokens: 250 }));
-    let mut s = Script::new(Config { max_queued_requests: 2, ..config(4) });
-    s.enqueue(request(0, 0, 10, 7));
-    s.enqueue(request(0, 1, 10, 7));
-    let refused = s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO);
-    assert_eq!(refused, Err(Refused::QueueFull { requests: 2, tokens: 20 }));
     s.scheduler.drain();
     assert_eq!(s.scheduler.enqueue(SeqId(9), request(0, 2, 10, 1), Duration::ZERO), Err(Refused::Draining));
     s.skip(9);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use strait::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::PageSizes;
 use strait::request::{Failure, FinishReason, GenerateRequest, Sampling};
-use strait::scheduler::{Config, Outcome, ProfileSizes, Refused, RowResult, Scheduler, SealedSplit};
+use strait::scheduler::{Config, Outcome, ProfileSizes, Queue, Refused, RowResult, Scheduler, SealedSplit};
 use strait::step::{ExactStore, Logits, Move, Row, StepPlan, sealed_len};
 
 const P: u32 = PAGE_TOKENS;
@@ -361,6 +361,7 @@ struct Sim {
     rng: Rng,
     world: World,
     scheduler: Scheduler,
+    queue: Queue,
     memory: Memory,
     live: BTreeMap<SeqId, Live>,
     now: Duration,
@@ -395,11 +396,13 @@ impl Sim {
         let world = world(&mut rng);
         let words = (0..world.config.arena_bytes / 8).map(|_| rng.next()).collect();
         let scheduler = Scheduler::new(world.config.clone()).expect("the world is sound");
+        let queue = Queue::new(&world.config);
         let memory = Memory { words, layers: world.config.layers };
         Sim {
             rng,
             world,
             scheduler,
+            queue,
             memory,
             live: BTreeMap::new(),
             now: Duration::ZERO,
@@ -441,6 +444,7 @@ impl Sim {
             self.check(quiet > 60_000, "no end after 60000 steps without arrivals")?;
         }
         self.check(!self.live.is_empty(), "idle, and somebody got no answer")?;
+        self.check(!self.queue.is_empty(), "idle, and somebody waits")?;
         let bytes = self.scheduler.pool().bytes();
         self.check(bytes.held != 0, "idle, and pages are held")?;
         self.scheduler.drain();
@@ -455,14 +459,22 @@ impl Sim {
 
     fn enqueue(&mut self) -> Checked<()> {
         let request = self.world.request(&mut self.rng);
-        let seq = SeqId(self.next_seq);
         self.next_seq += 1;
+        // As the engine does: a place in the queue first.
+        let Ok(seqs) = self.queue.enter(&[request.prompt.len()], self.now) else {
+            self.tally.refused += 1;
+            return Ok(());
+        };
+        let seq = seqs[0];
         match self.scheduler.enqueue(seq, request.clone(), self.now) {
             Ok(()) => {
                 let poison = self.world.faults && self.rng.one_in(20);
                 self.live.insert(seq, Live::new(request, poison));
             }
-            Err(Refused::QueueFull { .. } | Refused::TooLarge { .. }) => self.tally.refused += 1,
+            Err(Refused::TooLarge { .. }) => {
+                self.queue.leave(seq);
+                self.tally.refused += 1;
+            }
             Err(other) => return Err(format!("refused: {other}")),
         }
         self.scheduler.check()
@@ -472,6 +484,7 @@ impl Sim {
         let seq = SeqId(self.rng.below(self.next_seq + 1));
         let before = self.scheduler.pool().bytes();
         let known = self.live.remove(&seq).is_some();
+        self.queue.leave(seq);
         let ended = self.scheduler.cancel(seq);
         self.check(ended.is_some() != known, "cancel and the owner disagree on who lives")?;
         if in_flight {
@@ -590,14 +603,18 @@ impl Sim {
             }
             let wrong = |what: &str| Err(format!("{what}: {outcome:?}"));
             match &outcome {
-                Outcome::Started { seq, cached_tokens, prompt_tokens, .. } => {
+                Outcome::Started { seq, looked_up, cached_tokens, prompt_tokens, .. } => {
                     let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
                     live.cached = *cached_tokens;
+                    self.queue.start(*seq, self.now);
                     self.tally.cached_tokens += u64::from(*cached_tokens);
                     if live.request.adapter == ADAPTER && self.travel > 0 {
                         return wrong("a start before the adapter is there");
                     }
                     self.tally.passed += u64::from(self.travel > 0);
+                    if *looked_up != (self.world.config.prefix_caching && live.request.prompt_logprobs.is_none()) {
+                        return wrong("a look-up that was not made, or was and is not told");
+                    }
                     let n = live.request.prompt.len() as u32;
                     if *prompt_tokens != n || *cached_tokens >= n || !cached_tokens.is_multiple_of(P) {
                         return wrong("a start that cannot be");
@@ -621,9 +638,8 @@ impl Sim {
                     self.tally.done += 1;
                     let (output, why) = live.alone();
                     let emitted = &live.tokens[live.request.prompt.len()..];
-                    let told = output.len() - usize::from(why == FinishReason::Stop);
                     let usage = ended.usage;
-                    if emitted != &output[..told] || *reason != why {
+                    if emitted != output || *reason != why {
                         return wrong("not what it says alone");
                     }
                     if (usage.completion_tokens as usize, usage.prompt_tokens as usize) != (output.len(), live.request.prompt.len()) {
@@ -643,6 +659,7 @@ impl Sim {
                 }
                 Outcome::Failed { seq, failure, .. } => {
                     let Some(live) = self.live.remove(seq) else { return wrong("unknown sequence") };
+                    self.queue.leave(*seq);
                     let fair = match failure {
                         Failure::Numerical | Failure::Internal(_) => live.may_fail,
                         Failure::QueueTimeout => {

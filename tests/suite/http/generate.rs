@@ -185,11 +185,11 @@ async fn offsets_are_places_in_the_text() {
 struct Happened(Mutex<Vec<Event>>);
 
 impl Engine for Happened {
-    fn submit_with(&self, _: GenerateRequest, _: Option<Lease>) -> Result<TokenStream, SubmitError> {
+    fn submit_all(&self, _: Vec<GenerateRequest>, _: Option<Lease>) -> Result<Vec<TokenStream>, SubmitError> {
         let events = std::mem::take(&mut *self.0.lock().expect("unshared"));
         let (tx, rx) = mpsc::channel(events.len());
         events.into_iter().for_each(|event| tx.try_send(event).expect("room"));
-        Ok(TokenStream::new(SeqId(1), rx, || {}))
+        Ok(vec![TokenStream::new(SeqId(1), rx, || {})])
     }
     fn finish(&self, _: SeqId) {}
     fn snapshot(&self) -> Arc<Snapshot> {
@@ -203,10 +203,60 @@ impl Engine for Happened {
 }
 
 fn happened(events: Vec<Event>) -> App {
-    let engine = EngineHandle::new(Arc::new(Happened(Mutex::new(events))));
+    served(EngineHandle::new(Arc::new(Happened(Mutex::new(events)))), model())
+}
+
+/// Any engine behind the router.
+fn served(engine: EngineHandle, model: Model) -> App {
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-    server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
+    server.install(Loaded { model, engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
     App { router: server.router(), server, fake: Fake::new(vec![]) }
+}
+
+/// The engine itself, of which the scripts above only say what it does.
+#[tokio::test]
+async fn the_engine_tells_the_stop_token_and_the_edge_keeps_it_out_of_the_text() {
+    let world = crate::engine::world("llama2", crate::engine::ROOMY, crate::engine::cpu);
+    let app = |eos| served(world.engine.clone(), Model { defaults: Defaults { eos, ..Defaults::default() }, ..model() });
+    let greedy = json!({"temperature": 0, "cache_profile": "full", "return_token_ids": true, "logit_bias": {"0": -100}, "logprobs": 0});
+    let ask = |prompt: &[TokenId], extra: Value| with(with(greedy.clone(), &json!({"prompt": prompt})), &extra);
+    let prompt = crate::engine::tokens(20, 3, 256);
+    let text = |ids: &[TokenId]| String::from_utf8_lossy(&ids.iter().map(|&id| id as u8).collect::<Vec<_>>()).into_owned();
+
+    let answer = app(vec![]).post(TEXT, &ask(&prompt, json!({"max_tokens": 16}))).await.json();
+    let free: Vec<TokenId> = serde_json::from_value(answer["choices"][0]["token_ids"].clone()).unwrap();
+    let n = (3..16).find(|&n| !free[..n].contains(&free[n])).expect("the model does not repeat itself from its third token on");
+    let eos = free[n];
+
+    for (app, extra, said) in [
+        (app(vec![eos]), json!({"max_tokens": 16}), &free[..n]),
+        (app(vec![]), json!({"max_tokens": 16, "stop_token_ids": [eos]}), &free[..n]),
+        (app(vec![]), json!({"max_tokens": 16, "stop_token_ids": [eos], "include_stop_str_in_output": true}), &free[..=n]),
+    ] {
+        let answer = app.post(TEXT, &ask(&prompt, extra.clone())).await.json();
+        let choice = &answer["choices"][0];
+        assert_eq!((&choice["finish_reason"], &choice["text"]), (&json!("stop"), &json!(text(said))), "{extra}");
+        assert_eq!((&choice["token_ids"], &answer["usage"]["completion_tokens"]), (&json!(free[..=n]), &json!(n + 1)), "{extra}");
+        assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(n + 1), "{extra}");
+    }
+    // A harness counts on a prompt of n tokens and the one that follows, whatever it is.
+    let prompt = [&prompt[..], &free[..n]].concat();
+    let answer = app(vec![eos]).post(TEXT, &ask(&prompt, json!({"max_tokens": 1, "echo": true}))).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(prompt.len() + 1));
+    assert_eq!((&choice["token_ids"], &choice["finish_reason"]), (&json!([eos]), &json!("stop")));
+}
+
+#[tokio::test]
+async fn an_idle_server_takes_a_request_of_more_sequences_than_may_wait() {
+    let world = crate::engine::world("llama2", crate::engine::queue_of(2), crate::engine::cpu);
+    let app = served(world.engine.clone(), model());
+    let prompts: Vec<Vec<TokenId>> = (0..8).map(|i| crate::engine::tokens(20, 3 + i, 256)).collect();
+    for (extra, choices) in [(json!({"prompt": prompts}), 8), (json!({"prompt": prompts[0], "n": 5}), 5)] {
+        let answer = app.post(TEXT, &with(json!({"max_tokens": 2, "logit_bias": {"0": -100}}), &extra)).await;
+        assert_eq!(answer.verdict(), "200");
+        assert_eq!(answer.json()["choices"].as_array().map(Vec::len), Some(choices));
+    }
 }
 
 #[tokio::test]
@@ -321,6 +371,28 @@ async fn a_stream_that_fell_behind_is_told_whole() {
             let told: String =
                 frames.iter().filter_map(|f| f["choices"][0]["text"].as_str().or(f["choices"][0]["delta"]["content"].as_str())).collect();
             assert_eq!(told, alphabet);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_choice_that_met_its_stop_string_is_finished_whatever_comes_after() {
+    let failed = |failure| vec![Say("a.b"), Tell(Event::Failed { failure })];
+    // The last one's engine dies.
+    for steps in [failed(Failure::Numerical), failed(Failure::Draining), vec![Say("a.b")]] {
+        for stream in [false, true] {
+            let app = app(vec![Ok(steps.clone()), Ok(vec![Wait(20), Say("other"), Done(FinishReason::Length)])]);
+            let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "stop": ".", "stream": stream})).await;
+            assert_eq!(answer.status, 200);
+            let all = if stream { frames(&answer.text) } else { vec![answer.json()] };
+            assert!(!stream || answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+            let choices = || all.iter().flat_map(|f| f["choices"].as_array().expect("choices"));
+            let told = |i: usize| {
+                let own: Vec<_> = choices().filter(|c| c["index"] == i).collect();
+                let text: String = own.iter().filter_map(|c| c["text"].as_str()).collect();
+                (text, own[own.len() - 1]["finish_reason"].as_str().expect("a reason"))
+            };
+            assert_eq!((told(0), told(1)), (("a".into(), "stop"), ("other".into(), "length")));
         }
     }
 }

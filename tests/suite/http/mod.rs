@@ -242,8 +242,8 @@ async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Se
     }
 }
 
-impl Engine for Fake {
-    fn submit_with(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
+impl Fake {
+    fn play(&self, request: GenerateRequest, adapter: Option<Lease>) -> Result<TokenStream, SubmitError> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::Draining);
         }
@@ -269,6 +269,12 @@ impl Engine for Fake {
             task.abort();
             log.lock().expect("no test panics while it holds this").cancelled.push((SeqId(seq), Instant::now()));
         }))
+    }
+}
+
+impl Engine for Fake {
+    fn submit_all(&self, requests: Vec<GenerateRequest>, adapter: Option<Lease>) -> Result<Vec<TokenStream>, SubmitError> {
+        requests.into_iter().map(|request| self.play(request, adapter.clone())).collect()
     }
     fn finish(&self, seq: SeqId) {
         self.seen().finished.push(seq);
