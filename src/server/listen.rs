@@ -91,7 +91,8 @@ pub async fn serve(listener: TcpListener, server: Arc<Server>, shutdown: impl Fu
     let all_closed = async { while connections.join_next().await.is_some() {} };
     let in_time = tokio::select! {
         done = tokio::time::timeout(drain_timeout, all_closed) => done.is_ok(),
-        () = &mut stopping => false,
+        // Asked anew: the one above has given its answer where it ended the loop, and may not be asked again.
+        () = server.reached(Phase::Stopping) => false,
     };
     let forced = if in_time { 0 } else { open.load(Ordering::Relaxed) };
     // Also when all went well: the engine's thread ends with the server.

@@ -286,6 +286,19 @@ async fn a_drain_that_takes_too_long_ends_streams_with_an_error() {
 }
 
 #[tokio::test]
+async fn a_stop_without_a_drain_ends_streams_with_an_error() {
+    let net = net(vec![Ok(vec![Say("a"), Hang])]).await;
+    let mut client = net.connect().await;
+    client.write_all(&request(CHAT, &with(hello(), &json!({"stream": true})))).await.expect("sent");
+    read_until(&mut client, "\"a\"").await;
+    // What an engine that ends unasked does: no signal came, and connections are still accepted.
+    net.app.server.stop();
+    let rest = read_all(&mut client).await;
+    assert!(rest.contains("\"code\":\"draining\"") && !rest.contains("[DONE]"), "{rest}");
+    assert_eq!(net.served.await.expect("no panic").forced, 1);
+}
+
+#[tokio::test]
 async fn a_reader_that_stalls_holds_little() {
     let net = net(vec![Ok(vec![Say(Box::leak("y".repeat(200_000).into_boxed_str())), Done(FinishReason::Stop)])]).await;
     let client = tokio::net::TcpSocket::new_v4().expect("a socket");
