@@ -36,6 +36,7 @@ pub mod error;
 pub mod generate;
 pub mod listen;
 pub mod openai;
+pub mod socket;
 
 pub use error::ApiError;
 pub use listen::{Peer, serve};
