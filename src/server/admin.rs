@@ -236,7 +236,7 @@ fn partition(most: u32, fits: impl Fn(u32) -> bool) -> u32 {
     low
 }
 
-/// Stops taking requests; those in flight go on. From this machine, or with the admin key.
+/// Stops taking requests; those in flight go on. With the admin key, or from this machine where there is none.
 #[utoipa::path(
     post,
     path = "/admin/drain",

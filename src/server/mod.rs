@@ -46,7 +46,8 @@ pub use listen::{Peer, serve};
 pub struct Config {
     /// Keys for everything but the public paths; none means that no key is needed.
     pub api_keys: Keys,
-    /// Keys for `/admin/*` and for changing adapters from other machines; they open everything else, too.
+    /// Keys for `/admin/*` and for changing adapters, which without any are for this machine's own callers; they open everything
+    /// else, too.
     pub admin_keys: Keys,
     pub limits: Limits,
     /// Longest silence of a stream before a keep-alive comment.
@@ -518,7 +519,7 @@ fn admit(server: &Server, path: &'static str, request: &Request) -> Result<(), A
         let role = authenticate(server, request.headers())?;
         // By what was asked for as well as by what matched: nothing below /admin/ is ever open by accident.
         if path.starts_with("/admin/") || ADMIN.contains(&path) || request.uri().path().starts_with("/admin/") {
-            authorise_admin(role, request)?;
+            authorise_admin(server, role, request)?;
         }
     }
     Ok(())
@@ -552,22 +553,29 @@ fn authenticate(server: &Server, headers: &HeaderMap) -> Result<Role, ApiError> 
     }
 }
 
-/// The admin key, or a caller on this machine that is no web page: a page of another origin sends `Origin`, and one that
-/// rebinds its name to 127.0.0.1 sends that name as `Host`.
-fn authorise_admin(role: Role, request: &Request) -> Result<(), ApiError> {
+/// What a proxy says of the caller it speaks for.
+const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+
+/// The admin key; where there is none, a caller on this machine that is no web page and no proxy: a page of another origin sends
+/// `Origin`, one that rebinds its name to 127.0.0.1 sends that name as `Host`, and a proxy says for whom it asks, if it is told to.
+fn authorise_admin(server: &Server, role: Role, request: &Request) -> Result<(), ApiError> {
     if role == Role::Admin {
         return Ok(());
     }
+    if !server.config.admin_keys.is_empty() {
+        return Err(ApiError::not_allowed("this needs the admin key (--admin-api-key)"));
+    }
     let headers = request.headers();
+    let proxied = FORWARDED.iter().any(|name| headers.contains_key(*name));
     let local = request.extensions().get::<Peer>().is_some_and(|peer| peer.0.ip().to_canonical().is_loopback());
     let host = headers.get(HOST).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(host, |(name, _)| name);
     let literal = name.eq_ignore_ascii_case("localhost") || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
     let own_page = headers.get(ORIGIN).is_none_or(|o| o.to_str().is_ok_and(|o| o.strip_prefix("http://") == Some(host)));
-    if local && literal && own_page {
+    if local && literal && own_page && !proxied {
         return Ok(());
     }
-    Err(ApiError::not_allowed("this needs the admin key (--admin-api-key), or a caller on the server's own machine"))
+    Err(ApiError::not_allowed("this needs an admin key (--admin-api-key), or a caller on the server's own machine that is no proxy"))
 }
 
 /// At most these values: methods are otherwise the client's to invent.
