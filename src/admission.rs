@@ -203,6 +203,8 @@ pub struct Reply {
     pub stop: Vec<String>,
     pub include_stop: bool,
     pub echo: bool,
+    /// Whether the answer goes on from what the client wrote, its text or the last message, rather than standing alone.
+    pub continues: bool,
     /// Alternatives to list beside each token.
     pub logprobs: Option<u32>,
     pub return_token_ids: bool,
@@ -254,7 +256,8 @@ impl Model {
         })?;
         let logprobs = request.logprobs.then_some(request.top_logprobs.unwrap_or(0));
         let prompts = vec![Prompt { tokens: tokens.into(), text: None }];
-        self.build(&request.options, Ask { target, prompts, logprobs, echo: false, entropy, param: "messages" })
+        let continues = request.continue_final_message;
+        self.build(&request.options, Ask { target, prompts, logprobs, echo: false, continues, entropy, param: "messages" })
     }
 
     /// A text completion, from its body.
@@ -276,7 +279,8 @@ impl Model {
                 lists.into_iter().map(|ids| Prompt { tokens: ids.into(), text: None }).collect()
             }
         };
-        self.build(&request.options, Ask { target, prompts, logprobs: request.logprobs, echo: request.echo, entropy, param: "prompt" })
+        let CompletionRequest { options, logprobs, echo, .. } = request;
+        self.build(&options, Ask { target, prompts, logprobs, echo, continues: true, entropy, param: "prompt" })
     }
 
     /// `/tokenize`: the tokens, and whether their texts are wanted.
@@ -378,6 +382,7 @@ impl Model {
             stop: options.stop.clone(),
             include_stop: options.include_stop_str_in_output,
             echo: ask.echo,
+            continues: ask.continues,
             logprobs: ask.logprobs,
             return_token_ids: options.return_token_ids,
             stream: options.stream.then(|| options.stream_options.unwrap_or_default()),
@@ -445,6 +450,7 @@ struct Ask {
     prompts: Vec<Prompt>,
     logprobs: Option<u32>,
     echo: bool,
+    continues: bool,
     entropy: u64,
     /// Which field a too long prompt is blamed on.
     param: &'static str,

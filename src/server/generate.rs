@@ -323,10 +323,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(loaded: &'a Loaded, answer: &Answer, streams: Submitted) -> Self {
         let (stop, include_stop) = (&answer.reply.stop, answer.reply.include_stop);
-        let start = match answer.kind {
-            Kind::Chat => Start::Alone,
-            _ => Start::Continues,
-        };
+        let start = if answer.reply.continues { Start::Continues } else { Start::Alone };
         let choice = |(stream, stop_tokens)| Choice {
             stream,
             text: loaded.model.codec.stream(start, stop, include_stop),

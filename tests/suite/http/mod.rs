@@ -83,13 +83,16 @@ impl Codec for Bytes {
         }
         Ok(self.encode(&text, false, true).expect("bytes always encode"))
     }
-    fn stream<'a>(&'a self, _: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        Box::new(ByteStream { codec: self, stop: stop.to_vec(), include_stop, held: Vec::new() })
+    /// An answer that stands alone loses the space it begins with, as with a tokenizer of the sentencepiece kind.
+    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+        Box::new(ByteStream { codec: self, trims: start == Start::Alone, stop: stop.to_vec(), include_stop, held: Vec::new() })
     }
 }
 
 struct ByteStream<'a> {
     codec: &'a Bytes,
+    /// Nothing was pushed yet, and a space would not be told.
+    trims: bool,
     stop: Vec<String>,
     include_stop: bool,
     held: Vec<u8>,
@@ -98,7 +101,8 @@ struct ByteStream<'a> {
 impl TextStream for ByteStream<'_> {
     fn push(&mut self, id: TokenId) -> Piece {
         assert!(id != 0, "a text stream that panics");
-        if id < 256 {
+        let trimmed = std::mem::take(&mut self.trims) && id == TokenId::from(b' ');
+        if id < 256 && !trimmed {
             self.held.extend(self.codec.token_bytes(id));
         }
         let hit = self.stop.iter().filter_map(|s| {
