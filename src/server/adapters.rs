@@ -199,7 +199,7 @@ fn wants_json(headers: &HeaderMap) -> bool {
 }
 
 /// Works on the registry on a thread that may block.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     server: &Server,
     loaded: &Arc<Loaded>,
     job: impl FnOnce(&Registry) -> Result<T, AdapterError> + Send + 'static,

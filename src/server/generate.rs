@@ -143,7 +143,8 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
         let stop_tokens = request.stop_tokens.clone();
         let profile = request.profile;
         // A refusal drops, and so cancels, the choices before it.
-        let stream = loaded.engine.submit_with(request, lease.clone())?;
+        let refused = |error| ApiError::not_submitted(&error, loaded.max_queued_requests);
+        let stream = loaded.engine.submit_with(request, lease.clone()).map_err(refused)?;
         submitted.push((stream, stop_tokens, profile));
     }
     drop(lease);

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::adapters::registry::Registry;
 use crate::engine::EngineHandle;
 use crate::ids::ProfileIndex;
-use crate::telemetry::{Event, Telemetry};
+use crate::telemetry::{Event, Full, Telemetry};
 
 pub use crate::admission::{Codec, Model, Refusal};
 
@@ -165,6 +165,8 @@ pub struct Loaded {
     /// decreasing in the number of positions.
     pub need: Arc<dyn Fn(ProfileIndex, u32) -> u64 + Send + Sync>,
     pub adapters: Registry,
+    /// Requests that may wait for the engine.
+    pub max_queued_requests: usize,
 }
 
 /// Where the server is in its life. It only moves forward.
@@ -312,7 +314,7 @@ impl Server {
         F: FnOnce(&Model) -> Result<T, Refusal> + Send + 'static,
     {
         let Ok(place) = self.text_queue.clone().try_acquire_owned() else {
-            return Err(ApiError::overloaded(Duration::from_secs(1)));
+            return Err(ApiError::overloaded(Full::Texts, Duration::from_secs(1)));
         };
         let slot = self.text_slots.clone().acquire_owned().await.map_err(|_| ApiError::internal())?;
         let loaded = loaded.clone();
@@ -360,7 +362,7 @@ impl Server {
                 return Err(ApiError::body_too_large(limits.body_bytes));
             }
             if !held.count(data.len(), limits.bodies_bytes) {
-                return Err(ApiError { close: true, ..ApiError::overloaded(Duration::from_secs(1)) });
+                return Err(ApiError { close: true, ..ApiError::overloaded(Full::Bodies, Duration::from_secs(1)) });
             }
             bytes.extend_from_slice(&data);
         }
@@ -501,9 +503,9 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
             }
         },
     };
-    if let Some(error::Refused(code)) = response.extensions().get() {
+    if let Some(&error::Refused(code, full)) = response.extensions().get() {
         tracing::debug!(request_id = %id.0, path, status = response.status().as_u16(), code, "refused");
-        server.telemetry.emit(Event::Refused { code });
+        server.telemetry.emit(Event::Refused { code, full });
     }
     let value = HeaderValue::from_str(&id.0).expect("request ids are of [A-Za-z0-9_-]");
     response.headers_mut().insert(HeaderName::from_static("x-request-id"), value);

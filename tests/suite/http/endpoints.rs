@@ -361,6 +361,51 @@ async fn a_full_queue_tells_when_to_come_back() {
 }
 
 #[tokio::test]
+async fn each_want_of_room_has_a_reason_of_its_own() {
+    let full = |queued| Err(SubmitError::QueueFull { queued, retry_after: Duration::from_secs(1) });
+    for (reason, play, edit) in [
+        ("max_num_queued_reqs", full(256), None),
+        ("max_num_queued_tokens", full(255), None),
+        ("max_queued_texts", Ok(vec![]), Some((|c: &mut Config| (c.text_threads, c.text_queue) = (1, 0)) as fn(&mut Config))),
+        ("max_body_bytes", Ok(vec![]), Some(|c: &mut Config| c.limits.bodies_bytes = 10)),
+    ] {
+        let mut config = config();
+        edit.into_iter().for_each(|edit| edit(&mut config));
+        let app = app_with(config, vec![play]);
+        // Where one place is all there is for work on text, the second finds none.
+        let (slow, hello) = (json!({"prompt": "slow"}), hello());
+        let work = async { if reason == "max_queued_texts" { Some(app.post("/tokenize", &slow).await) } else { None } };
+        let (_, refused) = tokio::join!(work, app.post(CHAT, &hello));
+        assert_eq!(refused.verdict(), "429 server_overloaded -", "{reason}");
+        let metrics = app.server.telemetry.render();
+        let counted: Vec<&str> = metrics.lines().filter(|l| l.starts_with("vllm:admission_rejections_total{") && !l.ends_with(" 0")).collect();
+        assert_eq!(counted, [format!("vllm:admission_rejections_total{{engine=\"0\",model_name=\"demo\",reason=\"{reason}\"}} 1")]);
+    }
+}
+
+/// Adapters whose names are looked up on a disk that is slow.
+struct Slow(std::thread::ThreadId);
+
+impl strait::admission::Adapters for Slow {
+    fn knows(&self, _: &str) -> bool {
+        assert_ne!(std::thread::current().id(), self.0, "files are not looked for on a thread that serves others");
+        false
+    }
+}
+
+#[tokio::test]
+async fn a_model_is_looked_up_where_it_holds_nobody_up() {
+    let model = Model { adapters: Some(Arc::new(Slow(std::thread::current().id()))), ..model() };
+    let (server, fake) = (Server::new(config(), Arc::new(Telemetry::new("demo"))), Fake::new(vec![]));
+    let engine = EngineHandle::new(fake.clone());
+    server.install(Loaded { model, engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none(), max_queued_requests: 256 });
+    let app = App { router: server.router(), server, fake };
+    for (id, verdict) in [("demo", "200"), ("org/demo", "200"), ("other", "404 model_not_found model")] {
+        assert_eq!(app.get(&format!("/v1/models/{id}")).await.verdict(), verdict, "{id}");
+    }
+}
+
+#[tokio::test]
 async fn strangers_cannot_grow_the_metrics() {
     let app = app(vec![]);
     app.get("/nope").await;

@@ -222,7 +222,8 @@ impl Engine for Happened {
 fn happened(events: Vec<Event>) -> App {
     let engine = EngineHandle::new(Arc::new(Happened(Mutex::new(events))));
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-    server.install(Loaded { model: model(), engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
+    let (need, adapters) = (Arc::new(|_, _| 0), crate::http::adapters::none());
+    server.install(Loaded { model: model(), engine, need, adapters, max_queued_requests: 256 });
     App { router: server.router(), server, fake: Fake::new(vec![]) }
 }
 

@@ -43,6 +43,9 @@ struct Bytes;
 impl Codec for Bytes {
     fn encode(&self, text: &str, add_special_tokens: bool, _: bool) -> Result<Vec<TokenId>, EncodeError> {
         assert!(text != "panic", "a tokenizer that panics");
+        if text == "slow" {
+            std::thread::sleep(Duration::from_millis(200));
+        }
         let bos = add_special_tokens.then_some(BOS);
         Ok(bos.into_iter().chain(text.bytes().map(TokenId::from)).collect())
     }
@@ -330,7 +333,7 @@ fn install(server: &Server, fake: &Arc<Fake>) {
     let profiles = model().profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none() });
+    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none(), max_queued_requests: 256 });
 }
 
 struct App {
