@@ -220,7 +220,7 @@ impl From<Refusal> for ApiError {
             Refusal::Type { .. } => "invalid_type",
             Refusal::Value { .. } => "invalid_value",
             Refusal::Unsupported { .. } => "unsupported_parameter",
-            Refusal::ContextLength { .. } => "context_length_exceeded",
+            Refusal::ContextLength { .. } | Refusal::TextLength { .. } => "context_length_exceeded",
             Refusal::Template { .. } => "template_error",
             Refusal::UnknownModel => {
                 let error = Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", refusal.to_string());
@@ -233,7 +233,7 @@ impl From<Refusal> for ApiError {
         };
         let param = match refusal {
             Refusal::Type { param, .. } | Refusal::Value { param, .. } | Refusal::Unsupported { param, .. } => Some(param),
-            Refusal::ContextLength { param, .. } => Some(param.to_owned()),
+            Refusal::ContextLength { param, .. } | Refusal::TextLength { param, .. } => Some(param.to_owned()),
             Refusal::Template { .. } => Some("messages".to_owned()),
             Refusal::Json { .. } | Refusal::UnknownModel => None,
         };

@@ -54,13 +54,18 @@ pub struct Config {
     pub keep_alive: Duration,
     /// An engine that gave no sign of life for so long is reported dead.
     pub heartbeat_limit: Duration,
-    /// Requests whose text is worked on at once, and how many more may wait for that.
+    /// Requests whose text is worked on at once, if their bodies have at most [`SHORT_TEXT`] bytes, and how many more may wait for
+    /// that. Beside them, so many times that much of longer bodies; one that is longer still is the only long one then.
     pub text_threads: usize,
     pub text_queue: usize,
     /// Seeds of requests that give none repeat from start to start, in the same order, when this is set.
     pub seed: Option<u64>,
     pub pages: Pages,
 }
+
+/// Bytes of the longest body whose text is short: work on it takes one place among its like. Work on longer ones takes a place
+/// among theirs for each so many bytes, as memory goes with the text, and short ones need not wait for long ones.
+pub const SHORT_TEXT: usize = 256 << 10;
 
 /// Pages served to browsers. They load nothing from other hosts.
 #[derive(Clone, Copy, Debug)]
@@ -186,7 +191,8 @@ pub struct Server {
     pub telemetry: Arc<Telemetry>,
     loaded: OnceLock<Arc<Loaded>>,
     phase: watch::Sender<Phase>,
-    text_slots: Arc<Semaphore>,
+    short_texts: Arc<Semaphore>,
+    long_texts: Arc<Semaphore>,
     text_queue: Arc<Semaphore>,
     bodies: Arc<AtomicUsize>,
     /// Random per process, unless seeded; absent seeds come from it and their count.
@@ -208,7 +214,8 @@ impl Server {
         Arc::new(Server {
             loaded: OnceLock::new(),
             phase: watch::Sender::new(Phase::Loading),
-            text_slots: Arc::new(Semaphore::new(config.text_threads.max(1))),
+            short_texts: Arc::new(Semaphore::new(config.text_threads.max(1))),
+            long_texts: Arc::new(Semaphore::new(config.text_threads.max(1))),
             text_queue: Arc::new(Semaphore::new(config.text_threads.max(1) + config.text_queue)),
             bodies: Arc::new(AtomicUsize::new(0)),
             secret: config.seed.map_or_else(process_secret, |seed| *blake3::hash(&seed.to_le_bytes()).as_bytes()),
@@ -304,11 +311,11 @@ impl Server {
         keyed_count(&self.id_secret, &self.ids)
     }
 
-    /// Works on text with `job` on a thread that may block.
+    /// Works on the text of a body of so many `bytes` with `job`, on a thread that may block.
     ///
     /// # Errors
     /// 429 when too many wait already; what `job` refuses; 500 if it panics.
-    pub(crate) async fn text<T, F>(&self, loaded: &Arc<Loaded>, job: F) -> Result<T, ApiError>
+    pub(crate) async fn text<T, F>(&self, loaded: &Arc<Loaded>, bytes: usize, job: F) -> Result<T, ApiError>
     where
         T: Send + 'static,
         F: FnOnce(&Model) -> Result<T, Refusal> + Send + 'static,
@@ -316,7 +323,13 @@ impl Server {
         let Ok(place) = self.text_queue.clone().try_acquire_owned() else {
             return Err(ApiError::overloaded(Full::Texts, Duration::from_secs(1)));
         };
-        let slot = self.text_slots.clone().acquire_owned().await.map_err(|_| ApiError::internal())?;
+        let (slots, wanted) = match bytes.div_ceil(SHORT_TEXT) {
+            0 | 1 => (&self.short_texts, 1),
+            // No more than there are, or the longest would wait for ever.
+            many => (&self.long_texts, many.min(self.config.text_threads.max(1))),
+        };
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        let slot = slots.clone().acquire_many_owned(wanted).await.map_err(|_| ApiError::internal())?;
         let loaded = loaded.clone();
         let done = tokio::task::spawn_blocking(move || {
             // Held until the work is done, also when the client has left meanwhile: the thread is busy either way.

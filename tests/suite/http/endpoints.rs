@@ -378,7 +378,8 @@ async fn each_want_of_room_has_a_reason_of_its_own() {
         let (_, refused) = tokio::join!(work, app.post(CHAT, &hello));
         assert_eq!(refused.verdict(), "429 server_overloaded -", "{reason}");
         let metrics = app.server.telemetry.render();
-        let counted: Vec<&str> = metrics.lines().filter(|l| l.starts_with("vllm:admission_rejections_total{") && !l.ends_with(" 0")).collect();
+        let counted: Vec<&str> =
+            metrics.lines().filter(|l| l.starts_with("vllm:admission_rejections_total{") && !l.ends_with(" 0")).collect();
         assert_eq!(counted, [format!("vllm:admission_rejections_total{{engine=\"0\",model_name=\"demo\",reason=\"{reason}\"}} 1")]);
     }
 }
@@ -396,10 +397,7 @@ impl strait::admission::Adapters for Slow {
 #[tokio::test]
 async fn a_model_is_looked_up_where_it_holds_nobody_up() {
     let model = Model { adapters: Some(Arc::new(Slow(std::thread::current().id()))), ..model() };
-    let (server, fake) = (Server::new(config(), Arc::new(Telemetry::new("demo"))), Fake::new(vec![]));
-    let engine = EngineHandle::new(fake.clone());
-    server.install(Loaded { model, engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none(), max_queued_requests: 256 });
-    let app = App { router: server.router(), server, fake };
+    let app = app_of(config(), model);
     for (id, verdict) in [("demo", "200"), ("org/demo", "200"), ("other", "404 model_not_found model")] {
         assert_eq!(app.get(&format!("/v1/models/{id}")).await.verdict(), verdict, "{id}");
     }

@@ -136,7 +136,9 @@ async fn what_goes_on_from_a_text_keeps_the_space_it_begins_with() {
             let frames = if stream { frames(&answer.text) } else { vec![answer.json()] };
             let text_of = |f: &Value| {
                 let choice = &f["choices"][0];
-                [&choice["text"], &choice["delta"]["content"], &choice["message"]["content"]].iter().find_map(|t| t.as_str().map(str::to_owned))
+                [&choice["text"], &choice["delta"]["content"], &choice["message"]["content"]]
+                    .iter()
+                    .find_map(|t| t.as_str().map(str::to_owned))
             };
             assert_eq!(frames.iter().filter_map(text_of).collect::<String>(), text, "{path} {body} {stream}");
         }

@@ -30,6 +30,7 @@ mod endpoints;
 mod generate;
 mod parameters;
 mod sockets;
+mod texts;
 
 // ---------------------------------------------------------------- a codec of bytes
 
@@ -330,10 +331,14 @@ fn config() -> Config {
 }
 
 fn install(server: &Server, fake: &Arc<Fake>) {
-    let profiles = model().profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
+    install_model(server, fake, model());
+}
+
+fn install_model(server: &Server, fake: &Arc<Fake>, model: Model) {
+    let profiles = model.profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none(), max_queued_requests: 256 });
+    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none(), max_queued_requests: 256 });
 }
 
 struct App {
@@ -346,6 +351,13 @@ fn app_with(config: Config, plays: Vec<Play>) -> App {
     let server = Server::new(config, Arc::new(Telemetry::new("demo")));
     let fake = Fake::new(plays);
     install(&server, &fake);
+    App { router: server.router(), server, fake }
+}
+
+fn app_of(config: Config, model: Model) -> App {
+    let server = Server::new(config, Arc::new(Telemetry::new("demo")));
+    let fake = Fake::new(vec![]);
+    install_model(&server, &fake, model);
     App { router: server.router(), server, fake }
 }
 
