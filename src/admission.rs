@@ -151,6 +151,11 @@ pub enum Refusal {
         at_least: bool,
         max_new: Option<u32>,
     },
+    /// Too much to be tokenised at all, whatever it would come to.
+    #[error(
+        "{param} has {bytes} bytes of text, and this server tokenises at most {most} at once, as this model's maximum context length is {context} tokens"
+    )]
+    TextLength { param: &'static str, bytes: usize, most: usize, context: u32 },
     #[error("the chat template refused the messages: {message}")]
     Template { message: String },
 }
@@ -203,6 +208,8 @@ pub struct Reply {
     pub stop: Vec<String>,
     pub include_stop: bool,
     pub echo: bool,
+    /// Whether the answer goes on from what the client wrote, its text or the last message, rather than standing alone.
+    pub continues: bool,
     /// Alternatives to list beside each token.
     pub logprobs: Option<u32>,
     pub return_token_ids: bool,
@@ -254,7 +261,8 @@ impl Model {
         })?;
         let logprobs = request.logprobs.then_some(request.top_logprobs.unwrap_or(0));
         let prompts = vec![Prompt { tokens: tokens.into(), text: None }];
-        self.build(&request.options, Ask { target, prompts, logprobs, echo: false, entropy, param: "messages" })
+        let continues = request.continue_final_message;
+        self.build(&request.options, Ask { target, prompts, logprobs, echo: false, continues, entropy, param: "messages" })
     }
 
     /// A text completion, from its body.
@@ -276,7 +284,8 @@ impl Model {
                 lists.into_iter().map(|ids| Prompt { tokens: ids.into(), text: None }).collect()
             }
         };
-        self.build(&request.options, Ask { target, prompts, logprobs: request.logprobs, echo: request.echo, entropy, param: "prompt" })
+        let CompletionRequest { options, logprobs, echo, .. } = request;
+        self.build(&options, Ask { target, prompts, logprobs, echo, continues: true, entropy, param: "prompt" })
     }
 
     /// `/tokenize`: the tokens, and whether their texts are wanted.
@@ -284,7 +293,11 @@ impl Model {
         let request = TokenizeRequest::read(Fields::body(json::parse(body)?))?;
         self.resolve(request.model.as_deref())?;
         let tokens = match request.source {
-            Source::Text { prompt, add_special_tokens } => self.encode(&prompt, add_special_tokens)?,
+            // More than the context may be asked for here, as when a text is to be cut into parts.
+            Source::Text { prompt, add_special_tokens } => {
+                self.bound_text(prompt.len(), "prompt")?;
+                self.encode(&prompt, add_special_tokens)?
+            }
             Source::Chat { messages, add_generation_prompt, continue_final_message, chat_template_kwargs } => {
                 let (messages, kwargs) = (&messages, &chat_template_kwargs);
                 self.render(&Chat { messages, tools: None, add_generation_prompt, continue_final_message, kwargs })?
@@ -312,17 +325,29 @@ impl Model {
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, Refusal> {
         let text = chat.messages.as_array().into_iter().flatten().filter_map(|m| m["content"].as_str());
         self.bound(text.map(str::len).sum(), "messages")?;
+        // What a template may show beside contents; whether it does is its own business.
+        self.bound_text(text_bytes(chat.messages), "messages")?;
         self.codec.render(chat).map_err(|error| Refusal::Template { message: error.message })
     }
 
-    /// Refuses text that no tokenisation could make short enough, without tokenising it.
+    /// Refuses text that no tokenisation could make short enough, or that is too much for any, without tokenising it.
     fn bound(&self, bytes: usize, param: &'static str) -> Result<(), Refusal> {
-        let Some(most) = self.codec.max_token_bytes() else { return Ok(()) };
-        let least = (bytes / most.max(1)) as u64;
-        if least <= u64::from(self.context) {
+        if let Some(most) = self.codec.max_token_bytes() {
+            let least = (bytes / most.max(1)) as u64;
+            if least > u64::from(self.context) {
+                return Err(Refusal::ContextLength { param, context: self.context, prompt: least, at_least: true, max_new: None });
+            }
+        }
+        self.bound_text(bytes, param)
+    }
+
+    /// Refuses more text than is ever tokenised at once.
+    fn bound_text(&self, bytes: usize, param: &'static str) -> Result<(), Refusal> {
+        let most = (self.context as usize * TEXT_BYTES_PER_POSITION).max(TEXT_BYTES);
+        if bytes <= most {
             return Ok(());
         }
-        Err(Refusal::ContextLength { param, context: self.context, prompt: least, at_least: true, max_new: None })
+        Err(Refusal::TextLength { param, bytes, most, context: self.context })
     }
 
     fn check_ids(&self, ids: &[TokenId], param: &str) -> Result<(), Refusal> {
@@ -378,6 +403,7 @@ impl Model {
             stop: options.stop.clone(),
             include_stop: options.include_stop_str_in_output,
             echo: ask.echo,
+            continues: ask.continues,
             logprobs: ask.logprobs,
             return_token_ids: options.return_token_ids,
             stream: options.stream.then(|| options.stream_options.unwrap_or_default()),
@@ -429,6 +455,24 @@ impl Model {
     }
 }
 
+/// Text is tokenised at once up to so many bytes for each position of the context, and up to [`TEXT_BYTES`] in any case. A token covers 3 to
+/// 5 bytes of most texts, and a tokenizer takes some 270 bytes of memory for each of the text: this is all that bounds it where a
+/// normaliser may drop text, or where some token is very long.
+pub const TEXT_BYTES_PER_POSITION: usize = 32;
+/// See [`TEXT_BYTES_PER_POSITION`].
+pub const TEXT_BYTES: usize = 1 << 20;
+
+/// Bytes of all strings in a value.
+fn text_bytes(value: &serde_json::Value) -> usize {
+    use serde_json::Value;
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(entries) => entries.iter().map(|(key, value)| key.len() + text_bytes(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
+}
+
 /// Temperatures below it are greedy.
 pub const TEMPERATURE_FLOOR: f64 = 1e-3;
 
@@ -445,6 +489,7 @@ struct Ask {
     prompts: Vec<Prompt>,
     logprobs: Option<u32>,
     echo: bool,
+    continues: bool,
     entropy: u64,
     /// Which field a too long prompt is blamed on.
     param: &'static str,

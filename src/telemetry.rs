@@ -15,9 +15,10 @@ use prometheus::{
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A request was refused before the engine; `code` is the stable error code.
+    /// A request was refused before the engine; `code` is the stable error code, `full` what had no room for it, if that is why.
     Refused {
         code: &'static str,
+        full: Option<Full>,
     },
     /// A sequence was accepted by the engine.
     Accepted {
@@ -89,6 +90,34 @@ pub enum Event {
         connections: usize,
     },
 }
+
+/// What has no room for one more request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Full {
+    /// As many requests wait for the engine as may.
+    Requests,
+    /// Those that wait have as many prompt tokens as may.
+    Tokens,
+    /// As many requests wait for their text to be worked on as may.
+    Texts,
+    /// Bodies that are held are as many bytes as may be.
+    Bodies,
+}
+
+impl Full {
+    /// The label value; of the engine's queue as vLLM has them.
+    pub fn label(self) -> &'static str {
+        match self {
+            Full::Requests => "max_num_queued_reqs",
+            Full::Tokens => "max_num_queued_tokens",
+            Full::Texts => "max_queued_texts",
+            Full::Bodies => "max_body_bytes",
+        }
+    }
+}
+
+/// Every one, in the order of the label's documentation.
+const FULL: [Full; 4] = [Full::Requests, Full::Tokens, Full::Texts, Full::Bodies];
 
 /// State of the engine after a step: what gauges show and `/v1/capacity` answers.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -266,7 +295,11 @@ pub const METRICS: &[Metric] = &[
     gauge("strait:ready", &[], "1 while the model is loaded and the server is not draining."),
     counter("strait:requests_rejected_total", &["code"], "Requests refused, by error code."),
     histogram("strait:step_seconds", Buckets::Step, "Duration of a forward pass."),
-    counter("vllm:admission_rejections_total", &["reason"], "Requests refused because the queue was full."),
+    counter(
+        "vllm:admission_rejections_total",
+        &["reason"],
+        "Requests refused for want of room: in the engine's queue (`max_num_queued_reqs`, `max_num_queued_tokens`), in that for work on text (`max_queued_texts`), for bodies (`max_body_bytes`).",
+    ),
     gauge(
         "vllm:cache_config_info",
         &["block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"],
@@ -425,7 +458,9 @@ impl Telemetry {
             // Zero from the start, so that a rate is defined from the first scrape on.
             finished.with_label_values(&[reason]);
         }
-        counter_vecs["vllm:admission_rejections_total"].with_label_values(&[QUEUE_REASON]);
+        for full in FULL {
+            counter_vecs["vllm:admission_rejections_total"].with_label_values(&[full.label()]);
+        }
         for outcome in ["ok", "error"] {
             counter_vecs["strait:adapter_loads_total"].with_label_values(&[outcome]);
         }
@@ -479,10 +514,10 @@ impl Telemetry {
     pub fn emit(&self, event: Event) {
         let h = &self.histograms;
         match event {
-            Event::Refused { code } => {
+            Event::Refused { code, full } => {
                 self.counter_vecs["strait:requests_rejected_total"].with_label_values(&[code]).inc();
-                if code == "server_overloaded" {
-                    self.counter_vecs["vllm:admission_rejections_total"].with_label_values(&[QUEUE_REASON]).inc();
+                if let Some(full) = full {
+                    self.counter_vecs["vllm:admission_rejections_total"].with_label_values(&[full.label()]).inc();
                 }
             }
             Event::Accepted { prompt_tokens: _, max_new_tokens } => h.max_tokens.observe(f64::from(max_new_tokens)),
@@ -608,7 +643,6 @@ impl Telemetry {
 }
 
 const USAGE: &str = "vllm:kv_cache_usage_perc";
-const QUEUE_REASON: &str = "max_num_queued_reqs";
 
 fn int(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
@@ -653,7 +687,8 @@ mod tests {
 
     fn every_event() -> Vec<Event> {
         vec![
-            Event::Refused { code: "server_overloaded" },
+            Event::Refused { code: "server_overloaded", full: Some(Full::Tokens) },
+            Event::Refused { code: "invalid_value", full: None },
             Event::Accepted { prompt_tokens: 10, max_new_tokens: 20 },
             Event::Started { queue_s: 0.5, cached_tokens: 4, prompt_tokens: 10 },
             Event::FirstToken { ttft_s: 0.03 },
@@ -702,7 +737,8 @@ mod tests {
         let text = telemetry.render();
         for line in [
             r#"strait:requests_rejected_total{code="server_overloaded"} 1"#,
-            r#"vllm:admission_rejections_total{engine="0",model_name="demo",reason="max_num_queued_reqs"} 1"#,
+            r#"vllm:admission_rejections_total{engine="0",model_name="demo",reason="max_num_queued_reqs"} 0"#,
+            r#"vllm:admission_rejections_total{engine="0",model_name="demo",reason="max_num_queued_tokens"} 1"#,
             r#"vllm:prompt_tokens_total{engine="0",model_name="demo"} 10"#,
             r#"vllm:prompt_tokens_cached_total{engine="0",model_name="demo"} 4"#,
             r#"vllm:generation_tokens_total{engine="0",model_name="demo"} 2"#,

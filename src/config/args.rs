@@ -67,7 +67,7 @@ pub struct AdapterServer {
     /// The server: http://host:port.
     #[arg(long, default_value = "http://127.0.0.1:8000", env = "STRAIT_URL")]
     pub url: String,
-    /// Its admin key, needed from other machines [default: the environment variable STRAIT_ADMIN_API_KEY, then STRAIT_API_KEY].
+    /// Its admin key, needed where it has one, and from other machines [default: the environment variable STRAIT_ADMIN_API_KEY, then STRAIT_API_KEY].
     #[arg(long)]
     pub api_key: Option<String>,
     /// Print JSON instead of a table.
@@ -452,7 +452,7 @@ pub struct ServeFlags {
     /// File with one API key per line; # begins a comment.
     #[arg(long, env = "STRAIT_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// Key for /admin routes, and for loading and unloading adapters, from other machines [default: loopback only].
+    /// Key for /admin routes, and for loading and unloading adapters [default: none; callers on this machine may].
     #[arg(long, env = "STRAIT_ADMIN_API_KEY", hide_env_values = true)]
     pub admin_api_key: Option<String>,
     /// Name of the model in the API; may be repeated [default: the folder's name].

@@ -8,14 +8,17 @@ pub mod offline;
 pub mod ready;
 pub mod train;
 
+use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 
 use crate::adapters::registry::{self, Registry};
 use crate::admission;
@@ -37,6 +40,7 @@ use crate::ops::cuda::maps::Unserved;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};
+use crate::server::listen::Drained;
 use crate::server::{self, Keys, Loaded, Pages, Server};
 use crate::telemetry::{Facts, Telemetry};
 
@@ -50,7 +54,15 @@ pub fn serve(model: Option<&PathBuf>, flags: &ServeFlags) -> anyhow::Result<()> 
     let settings = Settings::resolve(flags)?;
     log_to_stderr(settings.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("http").enable_all().build()?;
-    runtime.block_on(run(Source::of(model), settings))
+    to_the_end(runtime, run(Source::of(model), settings))
+}
+
+/// Runs `work` to its end. What still runs on threads that may block, a model being loaded or an adapter being read, is left behind:
+/// nothing can interrupt it, and a runtime that is dropped waits for it, when no signal is heard any more.
+fn to_the_end<T>(runtime: Runtime, work: impl Future<Output = T>) -> T {
+    let done = runtime.block_on(work);
+    runtime.shutdown_background();
+    done
 }
 
 fn log_to_stderr(format: LogFormat) {
@@ -87,7 +99,7 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     config.seed = settings.seed;
     let server = Server::new(config, telemetry.clone());
     let drain_timeout = settings.shutdown_timeout;
-    let mut serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
+    let serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
 
     // Loading blocks for long; meanwhile the edge answers 503 and a signal ends the process.
     let loading = {
@@ -102,15 +114,32 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     // Nobody may be reading; that is no reason not to serve.
     let _ = write!(out, "{}", banner(&address, is_demo, &summary)).and_then(|()| out.flush());
 
-    let mut engine = tokio::task::spawn_blocking(move || engine.join());
+    both_ended(&server, serving, move || engine.join()).await
+}
+
+/// Waits for the accept loop and for the engine's thread, whichever ends first.
+async fn both_ended(
+    server: &Server,
+    mut serving: JoinHandle<Drained>,
+    join: impl FnOnce() -> std::thread::Result<Result<(), Broken>> + Send + 'static,
+) -> anyhow::Result<()> {
+    let mut engine = tokio::task::spawn_blocking(join);
     let drained = tokio::select! {
-        drained = &mut serving => drained.context("the accept loop failed")?,
+        drained = &mut serving => match drained {
+            Ok(drained) => drained,
+            // It panicked, and with it went whoever hears signals and tells the engine to end.
+            Err(failed) => {
+                server.stop();
+                let _ = tokio::time::timeout(server.config.limits.stop_grace, engine).await;
+                return Err(failed).context("the accept loop failed");
+            }
+        },
         ended = &mut engine => {
             // Its clients have been told. Where it was not asked to end, that has a moment to reach them.
             let stopping = server.phase() >= server::Phase::Draining;
             server.stop();
             if !stopping {
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
             ended_well(ended?)?;
             ensure!(stopping, "the engine ended unasked");
@@ -460,11 +489,12 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
                 eos: generation.eos.clone(),
             },
             // A client that waits longer has given up in all but name.
-            queue_timeout: std::time::Duration::from_secs(600),
+            queue_timeout: Duration::from_secs(600),
             adapters: Some(Arc::new(adapters.clone())),
         },
         adapters,
         engine,
+        max_queued_requests: config.max_queued_requests,
         need: Arc::new(move |profile, positions| fit.lock().expect("arithmetic does not panic").need(profile, positions)),
     });
     Ok((summary, thread))
@@ -528,5 +558,55 @@ mod tests {
         let house = |seqs| default_arena(1 << 42, &full, &sizes, (1 << 30, seqs));
         assert_eq!(house(1 << 20), ARENA_MOST);
         assert!(house(1) <= ARENA_MOST && ARENA_MOST / PageAddr::UNIT <= u64::from(u32::MAX));
+    }
+
+    fn runtime() -> Runtime {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
+    }
+
+    #[test]
+    fn nothing_that_blocks_holds_the_end_back() {
+        let begun = Instant::now();
+        let (running, runs) = std::sync::mpsc::channel();
+        let done = to_the_end(runtime(), async move {
+            tokio::task::spawn_blocking(move || {
+                running.send(()).expect("somebody waits");
+                std::thread::sleep(Duration::from_secs(10));
+            });
+            runs.recv().expect("it runs");
+            7
+        });
+        assert_eq!(done, 7);
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_failed_accept_loop_ends_the_engine_and_the_wait_for_it() {
+        for hears in [true, false] {
+            let mut config = server::Config::new(PAGES);
+            config.limits.stop_grace = Duration::from_millis(200);
+            let server = Server::new(config, Arc::new(Telemetry::new("demo")));
+            let begun = Instant::now();
+            let (end, ends) = std::sync::mpsc::channel::<()>();
+            let done = to_the_end(runtime(), async {
+                let stopped = server.reached(server::Phase::Stopping);
+                tokio::spawn(async move {
+                    stopped.await;
+                    if hears {
+                        drop(end);
+                    } else {
+                        std::future::pending::<()>().await;
+                    }
+                });
+                let engine = move || {
+                    let _ = ends.recv_timeout(Duration::from_secs(10));
+                    Ok(Ok(()))
+                };
+                both_ended(&server, tokio::spawn(async { panic!("an accept loop that panics") }), engine).await
+            });
+            assert!(format!("{:#}", done.expect_err("it failed")).starts_with("the accept loop failed"));
+            assert_eq!(server.phase(), server::Phase::Stopping);
+            assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        }
     }
 }

@@ -20,7 +20,7 @@ use crate::admission::{self, Refusal};
 use crate::ids::AdapterGeneration;
 use crate::telemetry::AdapterSnapshot;
 
-/// Loads an adapter under a name, or replaces what the name points to. From this machine, or with the admin key.
+/// Loads an adapter under a name, or replaces what the name points to. With the admin key, or from this machine where there is none.
 #[utoipa::path(
     post,
     path = "/v1/load_lora_adapter",
@@ -53,7 +53,7 @@ pub async fn load(State(server): State<Arc<Server>>, request: Request) -> Result
     Ok(reply(json, &format!("Success: LoRA adapter '{name}' added successfully."), card_of(name, done)))
 }
 
-/// Takes an adapter away: requests on it finish, then its memory is free. From this machine, or with the admin key.
+/// Takes an adapter away: requests on it finish, then its memory is free. With the admin key, or from this machine where there is none.
 #[utoipa::path(
     post,
     path = "/v1/unload_lora_adapter",
@@ -80,7 +80,7 @@ pub async fn unload(State(server): State<Arc<Server>>, request: Request) -> Resu
     Ok(reply(json, &format!("Success: LoRA adapter '{name}' removed successfully."), told))
 }
 
-/// Points a name back to an earlier generation. From this machine, or with the admin key.
+/// Points a name back to an earlier generation. With the admin key, or from this machine where there is none.
 #[utoipa::path(
     post,
     path = "/v1/rollback_lora_adapter",
@@ -199,7 +199,7 @@ fn wants_json(headers: &HeaderMap) -> bool {
 }
 
 /// Works on the registry on a thread that may block.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     server: &Server,
     loaded: &Arc<Loaded>,
     job: impl FnOnce(&Registry) -> Result<T, AdapterError> + Send + 'static,

@@ -15,7 +15,7 @@ use utoipa::OpenApi;
 use super::error::ErrorBody;
 use super::openai::{Capacity, ChatChunk, CompressionCard, Draining, ModelCard, ModelList, ProfileCapacity, ProfileCard, Status, Version};
 use super::{ApiError, Loaded, Phase, Server};
-use crate::adapters::registry::AliasState;
+use crate::adapters::registry::{AliasState, Registry};
 use crate::admission::wire::Message;
 use crate::admission::{Refusal, ServedProfile};
 use crate::ids::ProfileIndex;
@@ -121,11 +121,13 @@ pub async fn models(State(server): State<Arc<Server>>) -> Result<Json<ModelList>
 pub async fn model(State(server): State<Arc<Server>>, id: Result<Path<String>, PathRejection>) -> Result<Json<ModelCard>, ApiError> {
     let loaded = server.loaded()?;
     let Path(id) = id.map_err(|_| Refusal::UnknownModel)?;
-    let (name, is_adapter) = loaded.model.resolve(Some(&id))?;
-    if !is_adapter {
-        return Ok(Json(card(loaded, &name)));
+    if loaded.model.names.contains(&id) {
+        return Ok(Json(card(loaded, &id)));
     }
-    let state = loaded.adapters.alias(&name).ok_or(Refusal::UnknownModel)?;
+    // Whether there is an adapter of that name may be for its folder to say.
+    let known = loaded.clone();
+    let look = move |adapters: &Registry| Ok(known.model.resolve(Some(&id)).map(|(name, _)| adapters.alias(&name)));
+    let state = super::adapters::blocking(&server, loaded, look).await??.ok_or(Refusal::UnknownModel)?;
     Ok(Json(adapter_card(loaded, &state)))
 }
 
@@ -236,7 +238,7 @@ fn partition(most: u32, fits: impl Fn(u32) -> bool) -> u32 {
     low
 }
 
-/// Stops taking requests; those in flight go on. From this machine, or with the admin key.
+/// Stops taking requests; those in flight go on. With the admin key, or from this machine where there is none.
 #[utoipa::path(
     post,
     path = "/admin/drain",

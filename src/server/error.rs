@@ -14,6 +14,7 @@ use crate::adapters::{AdapterError, Fault};
 use crate::admission::Refusal;
 use crate::engine::SubmitError;
 use crate::request::Failure;
+use crate::telemetry::Full;
 
 /// Longest message a client gets, in characters.
 const MESSAGE_MAX: usize = 300;
@@ -34,6 +35,8 @@ pub struct ApiError {
     pub hopeless: bool,
     /// The request was not read to its end, so the connection cannot be used again.
     pub close: bool,
+    /// What had no room for it.
+    pub full: Option<Full>,
 }
 
 /// The body of every reply that is not a success.
@@ -55,9 +58,9 @@ pub struct ErrorObject {
     pub code: Option<String>,
 }
 
-/// Marks a reply as a refusal, for the one place that counts them.
+/// Marks a reply as a refusal, for the one place that counts them: its code, and what was full.
 #[derive(Clone, Copy, Debug)]
-pub struct Refused(pub &'static str);
+pub struct Refused(pub &'static str, pub Option<Full>);
 
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
@@ -65,7 +68,7 @@ const SERVER: &str = "server_error";
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
         let message = message.into();
-        ApiError { status, kind, code, param: None, message, retry_after: None, hopeless: false, close: false }
+        ApiError { status, kind, code, param: None, message, retry_after: None, hopeless: false, close: false, full: None }
     }
 
     fn closing(mut self) -> Self {
@@ -147,10 +150,27 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID, "invalid_json", "the body could not be read to its end").closing()
     }
 
-    /// No place to work on it now.
-    pub fn overloaded(wait: Duration) -> Self {
+    /// No place to work on it now, as `full` has none.
+    pub fn overloaded(full: Full, wait: Duration) -> Self {
         let message = "the server is at its limit of requests; try again after the time in Retry-After";
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "server_overloaded", message).after(wait)
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "server_overloaded", message).after(wait);
+        ApiError { full: Some(full), ..error }
+    }
+
+    /// What the engine says to a request, of which so many may wait for it.
+    pub fn not_submitted(error: &SubmitError, max_queued_requests: usize) -> Self {
+        match *error {
+            SubmitError::QueueFull { queued, retry_after } => {
+                // There is room for requests, so it is their tokens that are too many.
+                let full = if queued < max_queued_requests { Full::Tokens } else { Full::Requests };
+                ApiError { message: error.to_string().into(), ..Self::overloaded(full, retry_after) }
+            }
+            SubmitError::TooLarge { .. } => Self::new(StatusCode::BAD_REQUEST, INVALID, "context_length_exceeded", error.to_string()),
+            SubmitError::Draining => Self::draining(),
+            SubmitError::Stopped => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped", error.to_string()).after(Duration::from_secs(5))
+            }
+        }
     }
 
     /// The model is still being loaded.
@@ -200,7 +220,7 @@ impl From<Refusal> for ApiError {
             Refusal::Type { .. } => "invalid_type",
             Refusal::Value { .. } => "invalid_value",
             Refusal::Unsupported { .. } => "unsupported_parameter",
-            Refusal::ContextLength { .. } => "context_length_exceeded",
+            Refusal::ContextLength { .. } | Refusal::TextLength { .. } => "context_length_exceeded",
             Refusal::Template { .. } => "template_error",
             Refusal::UnknownModel => {
                 let error = Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", refusal.to_string());
@@ -213,27 +233,12 @@ impl From<Refusal> for ApiError {
         };
         let param = match refusal {
             Refusal::Type { param, .. } | Refusal::Value { param, .. } | Refusal::Unsupported { param, .. } => Some(param),
-            Refusal::ContextLength { param, .. } => Some(param.to_owned()),
+            Refusal::ContextLength { param, .. } | Refusal::TextLength { param, .. } => Some(param.to_owned()),
             Refusal::Template { .. } => Some("messages".to_owned()),
             Refusal::Json { .. } | Refusal::UnknownModel => None,
         };
         let param = param.filter(|p| !p.is_empty());
         ApiError { param, ..Self::new(StatusCode::BAD_REQUEST, INVALID, code, message) }
-    }
-}
-
-impl From<SubmitError> for ApiError {
-    fn from(error: SubmitError) -> Self {
-        match error {
-            SubmitError::QueueFull { retry_after, .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "server_overloaded", error.to_string()).after(retry_after)
-            }
-            SubmitError::TooLarge { .. } => Self::new(StatusCode::BAD_REQUEST, INVALID, "context_length_exceeded", error.to_string()),
-            SubmitError::Draining => Self::draining(),
-            SubmitError::Stopped => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped", error.to_string()).after(Duration::from_secs(5))
-            }
-        }
     }
 }
 
@@ -276,7 +281,7 @@ impl IntoResponse for ApiError {
         let body = serde_json::to_vec(&self.body()).unwrap_or_default();
         let mut response = Response::new(axum::body::Body::from(Bytes::from(body)));
         *response.status_mut() = self.status;
-        response.extensions_mut().insert(Refused(self.code));
+        response.extensions_mut().insert(Refused(self.code, self.full));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(wait) = self.retry_after {
@@ -311,7 +316,7 @@ mod tests {
         for (ms, seconds, millis) in
             [(0, "1", "1"), (1, "1", "1"), (999, "1", "999"), (1000, "1", "1000"), (1001, "2", "1001"), (90_500, "91", "90500")]
         {
-            let response = ApiError::overloaded(Duration::from_millis(ms)).into_response();
+            let response = ApiError::overloaded(Full::Texts, Duration::from_millis(ms)).into_response();
             assert_eq!(response.headers()["retry-after"], seconds);
             assert_eq!(response.headers()["retry-after-ms"], millis);
         }

@@ -94,7 +94,7 @@ pub async fn completion(
 pub async fn tokenize(State(server): State<Arc<Server>>, request: Request) -> Result<Json<Tokenized>, ApiError> {
     let loaded = server.loaded()?;
     let body = server.read_body(request).await?;
-    let reply = server.text(loaded, move |model| {
+    let reply = server.text(loaded, body.len(), move |model| {
         let (tokens, strings) = model.tokenize(&body)?;
         let token_strs = strings.then(|| tokens.iter().map(|&id| token_name(&*model.codec, id)).collect());
         Ok(Tokenized { count: tokens.len(), max_model_len: model.context, tokens, token_strs })
@@ -113,19 +113,19 @@ pub async fn tokenize(State(server): State<Arc<Server>>, request: Request) -> Re
 pub async fn detokenize(State(server): State<Arc<Server>>, request: Request) -> Result<Json<Detokenized>, ApiError> {
     let loaded = server.loaded()?;
     let body = server.read_body(request).await?;
-    let prompt = server.text(loaded, move |model| model.detokenize(&body)).await?;
+    let prompt = server.text(loaded, body.len(), move |model| model.detokenize(&body)).await?;
     Ok(Json(Detokenized { prompt }))
 }
 
 async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Kind) -> Result<Response, ApiError> {
     let loaded = server.accepting()?.clone();
     let body = server.read_body(request).await?;
-    let entropy = server.entropy();
+    let (entropy, bytes) = (server.entropy(), body.len());
     let admit = move |model: &admission::Model| match kind {
         Kind::Chat => model.admit_chat(&body, entropy),
         Kind::Text => model.admit_completion(&body, entropy),
     };
-    let Admitted { prompts, requests, reply } = server.text(&loaded, admit).await?;
+    let Admitted { prompts, requests, reply } = server.text(&loaded, bytes, admit).await?;
     let lease = match &reply.adapter {
         // Reading it is part of waiting for a first token.
         Some(alias) => {
@@ -141,7 +141,8 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
     let requests: Vec<_> = requests.into_iter().map(|request| GenerateRequest { adapter, ..request }).collect();
     let profile = requests.first().map_or(loaded.model.default_profile, |request| request.profile);
     let stop_tokens: Vec<_> = requests.iter().map(|request| request.stop_tokens.clone()).collect();
-    let streams = loaded.engine.submit_all(requests, lease)?.into_iter().zip(stop_tokens).collect();
+    let refused = |error| ApiError::not_submitted(&error, loaded.max_queued_requests);
+    let streams = loaded.engine.submit_all(requests, lease).map_err(refused)?.into_iter().zip(stop_tokens).collect();
     let answer = Answer {
         kind,
         id: match kind {
@@ -318,10 +319,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(loaded: &'a Loaded, answer: &Answer, streams: Submitted) -> Self {
         let (stop, include_stop) = (&answer.reply.stop, answer.reply.include_stop);
-        let start = match answer.kind {
-            Kind::Chat => Start::Alone,
-            _ => Start::Continues,
-        };
+        let start = if answer.reply.continues { Start::Continues } else { Start::Alone };
         let choice = |(stream, stop_tokens)| Choice {
             stream,
             text: loaded.model.codec.stream(start, stop, include_stop),

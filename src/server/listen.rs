@@ -1,19 +1,23 @@
 //! The accept loop: deadlines, caps and socket options of every connection, and the orderly end of them all.
 //!
 //! `hyper`'s plain HTTP/1 connection with a timer closes silent and half-sent headers, also between two requests of one
-//! connection; its `half_close(false)` notices a client that left while it waits for an answer.
+//! connection; its `half_close(false)` notices a client that left, or closed its half, while it waits for an answer, and
+//! [`Socket::left`] does where bytes behind the request keep `hyper` from looking.
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::header::HOST;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Uri};
+use hyper::body::{Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,6 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
+use super::socket::Socket;
 use super::{Limits, Phase, Server};
 use crate::telemetry::Event;
 
@@ -80,7 +85,7 @@ pub async fn serve(listener: TcpListener, server: Arc<Server>, shutdown: impl Fu
         connections.spawn(async move {
             let _slot = slot;
             server.telemetry.emit(Event::Connections { open: open.fetch_add(1, Ordering::Relaxed) + 1 });
-            connection(stream, peer, router, &server.config.limits, closing).await;
+            connection(Socket::new(stream), peer, router, &server.config.limits, closing).await;
             server.telemetry.emit(Event::Connections { open: open.fetch_sub(1, Ordering::Relaxed) - 1 });
         });
     }
@@ -91,7 +96,8 @@ pub async fn serve(listener: TcpListener, server: Arc<Server>, shutdown: impl Fu
     let all_closed = async { while connections.join_next().await.is_some() {} };
     let in_time = tokio::select! {
         done = tokio::time::timeout(drain_timeout, all_closed) => done.is_ok(),
-        () = &mut stopping => false,
+        // Asked anew: the one above has given its answer where it ended the loop, and may not be asked again.
+        () = server.reached(Phase::Stopping) => false,
     };
     let forced = if in_time { 0 } else { open.load(Ordering::Relaxed) };
     // Also when all went well: the engine's thread ends with the server.
@@ -130,10 +136,14 @@ fn set_options(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
     Ok(())
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, limits: &Limits, mut closing: watch::Receiver<bool>) {
+async fn connection(socket: Socket, peer: SocketAddr, router: Router, limits: &Limits, mut closing: watch::Receiver<bool>) {
+    // Held by whatever makes or tells an answer.
+    let answering = Arc::new(());
+    let answers = Arc::downgrade(&answering);
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer));
-        router.clone().oneshot(request)
+        let (answer, held) = (router.clone().oneshot(request), answers.upgrade());
+        async move { answer.await.map(|response| response.map(|body| Told { body, _held: held })) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -143,21 +153,64 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, limits:
         .max_header_size(limits.header_bytes)
         .max_headers(limits.headers)
         .half_close(false)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(socket.clone()), service);
     let mut connection = std::pin::pin!(connection);
     let closed = async {
         // The sender outlives every connection; if it were gone, closing would be right, too.
         let _ = closing.wait_for(|closing| *closing).await;
     };
+    let served = async {
+        tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = closed => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        }
+    };
+    // An answer that is only to be written is left to `hyper`, and so is a connection without a request.
+    let left = async {
+        loop {
+            socket.left().await;
+            if Arc::strong_count(&answering) > 1 {
+                break;
+            }
+        }
+    };
     let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = closed => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+        biased;
+        ended = served => ended,
+        () = left => {
+            // With the connection goes its request, and with that its sequences.
+            tracing::debug!("the client left");
+            return;
         }
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// The body of an answer, which is being made until this is dropped.
+struct Told {
+    body: axum::body::Body,
+    _held: Option<Arc<()>>,
+}
+
+impl hyper::body::Body for Told {
+    type Data = bytes::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::adapters::registry::Registry;
 use crate::engine::EngineHandle;
 use crate::ids::ProfileIndex;
-use crate::telemetry::{Event, Telemetry};
+use crate::telemetry::{Event, Full, Telemetry};
 
 pub use crate::admission::{Codec, Model, Refusal};
 
@@ -36,6 +36,7 @@ pub mod error;
 pub mod generate;
 pub mod listen;
 pub mod openai;
+pub mod socket;
 
 pub use error::ApiError;
 pub use listen::{Peer, serve};
@@ -45,20 +46,26 @@ pub use listen::{Peer, serve};
 pub struct Config {
     /// Keys for everything but the public paths; none means that no key is needed.
     pub api_keys: Keys,
-    /// Keys for `/admin/*` and for changing adapters from other machines; they open everything else, too.
+    /// Keys for `/admin/*` and for changing adapters, which without any are for this machine's own callers; they open everything
+    /// else, too.
     pub admin_keys: Keys,
     pub limits: Limits,
     /// Longest silence of a stream before a keep-alive comment.
     pub keep_alive: Duration,
     /// An engine that gave no sign of life for so long is reported dead.
     pub heartbeat_limit: Duration,
-    /// Requests whose text is worked on at once, and how many more may wait for that.
+    /// Requests whose text is worked on at once, if their bodies have at most [`SHORT_TEXT`] bytes, and how many more may wait for
+    /// that. Beside them, so many times that much of longer bodies; one that is longer still is the only long one then.
     pub text_threads: usize,
     pub text_queue: usize,
     /// Seeds of requests that give none repeat from start to start, in the same order, when this is set.
     pub seed: Option<u64>,
     pub pages: Pages,
 }
+
+/// Bytes of the longest body whose text is short: work on it takes one place among its like. Work on longer ones takes a place
+/// among theirs for each so many bytes, as memory goes with the text, and short ones need not wait for long ones.
+pub const SHORT_TEXT: usize = 256 << 10;
 
 /// Pages served to browsers. They load nothing from other hosts.
 #[derive(Clone, Copy, Debug)]
@@ -163,6 +170,8 @@ pub struct Loaded {
     /// decreasing in the number of positions.
     pub need: Arc<dyn Fn(ProfileIndex, u32) -> u64 + Send + Sync>,
     pub adapters: Registry,
+    /// Requests that may wait for the engine.
+    pub max_queued_requests: usize,
 }
 
 /// Where the server is in its life. It only moves forward.
@@ -182,7 +191,8 @@ pub struct Server {
     pub telemetry: Arc<Telemetry>,
     loaded: OnceLock<Arc<Loaded>>,
     phase: watch::Sender<Phase>,
-    text_slots: Arc<Semaphore>,
+    short_texts: Arc<Semaphore>,
+    long_texts: Arc<Semaphore>,
     text_queue: Arc<Semaphore>,
     bodies: Arc<AtomicUsize>,
     /// Random per process, unless seeded; absent seeds come from it and their count.
@@ -204,7 +214,8 @@ impl Server {
         Arc::new(Server {
             loaded: OnceLock::new(),
             phase: watch::Sender::new(Phase::Loading),
-            text_slots: Arc::new(Semaphore::new(config.text_threads.max(1))),
+            short_texts: Arc::new(Semaphore::new(config.text_threads.max(1))),
+            long_texts: Arc::new(Semaphore::new(config.text_threads.max(1))),
             text_queue: Arc::new(Semaphore::new(config.text_threads.max(1) + config.text_queue)),
             bodies: Arc::new(AtomicUsize::new(0)),
             secret: config.seed.map_or_else(process_secret, |seed| *blake3::hash(&seed.to_le_bytes()).as_bytes()),
@@ -300,19 +311,25 @@ impl Server {
         keyed_count(&self.id_secret, &self.ids)
     }
 
-    /// Works on text with `job` on a thread that may block.
+    /// Works on the text of a body of so many `bytes` with `job`, on a thread that may block.
     ///
     /// # Errors
     /// 429 when too many wait already; what `job` refuses; 500 if it panics.
-    pub(crate) async fn text<T, F>(&self, loaded: &Arc<Loaded>, job: F) -> Result<T, ApiError>
+    pub(crate) async fn text<T, F>(&self, loaded: &Arc<Loaded>, bytes: usize, job: F) -> Result<T, ApiError>
     where
         T: Send + 'static,
         F: FnOnce(&Model) -> Result<T, Refusal> + Send + 'static,
     {
         let Ok(place) = self.text_queue.clone().try_acquire_owned() else {
-            return Err(ApiError::overloaded(Duration::from_secs(1)));
+            return Err(ApiError::overloaded(Full::Texts, Duration::from_secs(1)));
         };
-        let slot = self.text_slots.clone().acquire_owned().await.map_err(|_| ApiError::internal())?;
+        let (slots, wanted) = match bytes.div_ceil(SHORT_TEXT) {
+            0 | 1 => (&self.short_texts, 1),
+            // No more than there are, or the longest would wait for ever.
+            many => (&self.long_texts, many.min(self.config.text_threads.max(1))),
+        };
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        let slot = slots.clone().acquire_many_owned(wanted).await.map_err(|_| ApiError::internal())?;
         let loaded = loaded.clone();
         let done = tokio::task::spawn_blocking(move || {
             // Held until the work is done, also when the client has left meanwhile: the thread is busy either way.
@@ -358,7 +375,7 @@ impl Server {
                 return Err(ApiError::body_too_large(limits.body_bytes));
             }
             if !held.count(data.len(), limits.bodies_bytes) {
-                return Err(ApiError { close: true, ..ApiError::overloaded(Duration::from_secs(1)) });
+                return Err(ApiError { close: true, ..ApiError::overloaded(Full::Bodies, Duration::from_secs(1)) });
             }
             bytes.extend_from_slice(&data);
         }
@@ -499,9 +516,9 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
             }
         },
     };
-    if let Some(error::Refused(code)) = response.extensions().get() {
+    if let Some(&error::Refused(code, full)) = response.extensions().get() {
         tracing::debug!(request_id = %id.0, path, status = response.status().as_u16(), code, "refused");
-        server.telemetry.emit(Event::Refused { code });
+        server.telemetry.emit(Event::Refused { code, full });
     }
     let value = HeaderValue::from_str(&id.0).expect("request ids are of [A-Za-z0-9_-]");
     response.headers_mut().insert(HeaderName::from_static("x-request-id"), value);
@@ -517,7 +534,7 @@ fn admit(server: &Server, path: &'static str, request: &Request) -> Result<(), A
         let role = authenticate(server, request.headers())?;
         // By what was asked for as well as by what matched: nothing below /admin/ is ever open by accident.
         if path.starts_with("/admin/") || ADMIN.contains(&path) || request.uri().path().starts_with("/admin/") {
-            authorise_admin(role, request)?;
+            authorise_admin(server, role, request)?;
         }
     }
     Ok(())
@@ -551,22 +568,29 @@ fn authenticate(server: &Server, headers: &HeaderMap) -> Result<Role, ApiError> 
     }
 }
 
-/// The admin key, or a caller on this machine that is no web page: a page of another origin sends `Origin`, and one that
-/// rebinds its name to 127.0.0.1 sends that name as `Host`.
-fn authorise_admin(role: Role, request: &Request) -> Result<(), ApiError> {
+/// What a proxy says of the caller it speaks for.
+const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+
+/// The admin key; where there is none, a caller on this machine that is no web page and no proxy: a page of another origin sends
+/// `Origin`, one that rebinds its name to 127.0.0.1 sends that name as `Host`, and a proxy says for whom it asks, if it is told to.
+fn authorise_admin(server: &Server, role: Role, request: &Request) -> Result<(), ApiError> {
     if role == Role::Admin {
         return Ok(());
     }
+    if !server.config.admin_keys.is_empty() {
+        return Err(ApiError::not_allowed("this needs the admin key (--admin-api-key)"));
+    }
     let headers = request.headers();
+    let proxied = FORWARDED.iter().any(|name| headers.contains_key(*name));
     let local = request.extensions().get::<Peer>().is_some_and(|peer| peer.0.ip().to_canonical().is_loopback());
     let host = headers.get(HOST).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(host, |(name, _)| name);
     let literal = name.eq_ignore_ascii_case("localhost") || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
     let own_page = headers.get(ORIGIN).is_none_or(|o| o.to_str().is_ok_and(|o| o.strip_prefix("http://") == Some(host)));
-    if local && literal && own_page {
+    if local && literal && own_page && !proxied {
         return Ok(());
     }
-    Err(ApiError::not_allowed("this needs the admin key (--admin-api-key), or a caller on the server's own machine"))
+    Err(ApiError::not_allowed("this needs an admin key (--admin-api-key), or a caller on the server's own machine that is no proxy"))
 }
 
 /// At most these values: methods are otherwise the client's to invent.

@@ -10,7 +10,8 @@ use crate::text::{StartState, Tokenizer};
 pub enum Start {
     /// It stands alone, as an answer in a chat does: the whole of it is [`Tokenizer::decode`] of all its ids.
     Alone,
-    /// It goes on from a prompt, as a completion does: a leading space stays, whatever the tokenizer.
+    /// It goes on from a text, as a completion does, or the answer that goes on with a chat's last message: a leading space stays,
+    /// whatever the tokenizer.
     Continues,
 }
 

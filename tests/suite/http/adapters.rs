@@ -81,7 +81,8 @@ fn serving(registry: &Registry) -> App {
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let model = Model { adapters: Some(Arc::new(registry.clone())), ..model() };
     let need = Arc::new(|_, tokens: u32| u64::from(tokens));
-    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: registry.clone() });
+    let engine = EngineHandle::new(fake.clone());
+    server.install(Loaded { model, engine, need, adapters: registry.clone(), max_queued_requests: 256 });
     App { router: server.router(), server, fake }
 }
 

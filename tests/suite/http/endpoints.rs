@@ -257,26 +257,38 @@ async fn draining_is_for_the_machine_itself_and_the_admin_key() {
     let local = Some("127.0.0.1:5000");
     let remote = Some("10.0.0.9:5000");
     let (yes, no, unknown) = ("202", "403 not_allowed -", "401 invalid_api_key -");
-    for (with_keys, peer, host, headers, verdict) in [
-        (false, local, "localhost:8000", &[][..], yes),
-        (false, local, "127.0.0.1:8000", &[], yes),
-        (false, Some("[::1]:9"), "[::1]:8000", &[], yes),
-        (false, Some("[::ffff:127.0.0.1]:9"), "127.0.0.1", &[], yes),
-        (false, local, "localhost:8000", &[("origin", "http://localhost:8000")], yes),
-        (false, local, "localhost:8000", &[("origin", "http://evil.example")], no),
-        (false, local, "rebound.example:8000", &[], no),
-        (false, remote, "10.0.0.1:8000", &[], no),
-        (false, None, "localhost", &[], no),
-        (true, local, "localhost", &[], unknown),
-        (true, local, "localhost", &[("authorization", "Bearer sk-one")], yes),
-        (true, remote, "10.0.0.1", &[("authorization", "Bearer sk-one")], no),
-        (true, remote, "10.0.0.1", &[("authorization", "Bearer sk-admin")], yes),
+    // Keys of clients, and of administrators.
+    let (open, keyed) = (("", ""), ("sk-one", ""));
+    let (closed, administered) = (("sk-one", "sk-admin"), ("", "sk-admin"));
+    for (keys, peer, host, headers, verdict) in [
+        (open, local, "localhost:8000", &[][..], yes),
+        (open, local, "127.0.0.1:8000", &[], yes),
+        (open, Some("[::1]:9"), "[::1]:8000", &[], yes),
+        (open, Some("[::ffff:127.0.0.1]:9"), "127.0.0.1", &[], yes),
+        (open, local, "localhost:8000", &[("origin", "http://localhost:8000")], yes),
+        (open, local, "localhost:8000", &[("origin", "http://evil.example")], no),
+        (open, local, "rebound.example:8000", &[], no),
+        (open, remote, "10.0.0.1:8000", &[], no),
+        (open, None, "localhost", &[], no),
+        // A proxy on this machine speaks for callers from anywhere.
+        (open, local, "127.0.0.1:8000", &[("forwarded", "for=10.0.0.9")], no),
+        (open, local, "127.0.0.1:8000", &[("x-forwarded-for", "127.0.0.1")], no),
+        (open, local, "127.0.0.1:8000", &[("x-real-ip", "10.0.0.9")], no),
+        (open, local, "127.0.0.1:8000", &[("via", "1.1 proxy")], no),
+        (keyed, local, "localhost", &[], unknown),
+        (keyed, local, "localhost", &[("authorization", "Bearer sk-one")], yes),
+        (keyed, local, "localhost", &[("authorization", "Bearer sk-one"), ("x-forwarded-for", "10.0.0.9")], no),
+        (administered, local, "localhost", &[], no),
+        (administered, local, "localhost", &[("authorization", "Bearer sk-admin")], yes),
+        (closed, local, "localhost", &[], unknown),
+        (closed, local, "localhost", &[("authorization", "Bearer sk-one")], no),
+        (closed, remote, "10.0.0.1", &[("authorization", "Bearer sk-one")], no),
+        (closed, remote, "10.0.0.1", &[("authorization", "Bearer sk-admin")], yes),
+        (closed, local, "localhost", &[("authorization", "Bearer sk-admin"), ("x-forwarded-for", "10.0.0.9")], yes),
     ] {
         let mut config = config();
-        if with_keys {
-            config.api_keys = Keys::new(["sk-one"]);
-            config.admin_keys = Keys::new(["sk-admin"]);
-        }
+        config.api_keys = Keys::new([keys.0]);
+        config.admin_keys = Keys::new([keys.1]);
         let app = app_with(config, vec![]);
         let mut request = Request::post("/admin/drain").header("host", host);
         for (name, value) in headers {
@@ -286,10 +298,10 @@ async fn draining_is_for_the_machine_itself_and_the_admin_key() {
         if let Some(peer) = peer {
             request.extensions_mut().insert(Peer(peer.parse().expect("an address")));
         }
-        assert_eq!(app.send(request).await.verdict(), verdict, "{with_keys} {peer:?} {host} {headers:?}");
+        assert_eq!(app.send(request).await.verdict(), verdict, "{keys:?} {peer:?} {host} {headers:?}");
         let phase = if verdict == yes { Phase::Draining } else { Phase::Ready };
         assert_eq!(app.server.phase(), phase);
-        if verdict == yes && !with_keys {
+        if verdict == yes && keys == open {
             assert_eq!(app.get("/ready").await.verdict(), "503 draining -");
             assert_eq!(app.get("/health").await.verdict(), "200");
             let refused = app.post(CHAT, &hello()).await;
@@ -346,6 +358,49 @@ async fn a_full_queue_tells_when_to_come_back() {
     let metrics = app.server.telemetry.render();
     assert!(metrics.contains("strait:requests_rejected_total{code=\"server_overloaded\"} 1\n"));
     assert!(metrics.contains("reason=\"max_num_queued_reqs\"} 1\n"));
+}
+
+#[tokio::test]
+async fn each_want_of_room_has_a_reason_of_its_own() {
+    let full = |queued| Err(SubmitError::QueueFull { queued, retry_after: Duration::from_secs(1) });
+    for (reason, play, edit) in [
+        ("max_num_queued_reqs", full(256), None),
+        ("max_num_queued_tokens", full(255), None),
+        ("max_queued_texts", Ok(vec![]), Some((|c: &mut Config| (c.text_threads, c.text_queue) = (1, 0)) as fn(&mut Config))),
+        ("max_body_bytes", Ok(vec![]), Some(|c: &mut Config| c.limits.bodies_bytes = 10)),
+    ] {
+        let mut config = config();
+        edit.into_iter().for_each(|edit| edit(&mut config));
+        let app = app_with(config, vec![play]);
+        // Where one place is all there is for work on text, the second finds none.
+        let (slow, hello) = (json!({"prompt": "slow"}), hello());
+        let work = async { if reason == "max_queued_texts" { Some(app.post("/tokenize", &slow).await) } else { None } };
+        let (_, refused) = tokio::join!(work, app.post(CHAT, &hello));
+        assert_eq!(refused.verdict(), "429 server_overloaded -", "{reason}");
+        let metrics = app.server.telemetry.render();
+        let counted: Vec<&str> =
+            metrics.lines().filter(|l| l.starts_with("vllm:admission_rejections_total{") && !l.ends_with(" 0")).collect();
+        assert_eq!(counted, [format!("vllm:admission_rejections_total{{engine=\"0\",model_name=\"demo\",reason=\"{reason}\"}} 1")]);
+    }
+}
+
+/// Adapters whose names are looked up on a disk that is slow.
+struct Slow(std::thread::ThreadId);
+
+impl strait::admission::Adapters for Slow {
+    fn knows(&self, _: &str) -> bool {
+        assert_ne!(std::thread::current().id(), self.0, "files are not looked for on a thread that serves others");
+        false
+    }
+}
+
+#[tokio::test]
+async fn a_model_is_looked_up_where_it_holds_nobody_up() {
+    let model = Model { adapters: Some(Arc::new(Slow(std::thread::current().id()))), ..model() };
+    let app = app_of(config(), model);
+    for (id, verdict) in [("demo", "200"), ("org/demo", "200"), ("other", "404 model_not_found model")] {
+        assert_eq!(app.get(&format!("/v1/models/{id}")).await.verdict(), verdict, "{id}");
+    }
 }
 
 #[tokio::test]

@@ -127,6 +127,25 @@ async fn two_choices_are_two_sequences_with_their_own_seeds() {
 }
 
 #[tokio::test]
+async fn what_goes_on_from_a_text_keeps_the_space_it_begins_with() {
+    let continued = with(hello(), &json!({"continue_final_message": true}));
+    for (path, body, text) in [(CHAT, hello(), "there"), (CHAT, continued, " there"), (TEXT, json!({"prompt": "hi"}), " there")] {
+        for stream in [false, true] {
+            let app = app(vec![Ok(ends(" there"))]);
+            let answer = app.post(path, &with(body.clone(), &json!({"stream": stream}))).await;
+            let frames = if stream { frames(&answer.text) } else { vec![answer.json()] };
+            let text_of = |f: &Value| {
+                let choice = &f["choices"][0];
+                [&choice["text"], &choice["delta"]["content"], &choice["message"]["content"]]
+                    .iter()
+                    .find_map(|t| t.as_str().map(str::to_owned))
+            };
+            assert_eq!(frames.iter().filter_map(text_of).collect::<String>(), text, "{path} {body} {stream}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn prompts_and_choices_are_indexed_prompt_by_prompt() {
     let app = app(["a", "b", "c", "d"].map(|t| Ok(ends(t))).into());
     let answer = app.post(TEXT, &json!({"prompt": ["x", "yy"], "n": 2, "seed": -1, "echo": true, "max_tokens": 3})).await.json();
@@ -209,7 +228,8 @@ fn happened(events: Vec<Event>) -> App {
 /// Any engine behind the router.
 fn served(engine: EngineHandle, model: Model) -> App {
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
-    server.install(Loaded { model, engine, need: Arc::new(|_, _| 0), adapters: crate::http::adapters::none() });
+    let (need, adapters) = (Arc::new(|_, _| 0), crate::http::adapters::none());
+    server.install(Loaded { model, engine, need, adapters, max_queued_requests: 256 });
     App { router: server.router(), server, fake: Fake::new(vec![]) }
 }
 

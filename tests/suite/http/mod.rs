@@ -30,6 +30,7 @@ mod endpoints;
 mod generate;
 mod parameters;
 mod sockets;
+mod texts;
 
 // ---------------------------------------------------------------- a codec of bytes
 
@@ -43,6 +44,9 @@ struct Bytes;
 impl Codec for Bytes {
     fn encode(&self, text: &str, add_special_tokens: bool, _: bool) -> Result<Vec<TokenId>, EncodeError> {
         assert!(text != "panic", "a tokenizer that panics");
+        if text == "slow" {
+            std::thread::sleep(Duration::from_millis(200));
+        }
         let bos = add_special_tokens.then_some(BOS);
         Ok(bos.into_iter().chain(text.bytes().map(TokenId::from)).collect())
     }
@@ -83,13 +87,16 @@ impl Codec for Bytes {
         }
         Ok(self.encode(&text, false, true).expect("bytes always encode"))
     }
-    fn stream<'a>(&'a self, _: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        Box::new(ByteStream { codec: self, stop: stop.to_vec(), include_stop, held: Vec::new() })
+    /// An answer that stands alone loses the space it begins with, as with a tokenizer of the sentencepiece kind.
+    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+        Box::new(ByteStream { codec: self, trims: start == Start::Alone, stop: stop.to_vec(), include_stop, held: Vec::new() })
     }
 }
 
 struct ByteStream<'a> {
     codec: &'a Bytes,
+    /// Nothing was pushed yet, and a space would not be told.
+    trims: bool,
     stop: Vec<String>,
     include_stop: bool,
     held: Vec<u8>,
@@ -98,7 +105,8 @@ struct ByteStream<'a> {
 impl TextStream for ByteStream<'_> {
     fn push(&mut self, id: TokenId) -> Piece {
         assert!(id != 0, "a text stream that panics");
-        if id < 256 {
+        let trimmed = std::mem::take(&mut self.trims) && id == TokenId::from(b' ');
+        if id < 256 && !trimmed {
             self.held.extend(self.codec.token_bytes(id));
         }
         let hit = self.stop.iter().filter_map(|s| {
@@ -329,10 +337,14 @@ fn config() -> Config {
 }
 
 fn install(server: &Server, fake: &Arc<Fake>) {
-    let profiles = model().profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
+    install_model(server, fake, model());
+}
+
+fn install_model(server: &Server, fake: &Arc<Fake>, model: Model) {
+    let profiles = model.profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model: model(), engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none() });
+    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none(), max_queued_requests: 256 });
 }
 
 struct App {
@@ -345,6 +357,13 @@ fn app_with(config: Config, plays: Vec<Play>) -> App {
     let server = Server::new(config, Arc::new(Telemetry::new("demo")));
     let fake = Fake::new(plays);
     install(&server, &fake);
+    App { router: server.router(), server, fake }
+}
+
+fn app_of(config: Config, model: Model) -> App {
+    let server = Server::new(config, Arc::new(Telemetry::new("demo")));
+    let fake = Fake::new(vec![]);
+    install_model(&server, &fake, model);
     App { router: server.router(), server, fake }
 }
 

@@ -86,13 +86,25 @@ async fn a_stream_over_a_socket_keeps_alive_and_ends() {
 
 #[tokio::test]
 async fn a_client_that_leaves_cancels_its_sequences_at_once() {
-    for (stream, n, steps) in
-        [(false, 1, vec![Hang]), (false, 3, vec![Say("a"), Hang]), (true, 1, vec![Hang]), (true, 2, vec![Say("a"), Hang])]
-    {
+    let (at_once, soon) = (Duration::from_millis(100), Duration::from_secs(2));
+    // Behind bytes that nobody reads before the answer is told, the end of the connection is looked for once in a while.
+    let next = String::from_utf8(request(CHAT, &hello())).expect("text");
+    for (stream, n, steps, behind, within) in [
+        (false, 1, vec![Hang], "", at_once),
+        (false, 3, vec![Say("a"), Hang], "", at_once),
+        (true, 1, vec![Hang], "", at_once),
+        (true, 2, vec![Say("a"), Hang], "", at_once),
+        (false, 1, vec![Hang], "\r\n", soon),
+        (false, 3, vec![Say("a"), Hang], next.as_str(), soon),
+        (true, 1, vec![Hang], "\r\n", soon),
+        (true, 2, vec![Say("a"), Hang], next.as_str(), soon),
+    ] {
         for reset in [false, true] {
             let net = net(vec![Ok(steps.clone()); n]).await;
             let mut client = net.connect().await;
-            client.write_all(&request(CHAT, &with(hello(), &json!({"stream": stream, "n": n})))).await.expect("sent");
+            let mut sent = request(CHAT, &with(hello(), &json!({"stream": stream, "n": n})));
+            sent.extend_from_slice(behind.as_bytes());
+            client.write_all(&sent).await.expect("sent");
             net.app.fake.submitted(n).await;
             if stream && n == 2 {
                 read_until(&mut client, "\"a\"").await;
@@ -104,9 +116,11 @@ async fn a_client_that_leaves_cancels_its_sequences_at_once() {
             }
             let left = Instant::now();
             drop(client);
-            for (seq, at) in net.app.fake.cancelled(n).await {
+            let cancelled = net.app.fake.cancelled(n).await;
+            assert_eq!(cancelled.len(), n, "the request behind was not begun");
+            for (seq, at) in cancelled {
                 let after = at.duration_since(left);
-                assert!(after < Duration::from_millis(100), "{seq:?} was cancelled after {after:?}");
+                assert!(after < within, "{seq:?} was cancelled after {after:?}, with {behind:?} behind its request");
             }
         }
     }
@@ -283,6 +297,19 @@ async fn a_drain_that_takes_too_long_ends_streams_with_an_error() {
         assert!(begun.elapsed() < Duration::from_secs(3));
         assert!(net.app.server.telemetry.render().contains("strait:drain_forced_total 2\n"));
     }
+}
+
+#[tokio::test]
+async fn a_stop_without_a_drain_ends_streams_with_an_error() {
+    let net = net(vec![Ok(vec![Say("a"), Hang])]).await;
+    let mut client = net.connect().await;
+    client.write_all(&request(CHAT, &with(hello(), &json!({"stream": true})))).await.expect("sent");
+    read_until(&mut client, "\"a\"").await;
+    // What an engine that ends unasked does: no signal came, and connections are still accepted.
+    net.app.server.stop();
+    let rest = read_all(&mut client).await;
+    assert!(rest.contains("\"code\":\"draining\"") && !rest.contains("[DONE]"), "{rest}");
+    assert_eq!(net.served.await.expect("no panic").forced, 1);
 }
 
 #[tokio::test]
