@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use crate::adapters::registry::Lease;
 use crate::ids::SeqId;
 use crate::request::{Event, GenerateRequest};
+use crate::scheduler::Limit;
 use crate::telemetry::Snapshot;
 
 /// Sends work to the engine thread. Cheap to clone; never blocks on compute.
@@ -50,7 +51,7 @@ pub trait Engine: Send + Sync {
 pub enum SubmitError {
     /// The queue is full; `retry_after` follows from the pace at which it drains.
     #[error("the request queue is full ({queued} requests)")]
-    QueueFull { queued: usize, retry_after: Duration },
+    QueueFull { queued: usize, limit: Limit, retry_after: Duration },
     /// The request can never fit the cache, however idle the server is.
     #[error(
         "this request needs {need} bytes of cache and the server has {have}; shorten it, choose a smaller cache_profile, or raise --kv-cache-memory-bytes"

@@ -236,7 +236,7 @@ impl Engine for Arc<Door> {
         let seqs = {
             let mut queue = self.queue();
             let entered = queue.enter(&prompts, arrived);
-            entered.map_err(|queued| SubmitError::QueueFull { queued, retry_after: queue.retry_after(arrived) })?
+            entered.map_err(|(queued, limit)| SubmitError::QueueFull { queued, limit, retry_after: queue.retry_after(arrived) })?
         };
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {

@@ -49,7 +49,7 @@ use std::time::Duration;
 
 pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
-pub use self::queue::Queue;
+pub use self::queue::{Limit, Queue};
 pub use self::sequence::{Ended, Times};
 use self::sequence::{Rank, Running, Sequence, Start, Waiting};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};

@@ -9,6 +9,15 @@ use crate::ids::SeqId;
 /// Starts remembered to measure how fast the queue drains.
 const STARTS: usize = 32;
 
+/// Why a request finds no room in the queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Limit {
+    /// Of requests that wait.
+    Requests,
+    /// Of the tokens of their prompts.
+    Tokens,
+}
+
 /// The book of the sequences that wait for their first start. It numbers them, and times come with its calls.
 pub struct Queue {
     max_requests: usize,
@@ -37,12 +46,15 @@ impl Queue {
     /// they come to, as there is nothing that a later try could wait for.
     ///
     /// # Errors
-    /// How many wait, when there is no room behind them.
-    pub fn enter(&mut self, prompts: &[usize], now: Duration) -> Result<Vec<SeqId>, usize> {
+    /// How many wait, when there is no room behind them, and by which limit.
+    pub fn enter(&mut self, prompts: &[usize], now: Duration) -> Result<Vec<SeqId>, (usize, Limit)> {
         let tokens = prompts.iter().map(|&n| n as u64).sum::<u64>();
         let waiting = self.waiting.len();
-        if waiting > 0 && (waiting + prompts.len() > self.max_requests || self.tokens + tokens > self.max_tokens) {
-            return Err(waiting);
+        if waiting > 0 && waiting + prompts.len() > self.max_requests {
+            return Err((waiting, Limit::Requests));
+        }
+        if waiting > 0 && self.tokens + tokens > self.max_tokens {
+            return Err((waiting, Limit::Tokens));
         }
         let seqs: Vec<SeqId> = (self.next..).map(SeqId).take(prompts.len()).collect();
         self.next += seqs.len() as u64;

@@ -494,7 +494,6 @@ fn install(server: &Server, ready: Ready) -> anyhow::Result<(Summary, EngineThre
         },
         adapters,
         engine,
-        max_queued_requests: config.max_queued_requests,
         need: Arc::new(move |profile, positions| fit.lock().expect("arithmetic does not panic").need(profile, positions)),
     });
     Ok((summary, thread))

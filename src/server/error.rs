@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use crate::adapters::{AdapterError, Fault};
 use crate::admission::Refusal;
 use crate::engine::SubmitError;
+use crate::scheduler::Limit;
 use crate::request::Failure;
 use crate::telemetry::Full;
 
@@ -157,12 +158,14 @@ impl ApiError {
         ApiError { full: Some(full), ..error }
     }
 
-    /// What the engine says to a request, of which so many may wait for it.
-    pub fn not_submitted(error: &SubmitError, max_queued_requests: usize) -> Self {
+    /// What the engine says to a request.
+    pub fn not_submitted(error: &SubmitError) -> Self {
         match *error {
-            SubmitError::QueueFull { queued, retry_after } => {
-                // There is room for requests, so it is their tokens that are too many.
-                let full = if queued < max_queued_requests { Full::Tokens } else { Full::Requests };
+            SubmitError::QueueFull { limit, retry_after, .. } => {
+                let full = match limit {
+                    Limit::Tokens => Full::Tokens,
+                    Limit::Requests => Full::Requests,
+                };
                 ApiError { message: error.to_string().into(), ..Self::overloaded(full, retry_after) }
             }
             SubmitError::TooLarge { .. } => Self::new(StatusCode::BAD_REQUEST, INVALID, "context_length_exceeded", error.to_string()),

@@ -170,8 +170,6 @@ pub struct Loaded {
     /// decreasing in the number of positions.
     pub need: Arc<dyn Fn(ProfileIndex, u32) -> u64 + Send + Sync>,
     pub adapters: Registry,
-    /// Requests that may wait for the engine.
-    pub max_queued_requests: usize,
 }
 
 /// Where the server is in its life. It only moves forward.

@@ -938,10 +938,10 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
     }
     expect![[r#"
         [10, 10, 10] enters: Ok([s0, s1, s2]); 3 wait
-        [1, 1] enters: Err(3); 3 wait
+        [1, 1] enters: Err((3, Requests)); 3 wait
         [1] enters: Ok([s3]); 4 wait
         s3 leaves; 3 wait
-        [71] enters: Err(3); 3 wait
+        [71] enters: Err((3, Tokens)); 3 wait
         [70] enters: Ok([s4]); 4 wait
         s0 leaves; 3 wait
         s0 leaves; 3 wait
@@ -951,7 +951,7 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
         s4 leaves; 1 wait
         s5 leaves; 0 wait
         [50, 50, 50, 50, 50] enters: Ok([s6, s7, s8, s9, s10]); 5 wait
-        [0] enters: Err(5); 5 wait
+        [0] enters: Err((5, Requests)); 5 wait
     "#]]
     .assert_eq(&transcript);
 }

@@ -82,7 +82,7 @@ fn serving(registry: &Registry) -> App {
     let model = Model { adapters: Some(Arc::new(registry.clone())), ..model() };
     let need = Arc::new(|_, tokens: u32| u64::from(tokens));
     let engine = EngineHandle::new(fake.clone());
-    server.install(Loaded { model, engine, need, adapters: registry.clone(), max_queued_requests: 256 });
+    server.install(Loaded { model, engine, need, adapters: registry.clone() });
     App { router: server.router(), server, fake }
 }
 

@@ -334,7 +334,7 @@ async fn before_the_model_is_loaded() {
 
 #[tokio::test]
 async fn a_full_queue_tells_when_to_come_back() {
-    let full = SubmitError::QueueFull { queued: 256, retry_after: Duration::from_millis(2300) };
+    let full = SubmitError::QueueFull { queued: 256, limit: Limit::Requests, retry_after: Duration::from_millis(2300) };
     let app = app(vec![
         Err(full),
         Ok(vec![Hang]),
@@ -362,10 +362,10 @@ async fn a_full_queue_tells_when_to_come_back() {
 
 #[tokio::test]
 async fn each_want_of_room_has_a_reason_of_its_own() {
-    let full = |queued| Err(SubmitError::QueueFull { queued, retry_after: Duration::from_secs(1) });
+    let full = |limit| Err(SubmitError::QueueFull { queued: 9, limit, retry_after: Duration::from_secs(1) });
     for (reason, play, edit) in [
-        ("max_num_queued_reqs", full(256), None),
-        ("max_num_queued_tokens", full(255), None),
+        ("max_num_queued_reqs", full(Limit::Requests), None),
+        ("max_num_queued_tokens", full(Limit::Tokens), None),
         ("max_queued_texts", Ok(vec![]), Some((|c: &mut Config| (c.text_threads, c.text_queue) = (1, 0)) as fn(&mut Config))),
         ("max_body_bytes", Ok(vec![]), Some(|c: &mut Config| c.limits.bodies_bytes = 10)),
     ] {

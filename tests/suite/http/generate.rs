@@ -229,7 +229,7 @@ fn happened(events: Vec<Event>) -> App {
 fn served(engine: EngineHandle, model: Model) -> App {
     let server = Server::new(config(), Arc::new(Telemetry::new("demo")));
     let (need, adapters) = (Arc::new(|_, _| 0), crate::http::adapters::none());
-    server.install(Loaded { model, engine, need, adapters, max_queued_requests: 256 });
+    server.install(Loaded { model, engine, need, adapters });
     App { router: server.router(), server, fake: Fake::new(vec![]) }
 }
 

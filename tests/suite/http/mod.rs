@@ -17,6 +17,7 @@ use strait::engine::{Engine, EngineHandle, SubmitError, TokenStream};
 use strait::ids::{ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::{BasisKind, Cskv, Profile};
 use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage};
+use strait::scheduler::Limit;
 use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
 use strait::text::Start;
@@ -344,7 +345,7 @@ fn install_model(server: &Server, fake: &Arc<Fake>, model: Model) {
     let profiles = model.profiles.iter().map(|p| (p.profile.name.clone(), p.bytes_per_token)).collect();
     server.telemetry.describe(Facts { profiles, default_profile: 1, page_tokens: 64, pages: 10, prefix_caching: true, model_bytes: 1 });
     let need = Arc::new(|profile: ProfileIndex, tokens: u32| u64::from(tokens) * if profile.0 == 0 { 100 } else { 20 });
-    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none(), max_queued_requests: 256 });
+    server.install(Loaded { model, engine: EngineHandle::new(fake.clone()), need, adapters: adapters::none() });
 }
 
 struct App {
