@@ -73,6 +73,7 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     prefix: Vec<TokenId>,
     suffix: Vec<TokenId>,
+    eos: Option<TokenId>,
     template: Option<ChatTemplate>,
     /// One sentence each, for the log at start.
     pub warnings: Vec<String>,
@@ -144,12 +145,13 @@ impl Tokenizer {
             inner.get_added_tokens_decoder().values().filter(|t| t.special).map(|t| (t.content.as_str(), t.lstrip, t.rstrip)),
         );
         let (prefix, suffix) = surroundings(&inner, &config, &named)?;
+        let eos = named.get("eos_token").and_then(|text| inner.token_to_id(text));
         let template = match template.or_else(|| config.get("chat_template")).filter(|v| !v.is_null()) {
             Some(value) => Some(ChatTemplate::new(value, &named)?),
             None => None,
         };
         let (plain, plain_inside) = (OnceLock::new(), OnceLock::new());
-        Ok(Tokenizer { inner, plain, plain_inside, specials, bytes, prefix, suffix, template, warnings })
+        Ok(Tokenizer { inner, plain, plain_inside, specials, bytes, prefix, suffix, eos, template, warnings })
     }
 
     /// Refuses a tokenizer that can produce an id the model has no row for. `vocab` is the width of the logits.
@@ -213,6 +215,12 @@ impl Tokenizer {
     /// The id of a token as the vocabulary spells it (`<|im_end|>`, `Ġthe`).
     pub fn token_id(&self, token: &str) -> Option<TokenId> {
         self.inner.token_to_id(token)
+    }
+
+    /// The `eos_token` of `tokenizer_config.json`: what the model was tuned to end an answer with, whatever the ids are that its
+    /// other files still have of a base model.
+    pub fn eos(&self) -> Option<TokenId> {
+        self.eos
     }
 
     /// Whether `id` is a control token, which `skip_special` leaves out of texts.

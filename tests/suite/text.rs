@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
+use strait::serve::ready::Source;
 use strait::text::template::TemplateError;
 use strait::text::{Start, StreamOptions, TextError, TextStream, Tokenizer};
 
@@ -393,6 +394,41 @@ fn tokenizers_that_do_not_fit_are_refused() {
     );
     assert_eq!((t.token_id("<near>"), t.is_special(259)), (Some(259), true));
     assert!(t.warnings[0].contains("<nowhere>"));
+}
+
+#[test]
+fn an_answer_ends_where_any_file_of_the_model_says() {
+    // The tokenizer's ids: <|a|> 256, <|b|> 257, <think> 258.
+    let from = crate::golden::folder("qwen3");
+    for (config_eos, generation, tokenizer_config, want) in [
+        (json!(311), json!({}), json!({ "eos_token": "<|b|>" }), vec![257, 311]),
+        (json!(311), json!({ "eos_token_id": [256, 311] }), json!({ "eos_token": { "content": "<|b|>" } }), vec![256, 257, 311]),
+        (json!(257), json!({}), json!({ "eos_token": "<|b|>" }), vec![257]),
+        (Value::Null, json!({}), json!({ "eos_token": "<|b|>" }), vec![257]),
+        (json!(311), json!({}), json!({ "eos_token": "<nowhere>" }), vec![311]),
+        (json!(311), json!({}), json!({}), vec![311]),
+        (Value::Null, json!({}), json!({}), vec![]),
+    ] {
+        let folder = std::env::temp_dir().join(format!("strait-eos-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+        config["eos_token_id"] = config_eos.clone();
+        std::fs::copy(from.join("model.safetensors"), folder.join("model.safetensors")).unwrap();
+        for (file, value) in [
+            ("config.json", &config),
+            ("generation_config.json", &generation),
+            ("tokenizer.json", &byte_level()),
+            ("tokenizer_config.json", &tokenizer_config),
+        ] {
+            std::fs::write(folder.join(file), value.to_string()).unwrap();
+        }
+        let opened = Source::Folder(folder.clone()).open().unwrap();
+        let generation = &opened.checkpoint.generation;
+        assert_eq!(generation.eos, want, "{config_eos} {tokenizer_config}");
+        let warned = opened.checkpoint.warnings.iter().any(|w| w.contains("ends an answer"));
+        assert_eq!(warned, want.is_empty(), "{:?}", opened.checkpoint.warnings);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }
 
 #[test]
