@@ -14,7 +14,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper};
 
 use crate::ids::TokenId;
 use crate::model::json::{self, shown};
-use crate::text::specials::Specials;
+use crate::text::specials::{Controls, Specials};
 use crate::text::template::{ChatTemplate, TemplateError};
 
 mod jinja;
@@ -65,11 +65,13 @@ pub(crate) enum StartRule {
 pub struct Tokenizer {
     /// Parses special tokens in the text.
     inner: tokenizers::Tokenizer,
-    /// Treats special tokens as plain text; made when first needed.
+    /// Treats control tokens as plain text; made when first needed.
     plain: OnceLock<tokenizers::Tokenizer>,
     /// The same for text that does not begin the prompt, where a metaspace is not prepended.
     plain_inside: OnceLock<tokenizers::Tokenizer>,
-    specials: Specials,
+    controls: Controls,
+    /// Added tokens that control and are not special to `inner`.
+    markers: Vec<AddedToken>,
     bytes: TokenBytes,
     prefix: Vec<TokenId>,
     suffix: Vec<TokenId>,
@@ -141,17 +143,15 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
         let named = add_tokens(&mut inner, &config, &mut warnings)?;
         let bytes = TokenBytes::new(&inner, raw.get("decoder").unwrap_or(&Value::Null))?;
-        let specials = Specials::new(
-            inner.get_added_tokens_decoder().values().filter(|t| t.special).map(|t| (t.content.as_str(), t.lstrip, t.rstrip)),
-        );
         let (prefix, suffix) = surroundings(&inner, &config, &named)?;
         let eos = named.get("eos_token").and_then(|text| inner.token_to_id(text));
         let template = match template.or_else(|| config.get("chat_template")).filter(|v| !v.is_null()) {
             Some(value) => Some(ChatTemplate::new(value, &named)?),
             None => None,
         };
+        let (controls, markers) = controls(&inner, &named, template.as_ref());
         let (plain, plain_inside) = (OnceLock::new(), OnceLock::new());
-        Ok(Tokenizer { inner, plain, plain_inside, specials, bytes, prefix, suffix, eos, template, warnings })
+        Ok(Tokenizer { inner, plain, plain_inside, controls, markers, bytes, prefix, suffix, eos, template, warnings })
     }
 
     /// Refuses a tokenizer that can produce an id the model has no row for. `vocab` is the width of the logits.
@@ -167,7 +167,8 @@ impl Tokenizer {
     ///
     /// `add_special_tokens` puts what the model's files ask for around it (usually BOS in front). With
     /// `parse_special`, the text of a special token becomes that token, as in a prompt written by hand; without, it
-    /// stays plain text, as a user's words must.
+    /// stays plain text, as a user's words must; so does that of a turn marker of the chat template which the vocabulary has as an
+    /// added token that is not special.
     pub fn encode(&self, text: &str, add_special_tokens: bool, parse_special: bool) -> Result<Vec<TokenId>, TextError> {
         let mut out = if add_special_tokens { self.prefix.clone() } else { Vec::new() };
         let tokenizer = if parse_special { &self.inner } else { self.plain() };
@@ -182,7 +183,7 @@ impl Tokenizer {
     /// plain. Everything else is tokenised exactly as [`Tokenizer::encode`] would.
     pub(crate) fn encode_guarded(&self, text: &str, guarded: &[std::ops::Range<usize>]) -> Result<Vec<TokenId>, TextError> {
         let mut out = Vec::new();
-        for (range, plain) in self.specials.regions(text, guarded) {
+        for (range, plain) in self.controls.all.regions(text, guarded) {
             let tokenizer = match (plain, range.start) {
                 (false, _) => &self.inner,
                 (true, 0) => self.plain(),
@@ -249,8 +250,8 @@ impl Tokenizer {
         self.template.as_ref()
     }
 
-    pub(crate) fn specials(&self) -> &Specials {
-        &self.specials
+    pub(crate) fn controls(&self) -> &Controls {
+        &self.controls
     }
 
     pub(crate) fn start(&self, skip_special: bool) -> StartState {
@@ -265,6 +266,9 @@ impl Tokenizer {
     fn plain(&self) -> &tokenizers::Tokenizer {
         self.plain.get_or_init(|| {
             let mut t = self.inner.clone();
+            if !self.markers.is_empty() {
+                t.add_special_tokens(self.markers.iter().cloned()).expect("they were added before, less one flag");
+            }
             t.set_encode_special_tokens(true);
             t
         })
@@ -393,6 +397,25 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut 
         }
     }
     Ok(named)
+}
+
+/// The tokens that control, and those of them, marked as special, that `inner` takes for text.
+///
+/// Turn markers are control tokens whatever their flag says: some vocabularies have them as added tokens that are not special, so
+/// that they show in decoded text. Which those are, the chat template tells: it spells them.
+fn controls(inner: &tokenizers::Tokenizer, named: &Named, template: Option<&ChatTemplate>) -> (Controls, Vec<AddedToken>) {
+    let added = inner.get_added_tokens_decoder();
+    // A word, white space or a bracket stands in a template's code and prose too, and is language that was trained on as a token.
+    let spelled = |text: &str| {
+        let marks = text.chars().count() > 2 && text.chars().any(|c| !c.is_alphanumeric() && !c.is_whitespace());
+        marks && template.is_some_and(|t| t.spells(text))
+    };
+    let special = |t: &&AddedToken| t.special || named.values().any(|text| *text == t.content);
+    let all = |t: &&AddedToken| special(t) || spelled(&t.content);
+    let of = |t: &'_ AddedToken| (t.content.clone(), t.lstrip, t.rstrip);
+    let controls =
+        Controls { all: Specials::new(added.values().filter(all).map(of)), special: Specials::new(added.values().filter(special).map(of)) };
+    (controls, added.values().filter(|t| !t.special && all(t)).map(|t| t.clone().special(true)).collect())
 }
 
 /// What stands around a text: from the post-processor, corrected by `add_bos_token` and `add_eos_token`.

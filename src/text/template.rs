@@ -2,8 +2,9 @@
 //!
 //! A template is a program of the operator's choosing, run on a client's data. It reads no files, reaches nothing
 //! outside, and is bounded in work, memory, output and time ([`ChatTemplate`]). A client's text never becomes a
-//! control token: special-token strings in it are marked before rendering, found again after, and tokenised as
-//! the plain text they are.
+//! control token: texts of special tokens, and of the added tokens that the template spells, are marked in it before rendering,
+//! found again after, and tokenised as the plain text they are. Only an assistant's messages keep the latter, which the model
+//! wrote as tokens.
 
 use std::io::Write;
 use std::ops::Range;
@@ -16,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::ids::TokenId;
 use crate::model::json::{shown, shown_value};
 use crate::text::jinja::{self, Exception};
-use crate::text::specials::Specials;
+use crate::text::specials::{Controls, Specials};
 use crate::text::{Named, TextError, Tokenizer};
 
 const TIME: Duration = Duration::from_secs(2);
@@ -164,14 +165,19 @@ impl ChatTemplate {
         self.reads.binary_search_by(|v| v.as_str().cmp(variable)).is_ok()
     }
 
+    /// Whether this text stands in the template's source as it is.
+    pub(crate) fn spells(&self, text: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.source().contains(text))
+    }
+
     /// The prompt as text, special tokens spelled out. Input is not made safe against special tokens in it:
     /// see [`Tokenizer::render`].
     pub fn render_text(&self, chat: &Chat<'_>) -> Result<String, TemplateError> {
         self.render_marked(chat, None).map(|p| p.text)
     }
 
-    /// Renders; with `specials`, also tells where in the result their texts come from the input.
-    fn render_marked(&self, chat: &Chat<'_>, specials: Option<&Specials>) -> Result<Rendered, TemplateError> {
+    /// Renders; with `controls`, also tells where in the result their texts come from the input.
+    fn render_marked(&self, chat: &Chat<'_>, controls: Option<&Controls>) -> Result<Rendered, TemplateError> {
         if chat.continue_final_message && chat.add_generation_prompt {
             return Err(TemplateError::ContinueAndGenerate);
         }
@@ -184,10 +190,13 @@ impl ChatTemplate {
         let mut tools = chat.tools.cloned().unwrap_or(Value::Null);
         let mut kwargs = chat.kwargs.clone();
         let marks = Marks::choose(&[chat.messages, &tools]);
-        if let Some(specials) = specials {
-            marks.guard(&mut messages, specials);
-            marks.guard(&mut tools, specials);
-            kwargs.values_mut().for_each(|v| marks.guard(v, specials));
+        if let Some(Controls { all, special }) = controls {
+            for message in messages.as_array_mut().into_iter().flatten() {
+                let is_answer = message.get("role").and_then(Value::as_str) == Some("assistant");
+                marks.guard(message, if is_answer { special } else { all });
+            }
+            marks.guard(&mut tools, all);
+            kwargs.values_mut().for_each(|v| marks.guard(v, all));
         }
         if chat.continue_final_message {
             let text = messages.as_array_mut().and_then(|m| m.last_mut()).and_then(last_text);
@@ -221,7 +230,7 @@ impl ChatTemplate {
                 text.truncate(text.trim_end().len());
             }
         }
-        Ok(marks.unmark(text, specials))
+        Ok(marks.unmark(text, controls.map(|c| &c.all)))
     }
 
     /// A copy of the messages in the form the template reads: content parts joined into a string (by newlines, as
@@ -292,7 +301,8 @@ impl Tokenizer {
     /// The prompt of a conversation.
     ///
     /// `kwargs` are `chat_template_kwargs`: plain values for variables that the template reads. Special-token
-    /// strings in messages, tools and kwargs become plain text tokens; the template's own become control tokens.
+    /// strings in messages, tools and kwargs become plain text tokens, and so do added tokens that the template spells, but for
+    /// those in an assistant's messages; the template's own become control tokens.
     pub fn render(
         &self,
         messages: &Value,
@@ -314,7 +324,7 @@ impl Tokenizer {
             }
         }
         let chat = Chat { messages, tools, add_generation_prompt, continue_final_message, kwargs };
-        let prompt = template.render_marked(&chat, Some(self.specials()))?;
+        let prompt = template.render_marked(&chat, Some(self.controls()))?;
         self.encode_guarded(&prompt.text, &prompt.guarded)
     }
 }
