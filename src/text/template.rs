@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value as Jinja};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::ids::TokenId;
 use crate::model::json::{shown, shown_value};
@@ -50,6 +50,9 @@ pub enum TemplateError {
     PartText { message: usize, part: usize },
     #[error("messages[{message}].content is {got}; a string or a list of text parts is needed")]
     Content { message: usize, got: String },
+    /// Templates pass over what they have no branch for; a message must not vanish without a word.
+    #[error("messages[{message}] has the role {role}, which this model's chat template leaves out; send it as a user's message")]
+    Role { message: usize, role: &'static str },
     #[error("chat_template_kwargs cannot set `{key}`, which the server sets itself")]
     Reserved { key: String },
     #[error("chat_template_kwargs has `{key}`, which this model's template does not read")]
@@ -91,6 +94,10 @@ pub struct ChatTemplate {
     reads: Vec<String>,
     /// The template walks over lists of content parts itself.
     reads_parts: bool,
+    /// The template shows nothing of a developer's message, or fails on it: it is of before that role, when it was called system.
+    developer_is_system: bool,
+    /// Roles whose messages the template leaves out of a prompt without tools.
+    dropped: Vec<&'static str>,
 }
 
 /// Names that `chat_template_kwargs` cannot take: what the server passes, and what would look like its parameters.
@@ -155,8 +162,10 @@ impl ChatTemplate {
         reads.sort_unstable();
         reads.dedup();
         let has_tool_use = env.get_template("tool_use").is_ok();
-        let mut it = ChatTemplate { env, named: named.clone(), has_tool_use, reads, reads_parts: false };
+        let named = named.clone();
+        let mut it = ChatTemplate { env, named, has_tool_use, reads, reads_parts: false, developer_is_system: false, dropped: Vec::new() };
         it.reads_parts = it.probe_parts();
+        it.probe_roles();
         Ok(it)
     }
 
@@ -186,8 +195,8 @@ impl ChatTemplate {
                 return Err(TemplateError::Reserved { key: shown(key, 60) });
             }
         }
-        let mut messages = self.messages(chat.messages)?;
         let mut tools = chat.tools.cloned().unwrap_or(Value::Null);
+        let mut messages = self.messages(chat.messages, !tools.is_null())?;
         let mut kwargs = chat.kwargs.clone();
         let marks = Marks::choose(&[chat.messages, &tools]);
         if let Some(Controls { all, special }) = controls {
@@ -233,21 +242,30 @@ impl ChatTemplate {
         Ok(marks.unmark(text, controls.map(|c| &c.all)))
     }
 
-    /// A copy of the messages in the form the template reads: content parts joined into a string (by newlines, as
+    /// A copy of the messages in the form the template reads: a developer's as the system's where it knows no developer; content parts joined into a string (by newlines, as
     /// vLLM does) unless it walks over parts itself; arguments of tool calls as objects; reasoning also as
     /// `reasoning_content` and `thinking`. Content that is null stays null.
-    fn messages(&self, messages: &Value) -> Result<Value, TemplateError> {
+    fn messages(&self, messages: &Value, tools_given: bool) -> Result<Value, TemplateError> {
         let mut messages = messages.clone();
         let list = messages.as_array_mut().ok_or(TemplateError::Messages)?;
         for (message, value) in list.iter_mut().enumerate() {
             let object = value.as_object_mut().ok_or(TemplateError::Messages)?;
+            if let Some(role) = object.get_mut("role") {
+                // Tools may bring in the branch that shows their results.
+                if let Some(role) = self.dropped.iter().find(|r| **r == *role && !tools_given) {
+                    return Err(TemplateError::Role { message, role });
+                }
+                if self.developer_is_system && role == "developer" {
+                    *role = Value::from("system");
+                }
+            }
             if let Some(content) = object.get_mut("content") {
                 match content {
                     Value::Null | Value::String(_) => {}
                     Value::Array(parts) => {
                         let texts = parts.iter().enumerate().map(|(part, v)| part_text(message, part, v)).collect::<Result<Vec<_>, _>>()?;
                         *content = if self.reads_parts {
-                            texts.into_iter().map(|t| serde_json::json!({ "type": "text", "text": t })).collect()
+                            texts.into_iter().map(|t| json!({ "type": "text", "text": t })).collect()
                         } else {
                             Value::String(texts.join("\n"))
                         };
@@ -275,26 +293,67 @@ impl ChatTemplate {
         Ok(messages)
     }
 
+    /// What the template makes of messages that are already in its form, if it makes anything of them.
+    fn probe(&self, messages: Value) -> Option<String> {
+        let mut context = Map::new();
+        context.insert("messages".to_owned(), messages);
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
+        context.insert("tools".to_owned(), Value::Null);
+        for (key, value) in &self.named {
+            context.insert(key.clone(), Value::from(value.as_str()));
+        }
+        let template = self.env.get_template("default").ok()?;
+        let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
+        template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).ok()?;
+        String::from_utf8(sink.out).ok()
+    }
+
     /// Renders a message whose content is a list of one part: a template that walks over it shows the text alone,
     /// one that does not fails or shows the list as Python would print it.
     fn probe_parts(&self) -> bool {
-        const NEEDLE: &str = "Zq7probe";
-        let probe = |content: Value| {
-            let mut context = Map::new();
-            context.insert("messages".to_owned(), serde_json::json!([{ "role": "user", "content": content }]));
-            context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
-            context.insert("tools".to_owned(), Value::Null);
-            for (key, value) in &self.named {
-                context.insert(key.clone(), Value::from(value.as_str()));
-            }
-            let template = self.env.get_template("default").ok()?;
-            let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
-            template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).ok()?;
-            String::from_utf8(sink.out).ok()
-        };
-        let parts = probe(serde_json::json!([{ "type": "text", "text": NEEDLE }]));
+        let parts = self.probe(json!([{ "role": "user", "content": [{ "type": "text", "text": NEEDLE }] }]));
         parts.is_some_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")))
     }
+
+    /// Renders conversations with a message of each role that a template may not know. Where it fails on one, it says itself
+    /// what it wants when it is asked in earnest.
+    fn probe_roles(&mut self) {
+        let opening = |role: &str| json!([{ "role": role, "content": NEEDLE }, { "role": "user", "content": ASKED }]);
+        self.developer_is_system = !self.probe(opening("developer")).is_some_and(|out| out.contains(NEEDLE));
+        if self.developer_is_system && self.drops(vec![opening("system")]) {
+            self.dropped.push("developer");
+        }
+        for role in ["tool", "function"] {
+            // Templates differ in what they want to have been said before a result.
+            let answers = [
+                json!({ "role": "assistant", "content": "", "tool_calls": calls(json!({})) }),
+                json!({ "role": "assistant", "content": null, "tool_calls": calls(json!("{}")) }),
+                json!({ "role": "assistant", "content": "x" }),
+            ];
+            let result = json!({ "role": role, "name": "f", "tool_call_id": CALL_ID, "content": NEEDLE });
+            let asked = json!({ "role": "user", "content": ASKED });
+            if self.drops(answers.into_iter().map(|answer| json!([asked, answer, result])).collect()) {
+                self.dropped.push(role);
+            }
+        }
+    }
+
+    /// Whether the template shows the user's message of some of these conversations, and of none the one looked for.
+    fn drops(&self, conversations: Vec<Value>) -> bool {
+        let shown: Vec<String> = conversations.into_iter().filter_map(|c| self.probe(c)).filter(|out| out.contains(ASKED)).collect();
+        !shown.is_empty() && shown.iter().all(|out| !out.contains(NEEDLE))
+    }
+}
+
+/// What probes look for in a prompt, and what a user says in them.
+const NEEDLE: &str = "Zq7probe";
+const ASKED: &str = "Xk3asked";
+/// Mistral's templates want nine letters and digits.
+const CALL_ID: &str = "Zq7call01";
+
+/// Calls of tools, for a probe.
+fn calls(arguments: Value) -> Value {
+    json!([{ "id": CALL_ID, "type": "function", "function": { "name": "f", "arguments": arguments } }])
 }
 
 impl Tokenizer {

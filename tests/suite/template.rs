@@ -191,6 +191,36 @@ fn messages_are_brought_into_the_templates_form() {
 }
 
 #[test]
+fn no_message_vanishes_for_its_role() {
+    let one = |role: &str| json!([{ "role": "user", "content": "q" }, { "role": role, "content": "said" }]);
+    let any = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    let known =
+        "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}";
+    let strict = "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    let calls = "{% for m in messages %}{% if m.role == 'tool' %}{% if not loop.previtem.tool_calls %}{{ raise_exception('no call') }}{% endif %}[tool]{{ m.content }}{% elif m.role in ['user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}";
+    let left_out = |role: &'static str| Err(TemplateError::Role { message: 1, role });
+    let raised = |message: &str| Err(TemplateError::Raised { message: message.into() });
+    for (source, role, want) in [
+        (any, "developer", Ok("[user]q[developer]said".to_owned())),
+        (any, "function", Ok("[user]q[function]said".into())),
+        (any, "tool", Ok("[user]q[tool]said".into())),
+        (known, "developer", Ok("[user]q[system]said".into())),
+        (known, "function", left_out("function")),
+        (known, "tool", left_out("tool")),
+        (strict, "developer", Ok("[user]q[system]said".into())),
+        (strict, "function", raised("no function")),
+        (strict, "tool", raised("no tool")),
+        (calls, "developer", left_out("developer")),
+        (calls, "function", left_out("function")),
+        (calls, "tool", raised("no call")),
+    ] {
+        assert_eq!(render(source, one(role)), want, "{role} in {source}");
+    }
+    let error = render(known, one("function")).unwrap_err();
+    assert!(error.is_callers() && error.to_string().contains("messages[1] has the role function"), "{error}");
+}
+
+#[test]
 fn a_template_cannot_take_the_server_with_it() {
     let cases = [
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
