@@ -533,6 +533,7 @@ fn what_is_not_computed_is_refused_by_name() {
         (json!({ "attention_multiplier": 0.015625 }), &["attention_multiplier"]),
         (json!({ "clip_qkv": 8.0 }), &["clip_qkv", "8"]),
         (json!({ "alibi": true }), &["alibi", "true"]),
+        (json!({ "is_llama_config": false }), &["is_llama_config", "false", "another architecture"]),
         (json!({ "num_experts": 8 }), &["num_experts", "8"]),
         (json!({ "num_local_experts": 8 }), &["num_local_experts", "8"]),
         (json!({ "auto_map": { "AutoModelForCausalLM": "modeling.X" } }), &["auto_map", "code"]),
@@ -593,6 +594,14 @@ fn harmless_keys_pass_and_bookkeeping_is_mentioned() {
     assert_eq!(parsed.warnings.len(), 1, "{:?}", parsed.warnings);
     assert!(parsed.warnings[0].contains("_name_or_path"));
     assert_eq!(parsed.eos, [3]);
+    // SmolLM2's, a plain Llama.
+    let smol = json!({
+        "is_llama_config": true, "rope_interleaved": false, "rope_scaling": null, "pretraining_tp": 1,
+        "transformers.js_config": { "dtype": "q4", "kv_cache_dtype": { "q4f16": "float16", "fp16": "float16" } }
+    });
+    let parsed = parse(&with(config(), smol)).unwrap();
+    assert_eq!(parsed.config, parse(&config()).unwrap().config);
+    assert_eq!(parsed.warnings, Vec::<String>::new());
 }
 
 #[test]
