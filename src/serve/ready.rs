@@ -53,7 +53,11 @@ impl Source {
     pub fn open(self) -> anyhow::Result<Opened> {
         let (mut checkpoint, tokenizer, name, root) = match &self {
             Source::Demo => (demo::checkpoint()?, demo::tokenizer()?, demo::NAME.to_owned(), demo::NAME.to_owned()),
-            Source::Folder(dir) => (Checkpoint::open(dir)?, Tokenizer::open(dir)?, folder_name(dir), dir.display().to_string()),
+            Source::Folder(dir) => {
+                let checkpoint = Checkpoint::open(dir)?;
+                let tokenizer = Tokenizer::open(dir, checkpoint.config.vocab)?;
+                (checkpoint, tokenizer, folder_name(dir), dir.display().to_string())
+            }
         };
         let vocab = checkpoint.config.vocab;
         tokenizer.check_vocab(vocab)?;

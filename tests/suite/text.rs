@@ -98,7 +98,7 @@ fn crates(json: &Value) -> tokenizers::Tokenizer {
 }
 
 pub(crate) fn load(json: &Value, config: Value) -> Tokenizer {
-    Tokenizer::from_json(&json.to_string(), Some(&config.to_string()), None).unwrap()
+    Tokenizer::from_json(&json.to_string(), Some(&config.to_string()), None, usize::MAX).unwrap()
 }
 
 pub(crate) fn no_kwargs() -> &'static Map<String, Value> {
@@ -410,7 +410,7 @@ fn tokenizers_that_do_not_fit_are_refused() {
     t.check_vocab(259).unwrap();
     let message = t.check_vocab(258).unwrap_err().to_string();
     assert!(message.contains("<think>") && message.contains("258"), "{message}");
-    let refuse = |json: &str, config: Value| match Tokenizer::from_json(json, Some(&config.to_string()), None) {
+    let refuse = |json: &str, config: Value| match Tokenizer::from_json(json, Some(&config.to_string()), None, usize::MAX) {
         Err(e) => e.to_string(),
         Ok(_) => panic!("must be refused"),
     };
@@ -440,6 +440,39 @@ fn tokenizers_that_do_not_fit_are_refused() {
     );
     assert_eq!((t.token_id("<near>"), t.is_special(259)), (Some(259), true));
     assert!(t.warnings[0].contains("<nowhere>"));
+}
+
+#[test]
+fn added_tokens_beyond_the_model_are_left_out() {
+    // A model of 258 rows: `<think>`, 258, was added after it was made.
+    let open = |json: &Value, config: Value| Tokenizer::from_json(&json.to_string(), Some(&config.to_string()), None, 258).unwrap();
+    let t = open(
+        &byte_level(),
+        json!({
+            "pad_token": "<think>", "eos_token": "<|b|>",
+            "added_tokens_decoder": { "257": { "content": "<|b|>", "special": true }, "258": { "content": "<think>" }, "259": { "content": "<pad>" } }
+        }),
+    );
+    t.check_vocab(258).unwrap();
+    assert_eq!(t.id_bound(), 258);
+    assert_eq!(t.encode("<think><|b|>", false, true).unwrap(), [60, 116, 104, 105, 110, 107, 62, 257]);
+    let left_out =
+        |token: &str, id: u32| format!("the added token `{token}` has the id {id}, and the model has 258 tokens; it is left out");
+    assert_eq!(t.warnings, [left_out("<think>", 258), left_out("<pad>", 259)], "one each");
+    assert_eq!(t.eos(), Some(257));
+    let ending = json!({ "eos_token": "<think>" });
+    assert_eq!(open(&byte_level(), ending).eos(), None, "what has no row is never sampled");
+    // The base vocabulary is the model's, or the files are of two models.
+    let mut json = byte_level();
+    json["model"]["vocab"]["z"] = json!(258);
+    let message = open(&json, json!({})).check_vocab(258).unwrap_err().to_string();
+    assert!(message.contains("`z` the id 258"), "{message}");
+    // Nothing to be done about a token that begins every text.
+    let mut json = byte_level();
+    json["post_processor"]["single"][0]["SpecialToken"]["id"] = json!("<think>");
+    json["post_processor"]["special_tokens"] = json!({ "<think>": { "id": "<think>", "ids": [258], "tokens": ["<think>"] } });
+    let message = open(&json, json!({})).check_vocab(258).unwrap_err().to_string();
+    assert!(message.contains("`<think>` the id 258"), "{message}");
 }
 
 #[test]
@@ -482,7 +515,7 @@ fn templates_come_from_the_files_hugging_face_reads() {
     let folder = std::env::temp_dir().join(format!("strait-text-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let text = |dir: &Path| {
-        let t = Tokenizer::open(dir)?;
+        let t = Tokenizer::open(dir, usize::MAX)?;
         t.render(&json!([{ "role": "user", "content": "x" }]), None, false, false, no_kwargs()).map(|ids| t.decode(&ids, false))
     };
     assert!(matches!(text(&folder), Err(TextError::Io { .. })));
@@ -491,7 +524,7 @@ fn templates_come_from_the_files_hugging_face_reads() {
     let named = json!([{ "name": "tool_use", "template": "tools" }, { "name": "default", "template": "list" }]);
     std::fs::write(folder.join("tokenizer_config.json"), json!({ "chat_template": named }).to_string()).unwrap();
     assert_eq!(text(&folder).unwrap(), "list");
-    let t = Tokenizer::open(&folder).unwrap();
+    let t = Tokenizer::open(&folder, usize::MAX).unwrap();
     let ids = t.render(&json!([{ "role": "user", "content": "x" }]), Some(&json!([])), false, false, no_kwargs()).unwrap();
     assert_eq!(t.decode(&ids, false), "tools");
     std::fs::write(folder.join("chat_template.json"), json!({ "chat_template": "json" }).to_string()).unwrap();
@@ -511,7 +544,7 @@ fn golden_tokenizers_say_what_hugging_face_says() {
     for entry in std::fs::read_dir(folder).unwrap() {
         let dir = entry.unwrap().path();
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        let t = Tokenizer::open(&dir).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let t = Tokenizer::open(&dir, usize::MAX).unwrap_or_else(|e| panic!("{name}: {e}"));
         let cases: Value = serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap();
         let ids = |v: &Value| v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect::<Vec<_>>();
         let mut same = |what: &str, of: &Value, got: String, want: String| {
