@@ -98,6 +98,8 @@ pub struct ChatTemplate {
     developer_is_system: bool,
     /// Roles whose messages the template leaves out of a prompt without tools.
     dropped: Vec<&'static str>,
+    /// The template fails on the content of an answer that is nothing but calls of tools, or says `None` for it.
+    null_is_empty: bool,
 }
 
 /// Names that `chat_template_kwargs` cannot take: what the server passes, and what would look like its parameters.
@@ -163,9 +165,17 @@ impl ChatTemplate {
         reads.dedup();
         let has_tool_use = env.get_template("tool_use").is_ok();
         let named = named.clone();
-        let mut it = ChatTemplate { env, named, has_tool_use, reads, reads_parts: false, developer_is_system: false, dropped: Vec::new() };
-        it.reads_parts = it.probe_parts();
-        it.probe_roles();
+        let mut it = ChatTemplate {
+            env,
+            named,
+            has_tool_use,
+            reads,
+            reads_parts: false,
+            developer_is_system: false,
+            dropped: Vec::new(),
+            null_is_empty: false,
+        };
+        it.probe_all();
         Ok(it)
     }
 
@@ -244,7 +254,8 @@ impl ChatTemplate {
 
     /// A copy of the messages in the form the template reads: a developer's as the system's where it knows no developer; content parts joined into a string (by newlines, as
     /// vLLM does) unless it walks over parts itself; arguments of tool calls as objects; reasoning also as
-    /// `reasoning_content` and `thinking`. Content that is null stays null.
+    /// `reasoning_content` and `thinking`. Content that is null beside calls of tools is the empty string where the
+    /// template has no words for null, and else stays null, which some templates look for.
     fn messages(&self, messages: &Value, tools_given: bool) -> Result<Value, TemplateError> {
         let mut messages = messages.clone();
         let list = messages.as_array_mut().ok_or(TemplateError::Messages)?;
@@ -259,8 +270,10 @@ impl ChatTemplate {
                     *role = Value::from("system");
                 }
             }
+            let calls = object.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
             if let Some(content) = object.get_mut("content") {
                 match content {
+                    Value::Null if calls && self.null_is_empty => *content = Value::String(String::new()),
                     Value::Null | Value::String(_) => {}
                     Value::Array(parts) => {
                         let texts = parts.iter().enumerate().map(|(part, v)| part_text(message, part, v)).collect::<Result<Vec<_>, _>>()?;
@@ -293,8 +306,8 @@ impl ChatTemplate {
         Ok(messages)
     }
 
-    /// What the template makes of messages that are already in its form, if it makes anything of them.
-    fn probe(&self, messages: Value) -> Option<String> {
+    /// What the template makes of messages that are already in its form.
+    fn probe(&self, messages: Value) -> Result<String, TemplateError> {
         let mut context = Map::new();
         context.insert("messages".to_owned(), messages);
         context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
@@ -302,24 +315,35 @@ impl ChatTemplate {
         for (key, value) in &self.named {
             context.insert(key.clone(), Value::from(value.as_str()));
         }
-        let template = self.env.get_template("default").ok()?;
+        let template = self.env.get_template("default").map_err(|e| failure(&e))?;
         let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
-        template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).ok()?;
-        String::from_utf8(sink.out).ok()
+        let result = template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).map(|_| ());
+        if let Some(what) = sink.full {
+            return Err(TemplateError::TooMuch { what });
+        }
+        result.map_err(|e| failure(&e))?;
+        String::from_utf8(sink.out).map_err(|_| TemplateError::Failed { reason: "not text".to_owned() })
     }
 
-    /// Renders a message whose content is a list of one part: a template that walks over it shows the text alone,
-    /// one that does not fails or shows the list as Python would print it.
-    fn probe_parts(&self) -> bool {
+    /// Finds out what the template does with what some templates cannot take.
+    fn probe_all(&mut self) {
+        // A template that walks over parts shows the text alone; one that does not fails or shows the list as Python would print it.
         let parts = self.probe(json!([{ "role": "user", "content": [{ "type": "text", "text": NEEDLE }] }]));
-        parts.is_some_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")))
+        if matches!(parts, Err(TemplateError::TooMuch { .. })) {
+            // It would be so each time.
+            return;
+        }
+        self.reads_parts =
+            parts.is_ok_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")));
+        self.probe_roles();
+        self.null_is_empty = self.probe_null();
     }
 
     /// Renders conversations with a message of each role that a template may not know. Where it fails on one, it says itself
     /// what it wants when it is asked in earnest.
     fn probe_roles(&mut self) {
         let opening = |role: &str| json!([{ "role": role, "content": NEEDLE }, { "role": "user", "content": ASKED }]);
-        self.developer_is_system = !self.probe(opening("developer")).is_some_and(|out| out.contains(NEEDLE));
+        self.developer_is_system = !self.probe(opening("developer")).is_ok_and(|out| out.contains(NEEDLE));
         if self.developer_is_system && self.drops(vec![opening("system")]) {
             self.dropped.push("developer");
         }
@@ -338,9 +362,21 @@ impl ChatTemplate {
         }
     }
 
+    /// Renders an answer of calls alone, with its content null and empty: null must neither fail nor show as Python prints it.
+    fn probe_null(&self) -> bool {
+        let nones = |content: Value, arguments: &Value| {
+            let answer = json!({ "role": "assistant", "content": content, "tool_calls": calls(arguments.clone()) });
+            Some(self.probe(json!([{ "role": "user", "content": ASKED }, answer])).ok()?.matches("None").count())
+        };
+        // Some templates put the arguments of calls into a string, others walk over them.
+        !["{}".into(), json!({})]
+            .iter()
+            .any(|arguments| nones(Value::Null, arguments).is_some_and(|n| n <= nones(Value::from(""), arguments).unwrap_or(n)))
+    }
+
     /// Whether the template shows the user's message of some of these conversations, and of none the one looked for.
     fn drops(&self, conversations: Vec<Value>) -> bool {
-        let shown: Vec<String> = conversations.into_iter().filter_map(|c| self.probe(c)).filter(|out| out.contains(ASKED)).collect();
+        let shown: Vec<String> = conversations.into_iter().filter_map(|c| self.probe(c).ok()).filter(|out| out.contains(ASKED)).collect();
         !shown.is_empty() && shown.iter().all(|out| !out.contains(NEEDLE))
     }
 }

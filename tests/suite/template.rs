@@ -191,6 +191,30 @@ fn messages_are_brought_into_the_templates_form() {
 }
 
 #[test]
+fn an_answer_of_calls_alone_has_no_words() {
+    let messages = json!([{ "role": "user", "content": "q" }, { "role": "assistant", "content": null, "tool_calls": [
+        { "id": "call00001", "type": "function", "function": { "name": "f", "arguments": "{\"a\": 1}" } }] }]);
+    let call = "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}";
+    let each = |shown: &str| format!("{{% for m in messages %}}[{shown}{call}]{{% endfor %}}");
+    for (source, want) in [
+        // Says None; fails; says none in Python's way of text.
+        (each("{{ m.content }}"), "[q][<f>]"),
+        (each("{{ 'A' + m.content }}"), "[Aq][A<f>]"),
+        (each("{{ m.content | trim }}"), "[q][<f>]"),
+        // A template's own None is no sign.
+        (each("None{{ m.content }}"), "[Noneq][None<f>]"),
+        (each("None{{ m.content or '' }}"), "[Noneq][None<f>]"),
+        // These look for null, and see it.
+        (each("{% if m.content is none %}null{% else %}{{ m.content }}{% endif %}"), "[q][null<f>]"),
+        (each("{{ m.content | tojson }}"), "[\"q\"][null<f>]"),
+    ] {
+        assert_eq!(render(&source, messages.clone()).as_deref(), Ok(want), "{source}");
+    }
+    // Without calls there is nothing else to show: null is what it is.
+    assert_eq!(render("{{ messages[0].content }}", json!([{ "role": "assistant", "content": null }])).as_deref(), Ok("None"));
+}
+
+#[test]
 fn no_message_vanishes_for_its_role() {
     let one = |role: &str| json!([{ "role": "user", "content": "q" }, { "role": role, "content": "said" }]);
     let any = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
