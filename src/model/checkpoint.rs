@@ -308,6 +308,17 @@ impl Checkpoint {
         }
     }
 
+    /// The longest sequences that the model in a folder computes as it was made to, by its `config.json` alone: its positions, or
+    /// its sliding window where that is less.
+    ///
+    /// # Errors
+    /// Where that file cannot be read, or describes what is not computed here.
+    pub fn longest(dir: &Path) -> Result<usize, CheckpointError> {
+        let parsed = config_json::parse(&read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?)?;
+        let positions = parsed.config.max_positions;
+        Ok(parsed.sliding_window.map_or(positions, |window| window.min(positions)))
+    }
+
     /// Identity of the model: of the configuration as resolved, of every tensor's name, type and shape, and of a
     /// sample of its values. How the tensors are spread over files, and generation settings, do not enter.
     ///
