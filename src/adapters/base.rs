@@ -16,7 +16,7 @@ use crate::adapters::left::{self, Left};
 use crate::adapters::pack::base_weight;
 use crate::adapters::spectrum::{self, Dense, Triplets};
 use crate::adapters::{AdapterError, BaseChoice, Format, Module, Parsed, Place, Reader, TrainedOn, peft, sorsa};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Checkpoint, CheckpointError, Unmapped};
 
 /// Singular values below this share of the largest that the two halves of a difference have are rounding.
 const NULL: f64 = 2e-7;
@@ -304,8 +304,9 @@ fn not_residual(parsed: &Parsed, base: &Checkpoint) -> Result<(), AdapterError> 
 fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let real = reader.bounds.resolve(path)?;
     reader.bounds.confined(&real)?;
-    let residual = Checkpoint::open(&real).map_err(|e| AdapterError::base(path, &e))?;
-    let (c, served) = (&reader.base.config, &residual.config);
+    // Not mapped: whoever may write below the adapters' root may cut these files short, which must not end the process.
+    let residual = Unmapped::open(&real).map_err(|e| unreadable(path, e))?;
+    let (c, served) = (&reader.base.config, residual.config());
     let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });
     if (c.layers, c.hidden, c.vocab, c.heads, c.kv_heads, c.intermediate)
         != (served.layers, served.hidden, served.vocab, served.heads, served.kv_heads, served.intermediate)
@@ -317,7 +318,7 @@ fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Resul
         if place == Place::Embed {
             return refuse("an adapter of the embedding cannot be moved from a residual base".into());
         }
-        let (own, left) = (base_weight(reader.base, place), base_weight(&residual, place));
+        let (own, left) = (base_weight(reader.base, place), residual_weight(&residual, place).map_err(|e| unreadable(path, e))?);
         let difference: Vec<f32> = left.iter().zip(&own).map(|(a, b)| a - b).collect();
         if difference.iter().all(|d| *d == 0.0) {
             return refuse(format!(
@@ -340,7 +341,26 @@ fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Resul
         let (left, right) = found.balanced();
         add(module, (place, shape), 1.0, (&left, &right))?;
     }
-    Ok(residual.digest())
+    residual.digest().map_err(|e| unreadable(path, e))
+}
+
+/// As [`base_weight`], of a residual base.
+fn residual_weight(residual: &Unmapped, place: Place) -> Result<Vec<f32>, CheckpointError> {
+    let weight = match place {
+        Place::Layer(..) => residual.linear(&place.path())?.map(|(weight, _)| weight),
+        Place::Embed | Place::Head => residual.floats(&place.tensor(residual.config()))?,
+    };
+    Ok(weight.expect("an opened checkpoint has every tensor its configuration asks for"))
+}
+
+/// Files that are there and cannot be read, or became shorter, are no fault of the model in them.
+fn unreadable(path: &Path, error: CheckpointError) -> AdapterError {
+    match error {
+        CheckpointError::Io { path, source } if source.kind() != std::io::ErrorKind::NotFound => {
+            AdapterError::Io { path: path.display().to_string(), reason: source.to_string() }
+        }
+        error => AdapterError::base(path, &error),
+    }
 }
 
 /// With the adapter as it was before training: `s B A - s B_0 A_0`.

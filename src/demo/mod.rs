@@ -29,7 +29,7 @@ pub fn checkpoint() -> Result<Checkpoint, CheckpointError> {
 
 /// Its tokenizer and chat template.
 pub fn tokenizer() -> Result<Tokenizer, TextError> {
-    Tokenizer::from_json(TOKENIZER, Some(TOKENIZER_CONFIG), None)
+    Tokenizer::from_json(TOKENIZER, Some(TOKENIZER_CONFIG), None, usize::MAX)
 }
 
 /// The compression artifact of the built-in cache profiles. `strait compress --tokens 32768 --out

@@ -3,8 +3,11 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -15,12 +18,13 @@ use crate::model::config_json::{self, ConfigError};
 use crate::model::generation::{self, Generation};
 use crate::model::header::{self, Dtype, Entry, HeaderError, Limits};
 use crate::model::json::{self, shown};
-use crate::model::weights::{self, LoadDtype, ModelWeights};
+use crate::model::weights::{self, Linear, LoadDtype, ModelWeights};
 
 /// An opened model: its configuration, and every tensor by name.
 ///
 /// The files are mapped, so the folder must not be written to while the server runs; a file that is cut short
-/// under a mapping ends the process (there is no catching it). Files of a model folder are written once, by a download.
+/// under a mapping ends the process (there is no catching it). Files of a model folder are written once, by a download; where that
+/// is not so, see [`Unmapped`].
 pub struct Checkpoint {
     pub config: ModelConfig,
     /// Set when some layer attends to this many last positions only; see [`Checkpoint::check_context`].
@@ -108,15 +112,37 @@ struct Shard {
 enum Bytes {
     Mapped(Mmap),
     Static(&'static [u8]),
+    /// Of an [`Unmapped`] checkpoint: in the file of this path and length.
+    Stored(File, PathBuf, u64),
 }
 
 impl Bytes {
-    fn as_slice(&self) -> &[u8] {
+    /// Those of a range that was checked against the length when the header was read; of what is not in memory a copy.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`], of what is not in memory alone.
+    fn get(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
         match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Static(bytes) => bytes,
+            Bytes::Mapped(map) => Ok(Cow::Borrowed(&map[range])),
+            Bytes::Static(bytes) => Ok(Cow::Borrowed(&bytes[range])),
+            Bytes::Stored(file, path, _) => {
+                let mut out = vec![0; range.len()];
+                file.read_exact_at(&mut out, range.start as u64).map_err(|e| {
+                    let cut = "it became shorter while it was read";
+                    let source = if e.kind() == ErrorKind::UnexpectedEof { std::io::Error::new(e.kind(), cut) } else { e };
+                    CheckpointError::Io { path: path.clone(), source }
+                })?;
+                Ok(Cow::Owned(out))
+            }
         }
     }
+}
+
+/// Whether a folder's weights stay in its files, mapped, or are read when they are asked for.
+#[derive(Clone, Copy, PartialEq)]
+enum Access {
+    Map,
+    Read,
 }
 
 struct Located {
@@ -135,6 +161,10 @@ impl Checkpoint {
     /// Reads the headers only; weights are paged in when they are used. Where both kinds of weights lie in the
     /// folder the single file is taken, as Hugging Face does.
     pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_by(dir, Access::Map)
+    }
+
+    fn open_by(dir: &Path, access: Access) -> Result<Checkpoint, CheckpointError> {
         if !dir.is_dir() {
             return Err(CheckpointError::NotAFolder { path: dir.to_owned() });
         }
@@ -145,9 +175,9 @@ impl Checkpoint {
         let parsed = config_json::parse(&config)?;
         let mut warnings = Vec::new();
         let shards = if dir.join("model.safetensors").exists() {
-            vec![map_shard(dir, "model.safetensors")?]
+            vec![open_shard(dir, "model.safetensors", access)?]
         } else if dir.join("model.safetensors.index.json").exists() {
-            return Checkpoint::open_index(dir, parsed, generation, warnings);
+            return Checkpoint::open_index(dir, access, parsed, generation, warnings);
         } else {
             let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model_checkpoint.pt"].iter().any(|n| dir.join(n).exists());
             let mend = if pickled {
@@ -172,6 +202,7 @@ impl Checkpoint {
 
     fn open_index(
         dir: &Path,
+        access: Access,
         parsed: config_json::Parsed,
         generation: Option<Vec<u8>>,
         mut warnings: Vec<String>,
@@ -189,7 +220,7 @@ impl Checkpoint {
             if !dir.join(file).exists() {
                 return Err(CheckpointError::MissingShard { shard: file.clone() });
             }
-            shards.push(map_shard(dir, file)?);
+            shards.push(open_shard(dir, file, access)?);
         }
         let tensors = locate_indexed(&shards, &index)?;
         let data: u64 = tensors.values().map(|t| (t.entry.end - t.entry.begin) as u64).sum();
@@ -254,8 +285,9 @@ impl Checkpoint {
             self.warnings
                 .push(format!("{halves} tensors are stored as F16 and are held as F32, which is exact; --dtype bf16 halves that memory"));
         }
-        if let (true, Some(head)) = (self.config.tied, self.tensor(weights::HEAD)) {
-            let embed = self.tensor(weights::EMBED).expect("checked above");
+        if let (true, Some(head)) = (self.config.tied, self.stored(weights::HEAD)?) {
+            let embed = self.stored(weights::EMBED)?.expect("checked above");
+            let (head, embed) = (head.view(), embed.view());
             if head.shape != embed.shape {
                 let (want, got) = (embed.shape.to_vec(), head.shape.to_vec());
                 return Err(CheckpointError::Shape { tensor: weights::HEAD.to_owned(), want, got });
@@ -273,10 +305,22 @@ impl Checkpoint {
 
     /// The stored tensor of this name.
     pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        let Located { shard, entry } = self.tensors.get(name)?;
-        // The offsets were checked against this very slice when the header was read.
-        let data = &self.shards[*shard].bytes.as_slice()[entry.begin..entry.end];
-        Some(TensorView { dtype: entry.dtype, shape: &entry.shape, data })
+        match self.stored(name) {
+            Ok(Some(Stored { dtype, shape, data: Cow::Borrowed(data) })) => Some(TensorView { dtype, shape, data }),
+            Ok(None) => None,
+            _ => unreachable!("only an unmapped checkpoint has its bytes elsewhere, and it lends none"),
+        }
+    }
+
+    /// The stored tensor of this name, read where it is not in memory.
+    fn stored(&self, name: &str) -> Result<Option<Stored<'_>>, CheckpointError> {
+        let Some(Located { shard, entry }) = self.tensors.get(name) else { return Ok(None) };
+        let data = self.shards[*shard].bytes.get(entry.begin..entry.end)?;
+        Ok(Some(Stored { dtype: entry.dtype, shape: &entry.shape, data }))
+    }
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|t| &t.entry.shape[..])
     }
 
     /// Names of all stored tensors, in order.
@@ -296,8 +340,10 @@ impl Checkpoint {
     }
 
     /// The whole matrix `[out][in]` of the linear layer `path` and its bias, in `f32`, in whatever form it is stored.
-    pub fn linear(&self, path: &str) -> Option<(Vec<f32>, Option<Vec<f32>>)> {
-        weights::linear_of(self, path)
+    pub fn linear(&self, path: &str) -> Option<Linear> {
+        let get = |name: &str| Ok::<_, Infallible>(self.tensor(name).map(|view| weights::floats(view).collect()));
+        let Ok(linear) = weights::linear_of(path, &|name| self.shape(name), &get);
+        linear
     }
 
     /// Whether full attention is right for sequences of up to `max_model_len` positions.
@@ -306,6 +352,17 @@ impl Checkpoint {
             Some(window) if max_model_len > window => Err(CheckpointError::Window { window, asked: max_model_len }),
             _ => Ok(()),
         }
+    }
+
+    /// The longest sequences that the model in a folder computes as it was made to, by its `config.json` alone: its positions, or
+    /// its sliding window where that is less.
+    ///
+    /// # Errors
+    /// Where that file cannot be read, or describes what is not computed here.
+    pub fn longest(dir: &Path) -> Result<usize, CheckpointError> {
+        let parsed = config_json::parse(&read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?)?;
+        let positions = parsed.config.max_positions;
+        Ok(parsed.sliding_window.map_or(positions, |window| window.min(positions)))
     }
 
     /// Identity of the model: of the configuration as resolved, of every tensor's name, type and shape, and of a
@@ -317,6 +374,10 @@ impl Checkpoint {
     /// last among them. About 25 MB are read for a model of 400 tensors, whatever its size. Values outside the
     /// sample do not enter: it tells models apart, and is no seal against tampering.
     pub fn digest(&self) -> [u8; 32] {
+        self.sampled().expect("reading what is in memory does not fail")
+    }
+
+    fn sampled(&self) -> Result<[u8; 32], CheckpointError> {
         let mut hasher = blake3::Hasher::new();
         let mut part = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
@@ -324,21 +385,21 @@ impl Checkpoint {
         };
         part(b"strait model 1");
         part(format!("{:?} {:?}", self.config, self.sliding_window).as_bytes());
-        for name in self.tensors.keys().filter(|n| !inert(n)) {
-            let view = self.tensor(name).expect("a key of the table");
+        for (name, Located { shard, entry }) in self.tensors.iter().filter(|(name, _)| !inert(name)) {
             part(name.as_bytes());
-            part(view.dtype.name().as_bytes());
-            part(&view.shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect::<Vec<u8>>());
-            if view.data.len() <= 64 << 10 {
-                part(view.data);
+            part(entry.dtype.name().as_bytes());
+            part(&entry.shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect::<Vec<u8>>());
+            let (bytes, len) = (&self.shards[*shard].bytes, entry.end - entry.begin);
+            if len <= 64 << 10 {
+                part(&bytes.get(entry.begin..entry.end)?);
             } else {
                 for i in 0..16 {
-                    let at = ((view.data.len() - 4096) as u128 * i / 15) as usize;
-                    part(&view.data[at..at + 4096]);
+                    let at = entry.begin + ((len - 4096) as u128 * i / 15) as usize;
+                    part(&bytes.get(at..at + 4096)?);
                 }
             }
         }
-        *hasher.finalize().as_bytes()
+        Ok(*hasher.finalize().as_bytes())
     }
 
     /// Reads every weight once and refuses what is not finite, and matrices that are all zeros. Bound by memory
@@ -358,6 +419,64 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+}
+
+/// A stored tensor, borrowed where it is in memory.
+struct Stored<'a> {
+    dtype: Dtype,
+    shape: &'a [usize],
+    data: Cow<'a, [u8]>,
+}
+
+impl Stored<'_> {
+    fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, shape: self.shape, data: &self.data }
+    }
+}
+
+/// A model folder that is checked like any other and whose files are not mapped: a tensor is read when it is asked for.
+///
+/// For folders that others may write to while the server runs. A file that is cut short is an error then, and ends nothing; one that
+/// is replaced by another of its name is read as it was.
+#[derive(Debug)]
+pub struct Unmapped(Checkpoint);
+
+impl Unmapped {
+    /// Opens a folder as [`Checkpoint::open`] does.
+    ///
+    /// # Errors
+    /// As it.
+    pub fn open(dir: &Path) -> Result<Unmapped, CheckpointError> {
+        Checkpoint::open_by(dir, Access::Read).map(Unmapped)
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
+    /// The elements of the stored tensor of this name, one of those that the configuration asks for.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`], also where the file became shorter.
+    pub fn floats(&self, name: &str) -> Result<Option<Vec<f32>>, CheckpointError> {
+        Ok(self.0.stored(name)?.map(|stored| weights::floats(stored.view()).collect()))
+    }
+
+    /// As [`Checkpoint::linear`].
+    ///
+    /// # Errors
+    /// As [`Unmapped::floats`].
+    pub fn linear(&self, path: &str) -> Result<Option<Linear>, CheckpointError> {
+        weights::linear_of(path, &|name| self.0.shape(name), &|name| self.floats(name))
+    }
+
+    /// As [`Checkpoint::digest`], to the bit.
+    ///
+    /// # Errors
+    /// As [`Unmapped::floats`].
+    pub fn digest(&self) -> Result<[u8; 32], CheckpointError> {
+        self.0.sampled()
     }
 }
 
@@ -400,7 +519,19 @@ fn locate_indexed(shards: &[Shard], index: &Index) -> Result<BTreeMap<String, Lo
 }
 
 fn entries(shard: &Shard) -> Result<BTreeMap<String, Entry>, CheckpointError> {
-    header::parse(shard.bytes.as_slice(), Limits::MODEL).map_err(|source| CheckpointError::Header { file: shard.file.clone(), source })
+    let limits = Limits::MODEL;
+    let entries = match &shard.bytes {
+        Bytes::Mapped(map) => header::parse(map, limits),
+        Bytes::Static(bytes) => header::parse(bytes, limits),
+        Bytes::Stored(_, _, bytes) => {
+            let length = shard.bytes.get(0..(*bytes).min(8) as usize)?;
+            let header = length.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+            // What is longer is refused for the length alone.
+            let head = if header > limits.header_bytes { 8 } else { header + 8 };
+            header::parse_head(&shard.bytes.get(0..head.min(*bytes) as usize)?, *bytes, limits)
+        }
+    };
+    entries.map_err(|source| CheckpointError::Header { file: shard.file.clone(), source })
 }
 
 struct Index {
@@ -462,9 +593,12 @@ pub(crate) fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointEr
     Ok(out)
 }
 
-fn map_shard(dir: &Path, name: &str) -> Result<Shard, CheckpointError> {
+fn open_shard(dir: &Path, name: &str, access: Access) -> Result<Shard, CheckpointError> {
     let path = dir.join(name);
     let (file, bytes) = open_regular(&path)?;
+    if access == Access::Read {
+        return Ok(Shard { file: name.to_owned(), bytes: Bytes::Stored(file, path, bytes) });
+    }
     if bytes == 0 {
         // An empty file cannot be mapped everywhere.
         return Err(CheckpointError::Header { file: name.to_owned(), source: HeaderError::TooShort { file: 0 } });

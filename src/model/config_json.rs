@@ -96,6 +96,8 @@ const INERT: &[&str] = &[
     "unsloth_fixed",
     "unsloth_training",
     "router_aux_loss_coef",
+    // How transformers.js loads an ONNX export of the model.
+    "transformers.js_config",
     "output_router_logits",
     // Generation settings of the days before generation_config.json; none is read from here.
     "temperature",
@@ -159,6 +161,8 @@ fn neutral() -> Vec<(&'static str, Vec<Value>, &'static str)> {
         ("query_pre_attn_scalar", vec![], "another attention scale"),
         ("scale_attn_weights", on(), "another attention scale"),
         ("clip_qkv", vec![], "clipped queries, keys and values"),
+        // SmolLM2's own note of what it is.
+        ("is_llama_config", on(), "another architecture"),
         ("alibi", off(), "ALiBi positions"),
         ("use_alibi", off(), "ALiBi positions"),
         ("position_embedding_type", vec![json!("rope"), json!("rotary")], "other position embeddings"),

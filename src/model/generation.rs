@@ -13,8 +13,18 @@ pub struct Generation {
     /// Temperature 1 and nothing cut off where the file says nothing; temperature 0 where it says `do_sample: false`.
     pub sampling: Sampling,
     pub max_new_tokens: Option<u32>,
-    /// Ids that end a generation, of both files, sorted, each below the vocabulary.
+    /// Ids that end a generation, of both files, sorted, each below the vocabulary; the tokenizer's own once it is known
+    /// ([`Generation::end_at`]).
     pub eos: Vec<TokenId>,
+}
+
+impl Generation {
+    /// Adds an id that ends a generation.
+    pub fn end_at(&mut self, id: TokenId) {
+        if let Err(at) = self.eos.binary_search(&id) {
+            self.eos.insert(at, id);
+        }
+    }
 }
 
 const FILE: &str = "generation_config.json";

@@ -128,28 +128,33 @@ pub enum HeaderError {
 /// Reads and checks the header of the file `bytes`: O(tensors log tensors), and no allocation larger than the
 /// header before everything is checked.
 pub fn parse(bytes: &[u8], limits: Limits) -> Result<BTreeMap<String, Entry>, HeaderError> {
-    let file = bytes.len() as u64;
-    let Some((length, rest)) = bytes.split_first_chunk::<8>() else { return Err(HeaderError::TooShort { file }) };
+    parse_head(bytes, bytes.len() as u64, limits)
+}
+
+/// The same of a file of `file` bytes by its beginning, which must hold the header.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_head(head: &[u8], file: u64, limits: Limits) -> Result<BTreeMap<String, Entry>, HeaderError> {
+    let Some((length, rest)) = head.split_first_chunk::<8>() else { return Err(HeaderError::TooShort { file }) };
     let header = u64::from_le_bytes(*length);
+    let left = file.saturating_sub(8);
     if header > limits.header_bytes {
         // A length beyond the file says more about the file than about the limit.
-        let left = rest.len() as u64;
         return Err(if header > left {
             HeaderError::Length { header, left }
         } else {
             HeaderError::TooLarge { header, limit: limits.header_bytes }
         });
     }
-    if header > rest.len() as u64 || header < 2 {
-        return Err(HeaderError::Length { header, left: rest.len() as u64 });
-    }
-    let (json, data) = rest.split_at(header as usize);
+    let json = rest.get(..header as usize).filter(|json| json.len() >= 2 && header <= left);
+    let json = json.ok_or(HeaderError::Length { header, left })?;
     let mut de = serde_json::Deserializer::from_slice(json);
     let found = HeaderSeed { tensors: limits.tensors }
         .deserialize(&mut de)
         .and_then(|found| de.end().map(|()| found))
         .map_err(|e| HeaderError::Json { reason: shown(&e.to_string(), 160) })?;
-    check(found, 8 + json.len(), data.len())
+    check(found, 8 + json.len(), (left - header) as usize)
 }
 
 /// Checks every entry, then that the entries tile the data section exactly.

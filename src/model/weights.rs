@@ -312,16 +312,24 @@ fn thresholded(p: Projection<'_>) -> Projection<'_> {
     Projection { weight: held(outs, k, left), inner: Some(held(k, inputs, right)), bias: p.bias }
 }
 
-/// A linear layer's whole matrix and its bias, widened, in whatever form it is stored; `None` where there is none of this path.
-pub(super) fn linear_of(checkpoint: &Checkpoint, path: &str) -> Option<(Vec<f32>, Option<Vec<f32>>)> {
-    let get = |part: &str| checkpoint.tensor(&format!("{path}.{part}"));
-    let Some(form) = Form::of(path, &|name| checkpoint.tensor(name).map(|t| t.shape)) else {
-        return Some((floats(get("weight")?).collect(), get("bias").map(|b| floats(b).collect())));
+/// A linear layer's whole matrix `[out][in]`, and its bias.
+pub type Linear = (Vec<f32>, Option<Vec<f32>>);
+
+/// A linear layer, widened, in whatever form it is stored; `None` where there is none of this path. `get` gives the elements of the
+/// tensor of a name.
+pub(super) fn linear_of<E>(
+    path: &str,
+    shapes: &Shapes<'_>,
+    get: &dyn Fn(&str) -> Result<Option<Vec<f32>>, E>,
+) -> Result<Option<Linear>, E> {
+    let get = |part: &str| get(&format!("{path}.{part}"));
+    let Some(form) = Form::of(path, shapes) else {
+        let Some(weight) = get("weight")? else { return Ok(None) };
+        return Ok(Some((weight, get("bias")?)));
     };
-    let (outer, inner) = (get(form.outer)?, get(form.inner)?);
-    let k = inner.shape[0];
-    let product = multiplied(&floats(outer).collect::<Vec<_>>(), &floats(inner).collect::<Vec<_>>(), k);
-    Some((product, get(form.bias).map(|b| floats(b).collect())))
+    let rank = shapes(&format!("{path}.{}", form.inner)).and_then(|s| s.first().copied());
+    let (Some(outer), Some(inner), Some(rank)) = (get(form.outer)?, get(form.inner)?, rank) else { return Ok(None) };
+    Ok(Some((multiplied(&outer, &inner, rank), get(form.bias)?)))
 }
 
 /// A two-dimensional tensor in the type asked for.

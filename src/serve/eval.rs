@@ -28,6 +28,7 @@ use crate::eval::run::{self, Marked, RunError, Sheet};
 use crate::eval::score::{Block, Estimate, student, wilson};
 use crate::eval::tasks::{Material, Niah, Style, Task, sentences};
 use crate::kv::layout::Profile;
+use crate::model::checkpoint::Checkpoint;
 use crate::serve::ready::{Bases, Source};
 use crate::server::{self, Server};
 use crate::telemetry::Telemetry;
@@ -238,7 +239,7 @@ impl Transport for Inside {
 /// What a command line of this command says to a server's settings.
 fn settings(asked: &Asked, asking: Option<&Asking>) -> anyhow::Result<Settings> {
     let at_once = asking.map_or(1, |a| usize::from(a.max_concurrency));
-    let settings = Settings::resolve(&ServeFlags {
+    let mut settings = Settings::resolve(&ServeFlags {
         config: asked.config.clone(),
         threads: asked.threads,
         compression: asked.compression.clone(),
@@ -250,6 +251,11 @@ fn settings(asked: &Asked, asking: Option<&Asking>) -> anyhow::Result<Settings> 
         seed: Some(0),
         ..ServeFlags::default()
     })?;
+    // A server is told how long its contexts may be where a window is shorter than the model; here nobody waits for longer ones. A
+    // folder that has no answer is refused with the reason when it is opened.
+    if let (None, Some(dir)) = (settings.max_model_len, &asked.model) {
+        settings.max_model_len = Checkpoint::longest(dir).ok().and_then(|n| u32::try_from(n).ok());
+    }
     // Before a model is loaded for nothing.
     if settings.compression.is_none() {
         check_known(asked, &settings.profiles)?;

@@ -51,11 +51,26 @@ impl Source {
     /// # Errors
     /// One sentence for the first thing that is missing, broken, or not supported.
     pub fn open(self) -> anyhow::Result<Opened> {
-        let (checkpoint, tokenizer, name, root) = match &self {
+        let (mut checkpoint, tokenizer, name, root) = match &self {
             Source::Demo => (demo::checkpoint()?, demo::tokenizer()?, demo::NAME.to_owned(), demo::NAME.to_owned()),
-            Source::Folder(dir) => (Checkpoint::open(dir)?, Tokenizer::open(dir)?, folder_name(dir), dir.display().to_string()),
+            Source::Folder(dir) => {
+                let checkpoint = Checkpoint::open(dir)?;
+                let tokenizer = Tokenizer::open(dir, checkpoint.config.vocab)?;
+                (checkpoint, tokenizer, folder_name(dir), dir.display().to_string())
+            }
         };
-        tokenizer.check_vocab(checkpoint.config.vocab)?;
+        let vocab = checkpoint.config.vocab;
+        tokenizer.check_vocab(vocab)?;
+        // Fine-tunes are told to end with another token by the tokenizer alone: config.json stays the base model's.
+        if let Some(eos) = tokenizer.eos().filter(|&id| (id as usize) < vocab) {
+            checkpoint.generation.end_at(eos);
+        }
+        if checkpoint.generation.eos.is_empty() {
+            checkpoint.warnings.push(
+                "no file of the model names a token that ends an answer, so answers end at max_tokens or a client's stop alone; set eos_token_id in generation_config.json"
+                    .to_owned(),
+            );
+        }
         for warning in checkpoint.warnings.iter().chain(&tokenizer.warnings) {
             tracing::warn!("{warning}");
         }

@@ -13,8 +13,8 @@ use utoipa::ToSchema;
 use crate::adapters::{AdapterError, Fault};
 use crate::admission::Refusal;
 use crate::engine::SubmitError;
-use crate::scheduler::Limit;
 use crate::request::Failure;
+use crate::scheduler::Limit;
 use crate::telemetry::Full;
 
 /// Longest message a client gets, in characters.

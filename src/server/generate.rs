@@ -141,7 +141,8 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Ki
     let requests: Vec<_> = requests.into_iter().map(|request| GenerateRequest { adapter, ..request }).collect();
     let profile = requests.first().map_or(loaded.model.default_profile, |request| request.profile);
     let stop_tokens: Vec<_> = requests.iter().map(|request| request.stop_tokens.clone()).collect();
-    let streams = loaded.engine.submit_all(requests, lease).map_err(|error| ApiError::not_submitted(&error))?.into_iter().zip(stop_tokens).collect();
+    let streams =
+        loaded.engine.submit_all(requests, lease).map_err(|error| ApiError::not_submitted(&error))?.into_iter().zip(stop_tokens).collect();
     let answer = Answer {
         kind,
         id: match kind {

@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows the engine. Everything here runs on the caller's thread and is linear in its input.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper};
 
 use crate::ids::TokenId;
 use crate::model::json::{self, shown};
-use crate::text::specials::Specials;
+use crate::text::specials::{Controls, Specials};
 use crate::text::template::{ChatTemplate, TemplateError};
 
 mod jinja;
@@ -65,14 +66,18 @@ pub(crate) enum StartRule {
 pub struct Tokenizer {
     /// Parses special tokens in the text.
     inner: tokenizers::Tokenizer,
-    /// Treats special tokens as plain text; made when first needed.
+    /// Treats control tokens as plain text; made when first needed.
     plain: OnceLock<tokenizers::Tokenizer>,
     /// The same for text that does not begin the prompt, where a metaspace is not prepended.
     plain_inside: OnceLock<tokenizers::Tokenizer>,
-    specials: Specials,
+    controls: Controls,
+    /// Added tokens that control and are not special to `inner`.
+    markers: Vec<AddedToken>,
     bytes: TokenBytes,
     prefix: Vec<TokenId>,
     suffix: Vec<TokenId>,
+    eos: Option<TokenId>,
+    beyond: Beyond,
     template: Option<ChatTemplate>,
     /// One sentence each, for the log at start.
     pub warnings: Vec<String>,
@@ -81,6 +86,23 @@ pub struct Tokenizer {
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Tokenizer({} ids)", self.id_bound())
+    }
+}
+
+/// Added tokens that the model has no row for, and that are left out.
+struct Beyond {
+    vocab: usize,
+    tokens: BTreeMap<u64, String>,
+}
+
+impl Beyond {
+    /// Whether this token is one of them.
+    fn takes(&mut self, id: u64, text: &str) -> bool {
+        let beyond = id >= self.vocab as u64;
+        if beyond {
+            self.tokens.insert(id, text.to_owned());
+        }
+        beyond
     }
 }
 
@@ -101,7 +123,9 @@ impl Tokenizer {
     ///
     /// The template is `chat_template.jinja`, else `chat_template.json`, else `chat_template` in
     /// `tokenizer_config.json`: the order of Hugging Face.
-    pub fn open(dir: &Path) -> Result<Tokenizer, TextError> {
+    ///
+    /// `vocab` is as for [`Tokenizer::from_json`].
+    pub fn open(dir: &Path, vocab: usize) -> Result<Tokenizer, TextError> {
         let Some(tokenizer) = read(dir, "tokenizer.json", TOKENIZER_BYTES_MAX)? else {
             let reason = "there is no such file".to_owned();
             return Err(TextError::Io { path: dir.join("tokenizer.json"), reason });
@@ -119,43 +143,63 @@ impl Tokenizer {
                 None => None,
             },
         };
-        Tokenizer::from_json(&tokenizer, config.as_deref(), template.as_ref())
+        Tokenizer::from_json(&tokenizer, config.as_deref(), template.as_ref(), vocab)
     }
 
     /// The same from memory. `template` goes before the one in `tokenizer_config.json`: a string, or a list of
     /// `{name, template}`.
-    pub fn from_json(tokenizer_json: &str, config_json: Option<&str>, template: Option<&Value>) -> Result<Tokenizer, TextError> {
-        let raw = json::parse(tokenizer_json.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer.json", reason })?;
+    ///
+    /// Added tokens with ids from `vocab` on, the width of the logits, are left out with a warning: a `<pad>` that training needed
+    /// and whose row was never saved. `usize::MAX` keeps all.
+    pub fn from_json(
+        tokenizer_json: &str,
+        config_json: Option<&str>,
+        template: Option<&Value>,
+        vocab: usize,
+    ) -> Result<Tokenizer, TextError> {
+        let mut raw = json::parse(tokenizer_json.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer.json", reason })?;
         let config = match config_json {
             Some(text) => json::parse(text.as_bytes()).map_err(|reason| TextError::Format { file: "tokenizer_config.json", reason })?,
             None => Value::Null,
         };
+        let mut beyond = Beyond { vocab, tokens: BTreeMap::new() };
+        if let Some(added) = raw.get_mut("added_tokens").and_then(Value::as_array_mut) {
+            added.retain(|token| {
+                let (id, text) = (token.get("id").and_then(Value::as_u64), content(token));
+                !id.zip(text).is_some_and(|(id, text)| beyond.takes(id, text))
+            });
+        }
+        let kept = if beyond.tokens.is_empty() { Cow::Borrowed(tokenizer_json) } else { Cow::Owned(raw.to_string()) };
         let mut warnings = Vec::new();
         // The parser of the crate trusts some numbers of the file; a panic there is a bad file, not a bug to die of.
-        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(tokenizer_json.as_bytes()))
+        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(kept.as_bytes()))
             .unwrap_or_else(|_| Err("its numbers contradict each other".into()));
         let mut inner = parsed.map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
         // Lengths are the server's business.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| TextError::Format { file: "tokenizer.json", reason: shown(&e.to_string(), 200) })?;
-        let named = add_tokens(&mut inner, &config, &mut warnings)?;
+        let named = add_tokens(&mut inner, &config, &mut beyond, &mut warnings)?;
         let bytes = TokenBytes::new(&inner, raw.get("decoder").unwrap_or(&Value::Null))?;
-        let specials = Specials::new(
-            inner.get_added_tokens_decoder().values().filter(|t| t.special).map(|t| (t.content.as_str(), t.lstrip, t.rstrip)),
-        );
         let (prefix, suffix) = surroundings(&inner, &config, &named)?;
+        let eos = named.get("eos_token").and_then(|text| inner.token_to_id(text));
         let template = match template.or_else(|| config.get("chat_template")).filter(|v| !v.is_null()) {
             Some(value) => Some(ChatTemplate::new(value, &named)?),
             None => None,
         };
+        let (controls, markers) = controls(&inner, &named, template.as_ref());
         let (plain, plain_inside) = (OnceLock::new(), OnceLock::new());
-        Ok(Tokenizer { inner, plain, plain_inside, specials, bytes, prefix, suffix, template, warnings })
+        Ok(Tokenizer { inner, plain, plain_inside, controls, markers, bytes, prefix, suffix, eos, beyond, template, warnings })
     }
 
     /// Refuses a tokenizer that can produce an id the model has no row for. `vocab` is the width of the logits.
     pub fn check_vocab(&self, vocab: usize) -> Result<(), TextError> {
         let worst = self.inner.get_vocab(true).into_iter().filter(|(_, id)| *id as usize >= vocab).min_by_key(|(_, id)| *id);
-        match worst {
+        // A token that was left out may still be put around every text.
+        let around = || {
+            let id = *self.prefix.iter().chain(&self.suffix).find(|&&id| id as usize >= vocab)?;
+            Some((self.beyond.tokens.get(&u64::from(id)).cloned().unwrap_or_default(), id))
+        };
+        match worst.or_else(around) {
             Some((token, id)) => Err(TextError::OutsideVocabulary { token: shown(&token, 80), id, vocab }),
             None => Ok(()),
         }
@@ -165,7 +209,8 @@ impl Tokenizer {
     ///
     /// `add_special_tokens` puts what the model's files ask for around it (usually BOS in front). With
     /// `parse_special`, the text of a special token becomes that token, as in a prompt written by hand; without, it
-    /// stays plain text, as a user's words must.
+    /// stays plain text, as a user's words must; so does that of a turn marker of the chat template which the vocabulary has as an
+    /// added token that is not special.
     pub fn encode(&self, text: &str, add_special_tokens: bool, parse_special: bool) -> Result<Vec<TokenId>, TextError> {
         let mut out = if add_special_tokens { self.prefix.clone() } else { Vec::new() };
         let tokenizer = if parse_special { &self.inner } else { self.plain() };
@@ -180,7 +225,7 @@ impl Tokenizer {
     /// plain. Everything else is tokenised exactly as [`Tokenizer::encode`] would.
     pub(crate) fn encode_guarded(&self, text: &str, guarded: &[std::ops::Range<usize>]) -> Result<Vec<TokenId>, TextError> {
         let mut out = Vec::new();
-        for (range, plain) in self.specials.regions(text, guarded) {
+        for (range, plain) in self.controls.all.regions(text, guarded) {
             let tokenizer = match (plain, range.start) {
                 (false, _) => &self.inner,
                 (true, 0) => self.plain(),
@@ -215,6 +260,12 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The `eos_token` of `tokenizer_config.json`: what the model was tuned to end an answer with, whatever the ids are that its
+    /// other files still have of a base model.
+    pub fn eos(&self) -> Option<TokenId> {
+        self.eos
+    }
+
     /// Whether `id` is a control token, which `skip_special` leaves out of texts.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.bytes.special.get(id as usize).copied().unwrap_or(false)
@@ -241,8 +292,8 @@ impl Tokenizer {
         self.template.as_ref()
     }
 
-    pub(crate) fn specials(&self) -> &Specials {
-        &self.specials
+    pub(crate) fn controls(&self) -> &Controls {
+        &self.controls
     }
 
     pub(crate) fn start(&self, skip_special: bool) -> StartState {
@@ -257,6 +308,9 @@ impl Tokenizer {
     fn plain(&self) -> &tokenizers::Tokenizer {
         self.plain.get_or_init(|| {
             let mut t = self.inner.clone();
+            if !self.markers.is_empty() {
+                t.add_special_tokens(self.markers.iter().cloned()).expect("they were added before, less one flag");
+            }
             t.set_encode_special_tokens(true);
             t
         })
@@ -327,7 +381,12 @@ fn content(value: &Value) -> Option<&str> {
 
 /// Adds what `tokenizer_config.json` knows and `tokenizer.json` does not: added tokens at their ids, and the
 /// special role of named tokens.
-fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut Vec<String>) -> Result<Named, TextError> {
+fn add_tokens(
+    inner: &mut tokenizers::Tokenizer,
+    config: &Value,
+    beyond: &mut Beyond,
+    warnings: &mut Vec<String>,
+) -> Result<Named, TextError> {
     let file = "tokenizer_config.json";
     let mut missing: BTreeMap<TokenId, AddedToken> = BTreeMap::new();
     if let Some(map) = config.get("added_tokens_decoder").and_then(Value::as_object) {
@@ -335,7 +394,7 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut 
             let (Ok(id), Some(text)) = (id.parse::<TokenId>(), content(token)) else {
                 return Err(TextError::Format { file, reason: format!("added_tokens_decoder has a bad entry `{}`", shown(id, 40)) });
             };
-            if inner.token_to_id(text).is_some() {
+            if inner.token_to_id(text).is_some() || beyond.takes(u64::from(id), text) {
                 continue;
             }
             let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
@@ -348,6 +407,10 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut 
                 .normalized(normalized);
             missing.insert(id, token);
         }
+    }
+    for (id, text) in &beyond.tokens {
+        let (text, vocab) = (shown(text, 80), beyond.vocab);
+        warnings.push(format!("the added token `{text}` has the id {id}, and the model has {vocab} tokens; it is left out"));
     }
     for (want, token) in missing {
         let text = token.content.clone();
@@ -375,6 +438,9 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut 
         roles.extend(items.into_iter().filter_map(content).map(str::to_owned));
     }
     for text in roles {
+        if beyond.tokens.values().any(|left_out| *left_out == text) {
+            continue;
+        }
         let Some(id) = inner.token_to_id(&text) else {
             warnings.push(format!("tokenizer_config.json names the token `{}`, which the vocabulary does not have", shown(&text, 80)));
             continue;
@@ -385,6 +451,25 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, warnings: &mut 
         }
     }
     Ok(named)
+}
+
+/// The tokens that control, and those of them, marked as special, that `inner` takes for text.
+///
+/// Turn markers are control tokens whatever their flag says: some vocabularies have them as added tokens that are not special, so
+/// that they show in decoded text. Which those are, the chat template tells: it spells them.
+fn controls(inner: &tokenizers::Tokenizer, named: &Named, template: Option<&ChatTemplate>) -> (Controls, Vec<AddedToken>) {
+    let added = inner.get_added_tokens_decoder();
+    // A word, white space or a bracket stands in a template's code and prose too, and is language that was trained on as a token.
+    let spelled = |text: &str| {
+        let marks = text.chars().count() > 2 && text.chars().any(|c| !c.is_alphanumeric() && !c.is_whitespace());
+        marks && template.is_some_and(|t| t.spells(text))
+    };
+    let special = |t: &&AddedToken| t.special || named.values().any(|text| *text == t.content);
+    let all = |t: &&AddedToken| special(t) || spelled(&t.content);
+    let of = |t: &'_ AddedToken| (t.content.clone(), t.lstrip, t.rstrip);
+    let controls =
+        Controls { all: Specials::new(added.values().filter(all).map(of)), special: Specials::new(added.values().filter(special).map(of)) };
+    (controls, added.values().filter(|t| !t.special && all(t)).map(|t| t.clone().special(true)).collect())
 }
 
 /// What stands around a text: from the post-processor, corrected by `add_bos_token` and `add_eos_token`.

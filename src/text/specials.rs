@@ -3,7 +3,15 @@
 
 use std::ops::Range;
 
-/// The special tokens of a vocabulary. Search is O(text x longest token), whatever their number.
+/// The control tokens of a vocabulary.
+pub(crate) struct Controls {
+    /// Special tokens, and the turn markers of a chat template that are none.
+    pub(crate) all: Specials,
+    /// Without those markers: an answer in a history has some of them (`<think>`, `<tool_call>`) as the tokens the model wrote.
+    pub(crate) special: Specials,
+}
+
+/// The special tokens of a vocabulary, or some of its tokens taken for them. Search is O(text x longest token), whatever their number.
 pub(crate) struct Specials {
     nodes: Vec<Node>,
     flags: Vec<Strip>,
@@ -26,11 +34,11 @@ struct Strip {
 
 impl Specials {
     /// From `(text, lstrip, rstrip)`.
-    pub(crate) fn new<'a>(tokens: impl Iterator<Item = (&'a str, bool, bool)>) -> Specials {
+    pub(crate) fn new(tokens: impl Iterator<Item = (impl AsRef<str>, bool, bool)>) -> Specials {
         let mut it = Specials { nodes: vec![Node::default()], flags: Vec::new() };
-        for (text, left, right) in tokens.filter(|(t, ..)| !t.is_empty()) {
+        for (text, left, right) in tokens.filter(|(t, ..)| !t.as_ref().is_empty()) {
             let mut at = 0;
-            for &byte in text.as_bytes() {
+            for &byte in text.as_ref().as_bytes() {
                 at = match it.nodes[at].next.binary_search_by_key(&byte, |&(b, _)| b) {
                     Ok(i) => it.nodes[at].next[i].1 as usize,
                     Err(i) => {

@@ -2,8 +2,9 @@
 //!
 //! A template is a program of the operator's choosing, run on a client's data. It reads no files, reaches nothing
 //! outside, and is bounded in work, memory, output and time ([`ChatTemplate`]). A client's text never becomes a
-//! control token: special-token strings in it are marked before rendering, found again after, and tokenised as
-//! the plain text they are.
+//! control token: texts of special tokens, and of the added tokens that the template spells, are marked in it before rendering,
+//! found again after, and tokenised as the plain text they are. Only an assistant's messages keep the latter, which the model
+//! wrote as tokens.
 
 use std::io::Write;
 use std::ops::Range;
@@ -11,12 +12,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value as Jinja};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::ids::TokenId;
 use crate::model::json::{shown, shown_value};
 use crate::text::jinja::{self, Exception};
-use crate::text::specials::Specials;
+use crate::text::specials::{Controls, Specials};
 use crate::text::{Named, TextError, Tokenizer};
 
 const TIME: Duration = Duration::from_secs(2);
@@ -49,6 +50,9 @@ pub enum TemplateError {
     PartText { message: usize, part: usize },
     #[error("messages[{message}].content is {got}; a string or a list of text parts is needed")]
     Content { message: usize, got: String },
+    /// Templates pass over what they have no branch for; a message must not vanish without a word.
+    #[error("messages[{message}] has the role {role}, which this model's chat template leaves out; send it as a user's message")]
+    Role { message: usize, role: &'static str },
     #[error("chat_template_kwargs cannot set `{key}`, which the server sets itself")]
     Reserved { key: String },
     #[error("chat_template_kwargs has `{key}`, which this model's template does not read")]
@@ -90,6 +94,12 @@ pub struct ChatTemplate {
     reads: Vec<String>,
     /// The template walks over lists of content parts itself.
     reads_parts: bool,
+    /// The template shows nothing of a developer's message, or fails on it: it is of before that role, when it was called system.
+    developer_is_system: bool,
+    /// Roles whose messages the template leaves out of a prompt without tools.
+    dropped: Vec<&'static str>,
+    /// The template fails on the content of an answer that is nothing but calls of tools, or says `None` for it.
+    null_is_empty: bool,
 }
 
 /// Names that `chat_template_kwargs` cannot take: what the server passes, and what would look like its parameters.
@@ -154,8 +164,18 @@ impl ChatTemplate {
         reads.sort_unstable();
         reads.dedup();
         let has_tool_use = env.get_template("tool_use").is_ok();
-        let mut it = ChatTemplate { env, named: named.clone(), has_tool_use, reads, reads_parts: false };
-        it.reads_parts = it.probe_parts();
+        let named = named.clone();
+        let mut it = ChatTemplate {
+            env,
+            named,
+            has_tool_use,
+            reads,
+            reads_parts: false,
+            developer_is_system: false,
+            dropped: Vec::new(),
+            null_is_empty: false,
+        };
+        it.probe_all();
         Ok(it)
     }
 
@@ -164,14 +184,19 @@ impl ChatTemplate {
         self.reads.binary_search_by(|v| v.as_str().cmp(variable)).is_ok()
     }
 
+    /// Whether this text stands in the template's source as it is.
+    pub(crate) fn spells(&self, text: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.source().contains(text))
+    }
+
     /// The prompt as text, special tokens spelled out. Input is not made safe against special tokens in it:
     /// see [`Tokenizer::render`].
     pub fn render_text(&self, chat: &Chat<'_>) -> Result<String, TemplateError> {
         self.render_marked(chat, None).map(|p| p.text)
     }
 
-    /// Renders; with `specials`, also tells where in the result their texts come from the input.
-    fn render_marked(&self, chat: &Chat<'_>, specials: Option<&Specials>) -> Result<Rendered, TemplateError> {
+    /// Renders; with `controls`, also tells where in the result their texts come from the input.
+    fn render_marked(&self, chat: &Chat<'_>, controls: Option<&Controls>) -> Result<Rendered, TemplateError> {
         if chat.continue_final_message && chat.add_generation_prompt {
             return Err(TemplateError::ContinueAndGenerate);
         }
@@ -180,14 +205,17 @@ impl ChatTemplate {
                 return Err(TemplateError::Reserved { key: shown(key, 60) });
             }
         }
-        let mut messages = self.messages(chat.messages)?;
         let mut tools = chat.tools.cloned().unwrap_or(Value::Null);
+        let mut messages = self.messages(chat.messages, !tools.is_null())?;
         let mut kwargs = chat.kwargs.clone();
         let marks = Marks::choose(&[chat.messages, &tools]);
-        if let Some(specials) = specials {
-            marks.guard(&mut messages, specials);
-            marks.guard(&mut tools, specials);
-            kwargs.values_mut().for_each(|v| marks.guard(v, specials));
+        if let Some(Controls { all, special }) = controls {
+            for message in messages.as_array_mut().into_iter().flatten() {
+                let is_answer = message.get("role").and_then(Value::as_str) == Some("assistant");
+                marks.guard(message, if is_answer { special } else { all });
+            }
+            marks.guard(&mut tools, all);
+            kwargs.values_mut().for_each(|v| marks.guard(v, all));
         }
         if chat.continue_final_message {
             let text = messages.as_array_mut().and_then(|m| m.last_mut()).and_then(last_text);
@@ -221,24 +249,36 @@ impl ChatTemplate {
                 text.truncate(text.trim_end().len());
             }
         }
-        Ok(marks.unmark(text, specials))
+        Ok(marks.unmark(text, controls.map(|c| &c.all)))
     }
 
-    /// A copy of the messages in the form the template reads: content parts joined into a string (by newlines, as
+    /// A copy of the messages in the form the template reads: a developer's as the system's where it knows no developer; content parts joined into a string (by newlines, as
     /// vLLM does) unless it walks over parts itself; arguments of tool calls as objects; reasoning also as
-    /// `reasoning_content` and `thinking`. Content that is null stays null.
-    fn messages(&self, messages: &Value) -> Result<Value, TemplateError> {
+    /// `reasoning_content` and `thinking`. Content that is null beside calls of tools is the empty string where the
+    /// template has no words for null, and else stays null, which some templates look for.
+    fn messages(&self, messages: &Value, tools_given: bool) -> Result<Value, TemplateError> {
         let mut messages = messages.clone();
         let list = messages.as_array_mut().ok_or(TemplateError::Messages)?;
         for (message, value) in list.iter_mut().enumerate() {
             let object = value.as_object_mut().ok_or(TemplateError::Messages)?;
+            if let Some(role) = object.get_mut("role") {
+                // Tools may bring in the branch that shows their results.
+                if let Some(role) = self.dropped.iter().find(|r| **r == *role && !tools_given) {
+                    return Err(TemplateError::Role { message, role });
+                }
+                if self.developer_is_system && role == "developer" {
+                    *role = Value::from("system");
+                }
+            }
+            let calls = object.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
             if let Some(content) = object.get_mut("content") {
                 match content {
+                    Value::Null if calls && self.null_is_empty => *content = Value::String(String::new()),
                     Value::Null | Value::String(_) => {}
                     Value::Array(parts) => {
                         let texts = parts.iter().enumerate().map(|(part, v)| part_text(message, part, v)).collect::<Result<Vec<_>, _>>()?;
                         *content = if self.reads_parts {
-                            texts.into_iter().map(|t| serde_json::json!({ "type": "text", "text": t })).collect()
+                            texts.into_iter().map(|t| json!({ "type": "text", "text": t })).collect()
                         } else {
                             Value::String(texts.join("\n"))
                         };
@@ -266,33 +306,98 @@ impl ChatTemplate {
         Ok(messages)
     }
 
-    /// Renders a message whose content is a list of one part: a template that walks over it shows the text alone,
-    /// one that does not fails or shows the list as Python would print it.
-    fn probe_parts(&self) -> bool {
-        const NEEDLE: &str = "Zq7probe";
-        let probe = |content: Value| {
-            let mut context = Map::new();
-            context.insert("messages".to_owned(), serde_json::json!([{ "role": "user", "content": content }]));
-            context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
-            context.insert("tools".to_owned(), Value::Null);
-            for (key, value) in &self.named {
-                context.insert(key.clone(), Value::from(value.as_str()));
-            }
-            let template = self.env.get_template("default").ok()?;
-            let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
-            template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).ok()?;
-            String::from_utf8(sink.out).ok()
-        };
-        let parts = probe(serde_json::json!([{ "type": "text", "text": NEEDLE }]));
-        parts.is_some_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")))
+    /// What the template makes of messages that are already in its form.
+    fn probe(&self, messages: Value) -> Result<String, TemplateError> {
+        let mut context = Map::new();
+        context.insert("messages".to_owned(), messages);
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(false));
+        context.insert("tools".to_owned(), Value::Null);
+        for (key, value) in &self.named {
+            context.insert(key.clone(), Value::from(value.as_str()));
+        }
+        let template = self.env.get_template("default").map_err(|e| failure(&e))?;
+        let mut sink = Sink { out: Vec::new(), limit: OUTPUT_BYTES, deadline: Instant::now() + TIME, full: None };
+        let result = template.render_captured_to(Jinja::from(Serde(&context)), &mut sink).map(|_| ());
+        if let Some(what) = sink.full {
+            return Err(TemplateError::TooMuch { what });
+        }
+        result.map_err(|e| failure(&e))?;
+        String::from_utf8(sink.out).map_err(|_| TemplateError::Failed { reason: "not text".to_owned() })
     }
+
+    /// Finds out what the template does with what some templates cannot take.
+    fn probe_all(&mut self) {
+        // A template that walks over parts shows the text alone; one that does not fails or shows the list as Python would print it.
+        let parts = self.probe(json!([{ "role": "user", "content": [{ "type": "text", "text": NEEDLE }] }]));
+        if matches!(parts, Err(TemplateError::TooMuch { .. })) {
+            // It would be so each time.
+            return;
+        }
+        self.reads_parts =
+            parts.is_ok_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")));
+        self.probe_roles();
+        self.null_is_empty = self.probe_null();
+    }
+
+    /// Renders conversations with a message of each role that a template may not know. Where it fails on one, it says itself
+    /// what it wants when it is asked in earnest.
+    fn probe_roles(&mut self) {
+        let opening = |role: &str| json!([{ "role": role, "content": NEEDLE }, { "role": "user", "content": ASKED }]);
+        self.developer_is_system = !self.probe(opening("developer")).is_ok_and(|out| out.contains(NEEDLE));
+        if self.developer_is_system && self.drops(vec![opening("system")]) {
+            self.dropped.push("developer");
+        }
+        for role in ["tool", "function"] {
+            // Templates differ in what they want to have been said before a result.
+            let answers = [
+                json!({ "role": "assistant", "content": "", "tool_calls": calls(json!({})) }),
+                json!({ "role": "assistant", "content": null, "tool_calls": calls(json!("{}")) }),
+                json!({ "role": "assistant", "content": "x" }),
+            ];
+            let result = json!({ "role": role, "name": "f", "tool_call_id": CALL_ID, "content": NEEDLE });
+            let asked = json!({ "role": "user", "content": ASKED });
+            if self.drops(answers.into_iter().map(|answer| json!([asked, answer, result])).collect()) {
+                self.dropped.push(role);
+            }
+        }
+    }
+
+    /// Renders an answer of calls alone, with its content null and empty: null must neither fail nor show as Python prints it.
+    fn probe_null(&self) -> bool {
+        let nones = |content: Value, arguments: &Value| {
+            let answer = json!({ "role": "assistant", "content": content, "tool_calls": calls(arguments.clone()) });
+            Some(self.probe(json!([{ "role": "user", "content": ASKED }, answer])).ok()?.matches("None").count())
+        };
+        // Some templates put the arguments of calls into a string, others walk over them.
+        !["{}".into(), json!({})]
+            .iter()
+            .any(|arguments| nones(Value::Null, arguments).is_some_and(|n| n <= nones(Value::from(""), arguments).unwrap_or(n)))
+    }
+
+    /// Whether the template shows the user's message of some of these conversations, and of none the one looked for.
+    fn drops(&self, conversations: Vec<Value>) -> bool {
+        let shown: Vec<String> = conversations.into_iter().filter_map(|c| self.probe(c).ok()).filter(|out| out.contains(ASKED)).collect();
+        !shown.is_empty() && shown.iter().all(|out| !out.contains(NEEDLE))
+    }
+}
+
+/// What probes look for in a prompt, and what a user says in them.
+const NEEDLE: &str = "Zq7probe";
+const ASKED: &str = "Xk3asked";
+/// Mistral's templates want nine letters and digits.
+const CALL_ID: &str = "Zq7call01";
+
+/// Calls of tools, for a probe.
+fn calls(arguments: Value) -> Value {
+    json!([{ "id": CALL_ID, "type": "function", "function": { "name": "f", "arguments": arguments } }])
 }
 
 impl Tokenizer {
     /// The prompt of a conversation.
     ///
     /// `kwargs` are `chat_template_kwargs`: plain values for variables that the template reads. Special-token
-    /// strings in messages, tools and kwargs become plain text tokens; the template's own become control tokens.
+    /// strings in messages, tools and kwargs become plain text tokens, and so do added tokens that the template spells, but for
+    /// those in an assistant's messages; the template's own become control tokens.
     pub fn render(
         &self,
         messages: &Value,
@@ -314,7 +419,7 @@ impl Tokenizer {
             }
         }
         let chat = Chat { messages, tools, add_generation_prompt, continue_final_message, kwargs };
-        let prompt = template.render_marked(&chat, Some(self.specials()))?;
+        let prompt = template.render_marked(&chat, Some(self.controls()))?;
         self.encode_guarded(&prompt.text, &prompt.guarded)
     }
 }

@@ -200,6 +200,42 @@ fn product(module: &Module) -> Vec<f64> {
 }
 
 #[test]
+fn a_residual_base_may_be_written_to_while_it_is_read() {
+    // Whoever may put adapters below the root may do this; a mapped file that is cut short would end the process.
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let dir = std::env::temp_dir().join(format!("strait-residual-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(folder("pissa-residual").join("base").join(file), dir.join(file)).unwrap();
+    }
+    let read = || ready(&base, &folder("pissa-residual"), &BaseChoice::Residual(dir.clone()), HeldAs::F32);
+    let whole = std::fs::read(dir.join("model.safetensors")).unwrap();
+    let (want, done) = (read().unwrap().digest, std::sync::atomic::AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                std::fs::write(dir.join("model.safetensors"), &whole).unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(3));
+            }
+        });
+        for _ in 0..40 {
+            match read().map(|ready| ready.digest) {
+                Ok(digest) => assert_eq!(digest, want),
+                Err(AdapterError::Io { path, reason }) => {
+                    assert!(path.ends_with("model.safetensors") && reason.contains("shorter"), "{reason}")
+                }
+                // Cut before it was opened.
+                Err(AdapterError::Base { reason, .. }) => assert!(reason.contains("model.safetensors"), "{reason}"),
+                Err(other) => panic!("{other}"),
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(read().unwrap().digest, want);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn an_initial_adapter_is_taken_out_again() {
     let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
     let spectra = Spectra::new(None, &base);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde_json::{Value, json};
-use strait::model::checkpoint::{Checkpoint, CheckpointError};
+use strait::model::checkpoint::{Checkpoint, CheckpointError, Unmapped};
 use strait::model::config::RopeScaling;
 use strait::model::weights::{Data, LoadDtype};
 use strait::model::{config_json, header};
@@ -391,6 +391,47 @@ fn files_may_be_links() {
 }
 
 #[test]
+fn what_is_not_mapped_is_the_same_and_outlives_its_files() {
+    let copied = |name: &str| {
+        let folder = Folder::new();
+        for file in std::fs::read_dir(crate::golden::folder(name)).unwrap() {
+            let path = file.unwrap().path();
+            folder.put(path.file_name().unwrap().to_str().unwrap(), std::fs::read(&path).unwrap());
+        }
+        folder
+    };
+    for name in crate::golden::MODELS.iter().chain(&["maestro", "welore"]) {
+        let dir = crate::golden::folder(name);
+        let (mapped, unmapped) = (Checkpoint::open(&dir).unwrap(), Unmapped::open(&dir).unwrap());
+        assert_eq!(unmapped.config(), &mapped.config);
+        assert_eq!(unmapped.digest().unwrap(), mapped.digest(), "{name}");
+        for part in ["self_attn.q_proj", "mlp.down_proj", "mlp.nothing"] {
+            let path = format!("model.layers.0.{part}");
+            assert_eq!(unmapped.linear(&path).unwrap(), mapped.linear(&path), "{name} {path}");
+        }
+        let norm = mapped.tensor("model.norm.weight").unwrap().data.len();
+        assert!(norm > 0 && unmapped.floats("model.norm.weight").unwrap().is_some() && unmapped.floats("nothing").unwrap().is_none());
+    }
+    // A file that is cut short is an error of the next read, whatever was read before; one that is replaced is read as it was.
+    let folder = copied("llama2");
+    let (file, path) = (folder.0.join("model.safetensors"), "model.layers.0.self_attn.q_proj");
+    let (unmapped, whole) = (Unmapped::open(&folder.0).unwrap(), std::fs::read(&file).unwrap());
+    let weights = unmapped.linear(path).unwrap();
+    std::fs::rename(&file, folder.0.join("old")).unwrap();
+    folder.put("model.safetensors", "something else");
+    assert_eq!(unmapped.linear(path).unwrap(), weights);
+    std::fs::File::options().write(true).open(folder.0.join("old")).unwrap().set_len(200).unwrap();
+    refused(unmapped.linear(path), &["model.safetensors", "became shorter"]);
+    refused(unmapped.digest(), &["model.safetensors", "became shorter"]);
+    // What is cut before it is opened is refused as a mapped one is.
+    for cut in [0, 7, 8, 9, 200, whole.len() - 1] {
+        folder.put("model.safetensors", &whole[..cut]);
+        let (a, b) = (Unmapped::open(&folder.0).unwrap_err().to_string(), Checkpoint::open(&folder.0).unwrap_err().to_string());
+        assert_eq!(a, b, "cut to {cut}");
+    }
+}
+
+#[test]
 fn tensors_must_be_those_of_the_configuration() {
     let config = config();
     let change = |f: &dyn Fn(&mut Tensors)| {
@@ -533,6 +574,7 @@ fn what_is_not_computed_is_refused_by_name() {
         (json!({ "attention_multiplier": 0.015625 }), &["attention_multiplier"]),
         (json!({ "clip_qkv": 8.0 }), &["clip_qkv", "8"]),
         (json!({ "alibi": true }), &["alibi", "true"]),
+        (json!({ "is_llama_config": false }), &["is_llama_config", "false", "another architecture"]),
         (json!({ "num_experts": 8 }), &["num_experts", "8"]),
         (json!({ "num_local_experts": 8 }), &["num_local_experts", "8"]),
         (json!({ "auto_map": { "AutoModelForCausalLM": "modeling.X" } }), &["auto_map", "code"]),
@@ -593,6 +635,14 @@ fn harmless_keys_pass_and_bookkeeping_is_mentioned() {
     assert_eq!(parsed.warnings.len(), 1, "{:?}", parsed.warnings);
     assert!(parsed.warnings[0].contains("_name_or_path"));
     assert_eq!(parsed.eos, [3]);
+    // SmolLM2's, a plain Llama.
+    let smol = json!({
+        "is_llama_config": true, "rope_interleaved": false, "rope_scaling": null, "pretraining_tp": 1,
+        "transformers.js_config": { "dtype": "q4", "kv_cache_dtype": { "q4f16": "float16", "fp16": "float16" } }
+    });
+    let parsed = parse(&with(config(), smol)).unwrap();
+    assert_eq!(parsed.config, parse(&config()).unwrap().config);
+    assert_eq!(parsed.warnings, Vec::<String>::new());
 }
 
 #[test]

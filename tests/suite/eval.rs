@@ -900,6 +900,28 @@ fn a_model_says_the_same_in_process_and_over_http() {
 }
 
 #[test]
+fn a_model_with_a_window_is_measured_up_to_it() {
+    let (from, to) = (crate::golden::folder("mistral"), std::env::temp_dir().join(format!("strait-window-{}", std::process::id())));
+    std::fs::create_dir_all(&to).unwrap();
+    for file in std::fs::read_dir(&from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    assert!(config["max_position_embeddings"].as_u64() > Some(512));
+    config["sliding_window"] = json!(512);
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    std::fs::write(to.join("tokenizer.json"), crate::text::byte_level().to_string()).unwrap();
+    let text = Scratch::new("window", "The river bends twice before the mill. ".repeat(40).as_bytes());
+    let (dir, text) = (to.to_str().unwrap(), text.0.to_str().unwrap());
+    let ppl = |length| ["eval", "ppl", dir, "--text", text, "--profiles", "full", "--n", "1", "--json", "--lengths", length];
+    assert_eq!(measured(&ppl("512"))["rows"][0]["length"], json!(512));
+    let said = String::from_utf8(strait(&ppl("513")).stderr).unwrap();
+    assert!(said.contains("--lengths has 513, and the model takes at most 512 tokens; lower it"), "{said}");
+    std::fs::remove_dir_all(&to).unwrap();
+}
+
+#[test]
 fn every_mistake_is_one_sentence_with_its_mend() {
     let text = Scratch::new("text", "A few words.".as_bytes());
     let empty = Scratch::new("empty", b" \n");

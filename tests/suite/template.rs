@@ -191,6 +191,60 @@ fn messages_are_brought_into_the_templates_form() {
 }
 
 #[test]
+fn an_answer_of_calls_alone_has_no_words() {
+    let messages = json!([{ "role": "user", "content": "q" }, { "role": "assistant", "content": null, "tool_calls": [
+        { "id": "call00001", "type": "function", "function": { "name": "f", "arguments": "{\"a\": 1}" } }] }]);
+    let call = "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}";
+    let each = |shown: &str| format!("{{% for m in messages %}}[{shown}{call}]{{% endfor %}}");
+    for (source, want) in [
+        // Says None; fails; says none in Python's way of text.
+        (each("{{ m.content }}"), "[q][<f>]"),
+        (each("{{ 'A' + m.content }}"), "[Aq][A<f>]"),
+        (each("{{ m.content | trim }}"), "[q][<f>]"),
+        // A template's own None is no sign.
+        (each("None{{ m.content }}"), "[Noneq][None<f>]"),
+        (each("None{{ m.content or '' }}"), "[Noneq][None<f>]"),
+        // These look for null, and see it.
+        (each("{% if m.content is none %}null{% else %}{{ m.content }}{% endif %}"), "[q][null<f>]"),
+        (each("{{ m.content | tojson }}"), "[\"q\"][null<f>]"),
+    ] {
+        assert_eq!(render(&source, messages.clone()).as_deref(), Ok(want), "{source}");
+    }
+    // Without calls there is nothing else to show: null is what it is.
+    assert_eq!(render("{{ messages[0].content }}", json!([{ "role": "assistant", "content": null }])).as_deref(), Ok("None"));
+}
+
+#[test]
+fn no_message_vanishes_for_its_role() {
+    let one = |role: &str| json!([{ "role": "user", "content": "q" }, { "role": role, "content": "said" }]);
+    let any = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    let known =
+        "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}";
+    let strict = "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    let calls = "{% for m in messages %}{% if m.role == 'tool' %}{% if not loop.previtem.tool_calls %}{{ raise_exception('no call') }}{% endif %}[tool]{{ m.content }}{% elif m.role in ['user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}";
+    let left_out = |role: &'static str| Err(TemplateError::Role { message: 1, role });
+    let raised = |message: &str| Err(TemplateError::Raised { message: message.into() });
+    for (source, role, want) in [
+        (any, "developer", Ok("[user]q[developer]said".to_owned())),
+        (any, "function", Ok("[user]q[function]said".into())),
+        (any, "tool", Ok("[user]q[tool]said".into())),
+        (known, "developer", Ok("[user]q[system]said".into())),
+        (known, "function", left_out("function")),
+        (known, "tool", left_out("tool")),
+        (strict, "developer", Ok("[user]q[system]said".into())),
+        (strict, "function", raised("no function")),
+        (strict, "tool", raised("no tool")),
+        (calls, "developer", left_out("developer")),
+        (calls, "function", left_out("function")),
+        (calls, "tool", raised("no call")),
+    ] {
+        assert_eq!(render(source, one(role)), want, "{role} in {source}");
+    }
+    let error = render(known, one("function")).unwrap_err();
+    assert!(error.is_callers() && error.to_string().contains("messages[1] has the role function"), "{error}");
+}
+
+#[test]
 fn a_template_cannot_take_the_server_with_it() {
     let cases = [
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
