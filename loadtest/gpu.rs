@@ -722,10 +722,11 @@ fn decode(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
         let ready = vec![ReadyProfile { layout: layout.clone(), compression }];
         let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, (arena_bytes as u64, 0, 512)) {
             Ok(on) => on,
-            Err(CudaRefusal::Device(e)) => {
+            Err(CudaRefusal::Device(e @ CudaError::NoMemory { .. })) => {
                 println!("  {:<20} does not fit: {e}", profile.name);
                 continue;
             }
+            Err(CudaRefusal::Device(e)) => return Err(e),
             Err(e) => panic!("{e}"),
         };
         let exact = random_bf16(4 << 20);
@@ -839,10 +840,11 @@ fn adapters(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), Cud
         let memory = ((most * page) as u64, one.bytes() * most as u64 * 17 / 16, 512);
         let mut on = match CudaDecoder::new(device.clone(), c, &all, &rope, ready, memory) {
             Ok(on) => on,
-            Err(CudaRefusal::Device(e)) => {
+            Err(CudaRefusal::Device(e @ CudaError::NoMemory { .. })) => {
                 println!("  {rank:>5} does not fit: {e}");
                 continue;
             }
+            Err(CudaRefusal::Device(e)) => return Err(e),
             Err(e) => panic!("{e}"),
         };
         fill_part(on.arena(), 0, most * page, &random_bf16(4 << 20))?;

@@ -105,7 +105,7 @@ template <int D, class S, class K> struct Case {
                 double want = 0, size = 0;
                 for (u32 j = 0; j < seen; j++) { double x = w[j] / total * v[s][((size_t)j * kv_heads + kh) * D + c]; want += x; size += fabs(x); }
                 double e = fabs(b_of(out[at + c]) - want) / (size + 1e-3);
-                if (!(e <= most)) most = e;
+                if (std::isnan(e) || e > most) most = e;
             }
         }
         char what[100]; snprintf(what, sizeof what, "prefill %d, %d queries by %d threads, %u / %u heads: error of the sum of |weight value|", D, S::QUERIES, S::THREADS, heads, kv_heads);

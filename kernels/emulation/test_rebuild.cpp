@@ -197,7 +197,9 @@ struct Case {
             const float* s = &state[((size_t)item * tiles * 16 + h) * 4];
             if (top == -INFINITY) { if (s[1] != 0 || s[2] != 0) failures++; continue; }
             for (auto& x : w) total += x = exp2(x - top);
-            lse = fmax(lse, fabs(log2(s[1]) + s[0] - log2(total) - top));
+            // NaN is the worst, and stays so; fmax would pass it over.
+            double e = fabs(log2(s[1]) + s[0] - log2(total) - top);
+            if (std::isnan(e) || e > lse) lse = e;
             for (u32 r = 0; r < stride; r++) {
                 double want = 0, found = (double)h_of(out[((size_t)item * tiles * 16 + h) * stride + r]) * s[2] / s[1];
                 for (u32 j = 0; r < vs.span && j < n; j++) want += w[j] / total * vl[((size_t)items[item].table * 64 + j) * v.rank + g * vs.span + r];

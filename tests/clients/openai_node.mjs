@@ -34,6 +34,11 @@ for await (const chunk of stream) {
 check("streaming", text.includes("Paris"), text);
 check("usage of a compressed cache", usage.kv_cache.profile === "cskv-80", usage);
 
+async function aborted() {
+  const metrics = await (await fetch(`${url}/metrics`)).text();
+  return Number(metrics.match(/^vllm:request_success_total\{[^}]*finished_reason="abort"[^}]*\} (\d+)$/m)[1]);
+}
+const before = await aborted();
 const long = await client.completions.create({ model, prompt: "Once", max_tokens: 2000, stream: true, ignore_eos: true });
 let seen = 0;
 for await (const _ of long) {
@@ -43,13 +48,12 @@ for await (const _ of long) {
     break;
   }
 }
-let idle = false;
-for (let i = 0; i < 50 && !idle; i++) {
-  const metrics = await (await fetch(`${url}/metrics`)).text();
-  idle = /vllm:num_requests_running\{[^}]*\} 0\b/.test(metrics);
+let after = await aborted();
+for (let i = 0; i < 200 && after === before; i++) {
   await new Promise((resolve) => setTimeout(resolve, 50));
+  after = await aborted();
 }
-check("an aborted stream is cancelled", idle);
+check("an aborted stream is cancelled", after === before + 1, `${before} aborted before, ${after} after`);
 
 try {
   await client.chat.completions.create({ model, messages: [] });

@@ -648,7 +648,7 @@ pub(crate) fn engine_on(device: Arc<Device>) -> (EngineHandle, EngineThread) {
 pub(crate) fn hear(mut stream: TokenStream) -> Result<Vec<u32>, Failure> {
     let mut tokens = vec![];
     loop {
-        match stream.events.blocking_recv().expect("the engine says how it ends") {
+        match engine::event_of(&mut stream) {
             Event::Token { id, .. } => tokens.push(id),
             Event::Done { .. } => return Ok(tokens),
             Event::Failed { failure } => return Err(failure),

@@ -18,6 +18,7 @@ use strait::request::Event;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
 use crate::cuda::{Kept, Wardrobe, demo, engine_on, hear, own_device, request, rms, worn_in_lockstep};
+use crate::engine::event_of;
 use crate::http::adapters::{limits, registry_of};
 use crate::{adapters, emulated, golden};
 
@@ -326,13 +327,13 @@ fn what_an_adapter_is_copied_beside_goes_on() {
     Held::set(true);
     // One that runs, one that waits for its adapter, one that comes later and passes that, and one that goes before it began.
     let mut runs = ask(None, 200);
-    assert!(runs.events.blocking_recv().is_some());
+    event_of(&mut runs);
     let mut waits = ask(Some("pirate"), 12);
     let gone = ask(Some("shout"), 12);
     assert_eq!(hear(ask(None, 20)).unwrap().len(), 20);
     drop(gone);
     for _ in 0..20 {
-        assert!(matches!(runs.events.blocking_recv(), Some(Event::Token { .. })));
+        assert!(matches!(event_of(&mut runs), Event::Token { .. }));
     }
     assert!(waits.events.try_recv().is_err(), "it is not there");
     // Nothing else to do: what has come is heard of.

@@ -403,7 +403,7 @@ fn an_engine_that_samples_on_its_device_says_what_the_host_would_choose() {
         let mut stream = engine.submit(request.clone()).unwrap();
         let (mut heard, mut scored) = (vec![], vec![]);
         loop {
-            match stream.events.blocking_recv().expect("the engine says how it ends") {
+            match crate::engine::event_of(&mut stream) {
                 Event::Token { id, logprob } => heard.push((id, logprob)),
                 Event::Prompt { logprobs } => scored = logprobs,
                 Event::Done { .. } => break,

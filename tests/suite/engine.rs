@@ -165,10 +165,19 @@ pub(crate) struct Said {
     pub(crate) end: Result<(FinishReason, Usage), Failure>,
 }
 
+/// The next event of a sequence. An end that was lost fails a test here; it would wait for ever.
+pub(crate) fn event_of(stream: &mut TokenStream) -> Event {
+    const LIMIT: Duration = Duration::from_secs(300);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let event = runtime.block_on(async { tokio::time::timeout(LIMIT, stream.next()).await });
+    let event = event.unwrap_or_else(|_| panic!("sequence {} had no event in {LIMIT:?}: its end was lost", stream.seq.0));
+    event.expect("the engine says how it ends")
+}
+
 pub(crate) fn hear(mut stream: TokenStream) -> Said {
     let (mut tokens, mut logprobs, mut prompt) = (vec![], vec![], vec![]);
     loop {
-        match stream.events.blocking_recv().expect("the engine says how it ends") {
+        match event_of(&mut stream) {
             Event::Prompt { logprobs } => prompt = logprobs,
             Event::Token { id, logprob } => {
                 tokens.push(id);
@@ -366,7 +375,7 @@ fn a_dropped_stream_gives_its_pages_back() {
         let mut streams: Vec<_> =
             (0..8).map(|i| world.engine.submit(request(&tokens(200, 60 + i, 256), 400, (i % 4) as u8)).unwrap()).collect();
         for _ in 0..round {
-            streams[0].events.blocking_recv().unwrap();
+            event_of(&mut streams[0]);
         }
     }
     let home = settled(&world);
@@ -378,7 +387,7 @@ fn a_stream_that_is_finished_early_gets_its_bill() {
     let world = world("llama3", ROOMY, cpu);
     let mut stream = world.engine.submit(request(&tokens(100, 2, 256), 500, 0)).unwrap();
     for _ in 0..3 {
-        assert!(matches!(stream.events.blocking_recv(), Some(Event::Token { .. })));
+        assert!(matches!(event_of(&mut stream), Event::Token { .. }));
     }
     world.engine.finish(stream.seq);
     let said = hear(stream);

@@ -591,7 +591,7 @@ fn forced_text_reads_what_decoding_reads() {
             let request = GenerateRequest { sampling, logprobs: Some(0), ..crate::engine::request(prompt, 260, profile) };
             let mut stream = engine.submit(request).unwrap();
             let (mut sequence, mut logprobs) = (prompt.clone(), vec![]);
-            while let Some(Event::Token { id, logprob }) = stream.events.blocking_recv() {
+            while let Event::Token { id, logprob } = crate::engine::event_of(&mut stream) {
                 sequence.push(id);
                 logprobs.push(f64::from(logprob.unwrap().logprob));
             }

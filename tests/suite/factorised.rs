@@ -14,7 +14,7 @@ use strait::ops::reference::Reference;
 use strait::step::Logits;
 
 use crate::adapters;
-use crate::golden::folder;
+use crate::golden::{folder, worst};
 use crate::http::adapters::Root;
 use crate::model::{Alone, log_softmax};
 
@@ -43,9 +43,9 @@ fn check(ops: &dyn Ops) {
                 for (at, token) in case.prompt.iter().enumerate().skip(first) {
                     got.extend(alone.run(ops, &[*token], at as u32, Logits::Last));
                 }
-                let logit = got.last().unwrap().1.iter().zip(&case.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                let scores = case.logprobs.iter().enumerate().map(|(i, w)| (log_softmax(&got[i].1, case.prompt[i + 1]) - w).abs());
-                assert!(logit < 1e-3 && scores.fold(0.0, f32::max) < 1e-3, "{name}: off by {logit}");
+                let logit = worst(got.last().unwrap().1.iter().zip(&case.logits).map(|(a, b)| (a - b).abs()));
+                let score = worst(case.logprobs.iter().enumerate().map(|(i, w)| (log_softmax(&got[i].1, case.prompt[i + 1]) - w).abs()));
+                assert!(logit < 1e-3 && score < 1e-3, "{name}: off by {logit} and {score}");
             }
         }
     }
@@ -136,7 +136,7 @@ fn adapters_are_served_on_products_as_on_the_whole_matrices() {
                 alone.run(&Cpu::new(2), &[1, 2, 3, 5, 8, 13, 21], 0, Logits::Last).remove(0).1
             };
             let (a, b) = (logits(&checkpoint), logits(&whole));
-            let off = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let off = worst(a.iter().zip(&b).map(|(a, b)| (a - b).abs()));
             assert!(off < 1e-3, "{adapter} on {name}: off by {off}");
         }
     }

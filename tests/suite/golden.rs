@@ -58,6 +58,18 @@ pub(crate) fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|&x| x as f64 - max - log_sum).collect()
 }
 
+/// The largest of some differences: NaN if one of them is, which `f32::max` would pass over.
+pub(crate) fn worst(differences: impl IntoIterator<Item = f32>) -> f32 {
+    differences.into_iter().fold(0.0, |worst, x| if x.is_nan() || x > worst { x } else { worst })
+}
+
+#[test]
+fn a_difference_that_is_no_number_is_the_worst() {
+    assert!(worst([1.0, f32::NAN, 2.0]).is_nan());
+    assert_eq!(worst([1.0, f32::INFINITY, 2.0]), f32::INFINITY);
+    assert_eq!(worst([]), 0.0);
+}
+
 #[test]
 fn every_golden_file_is_whole() {
     for name in MODELS {

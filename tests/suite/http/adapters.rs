@@ -166,7 +166,9 @@ async fn an_adapter_in_use_is_finished_on_and_then_freed() {
     let body = with(hello(), &json!({"model": "a"})).to_string();
     let request = Request::post(CHAT).header("host", "localhost").header("content-type", "application/json");
     let running = tokio::spawn(router.oneshot(request.body(Body::from(body)).expect("a request")));
+    let begun = Instant::now();
     while registry.state().aliases[0].leases == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "a lease was never taken");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let bytes = registry.state().resident_bytes;

@@ -99,9 +99,12 @@ async fn a_stream_with_running_counts_token_ids_and_logprobs() {
 
 #[tokio::test]
 async fn two_choices_are_two_sequences_with_their_own_seeds() {
+    // "b" when "a" was read, "A" when the end of "b" was: clocks would order them only while nothing stalls.
+    let both = Arc::new(Barrier::new(2));
+    let meet = || Meet(both.clone());
     let app = app(vec![
-        Ok(vec![Say("a"), Wait(40), Say("A"), Done(FinishReason::Stop)]),
-        Ok(vec![Wait(20), Say("b"), Done(FinishReason::Length)]),
+        Ok(vec![Say("a"), meet(), meet(), Say("A"), Done(FinishReason::Stop)]),
+        Ok(vec![meet(), Say("b"), Done(FinishReason::Length), meet()]),
     ]);
     let answer = app.post(TEXT, &json!({"prompt": "x", "n": 2, "seed": 7, "stream": true})).await;
     check(

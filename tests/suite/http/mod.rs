@@ -1,7 +1,7 @@
 //! The HTTP edge against a scripted engine: transcripts, tables of good and bad requests, hostile clients on real sockets.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
 use strait::text::Start;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Barrier, mpsc, watch};
 use tower::ServiceExt;
 
 pub(crate) mod adapters;
@@ -140,6 +140,8 @@ enum Step {
     Say(&'static str),
     Tell(Event),
     Wait(u64),
+    /// Waits until all that was told has been read, and then for the other sequences that meet here.
+    Meet(Arc<Barrier>),
     /// Nothing more until the sequence is cancelled, or ended by `finish` or `stop`.
     Hang,
     /// Waits for `finish`, then ends with `Done { Stop }`.
@@ -165,6 +167,8 @@ struct Seen {
 struct Fake {
     seen: Arc<Mutex<Seen>>,
     next: AtomicU64,
+    /// Tokens of `Say` that were handed over.
+    said: Arc<AtomicUsize>,
     finish: watch::Sender<BTreeSet<u64>>,
     stopped: watch::Sender<bool>,
     draining: AtomicBool,
@@ -176,6 +180,7 @@ impl Fake {
         Arc::new(Fake {
             seen: Arc::new(Mutex::new(Seen { plays: plays.into(), ..Seen::default() })),
             next: AtomicU64::new(1),
+            said: Arc::default(),
             finish: watch::Sender::new(BTreeSet::new()),
             stopped: watch::Sender::new(false),
             draining: AtomicBool::new(false),
@@ -209,7 +214,14 @@ fn logprob_of(id: TokenId, alternatives: u32) -> TokenLogprob {
     TokenLogprob { logprob: -0.5, top }
 }
 
-async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Sender<Event>, mut finish: watch::Receiver<BTreeSet<u64>>) {
+async fn play(
+    steps: Vec<Step>,
+    request: GenerateRequest,
+    seq: u64,
+    tx: mpsc::Sender<Event>,
+    mut finish: watch::Receiver<BTreeSet<u64>>,
+    said: Arc<AtomicUsize>,
+) {
     let mut generated = 0;
     if let Some(n) = request.prompt_logprobs {
         let logprobs = request.prompt[1..].iter().map(|&id| logprob_of(id, n)).collect();
@@ -227,7 +239,8 @@ async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Se
             Say(text) => {
                 for byte in text.bytes() {
                     generated += 1;
-                    let _ = tx.send(token(TokenId::from(byte))).await;
+                    let sent = tx.send(token(TokenId::from(byte))).await;
+                    said.fetch_add(usize::from(sent.is_ok()), Ordering::Relaxed);
                 }
                 continue;
             }
@@ -238,6 +251,11 @@ async fn play(steps: Vec<Step>, request: GenerateRequest, seq: u64, tx: mpsc::Se
             Tell(event) => event,
             Wait(ms) => {
                 tokio::time::sleep(Duration::from_millis(ms)).await;
+                continue;
+            }
+            Meet(barrier) => {
+                drop(tx.reserve_many(tx.max_capacity()).await);
+                barrier.wait().await;
                 continue;
             }
             Hang => std::future::pending().await,
@@ -261,12 +279,12 @@ impl Fake {
         seen.requests.push(request.clone());
         let seq = self.next.fetch_add(1, Ordering::Relaxed);
         let (tx, rx) = mpsc::channel(64);
-        let (finish, mut stopped) = (self.finish.subscribe(), self.stopped.subscribe());
+        let (finish, mut stopped, said) = (self.finish.subscribe(), self.stopped.subscribe(), self.said.clone());
         let task = tokio::spawn(async move {
             let _held = adapter;
             let stopped = async { stopped.wait_for(|s| *s).await.is_ok() };
             let forced = tokio::select! {
-                () = play(steps, request, seq, tx.clone(), finish) => false,
+                () = play(steps, request, seq, tx.clone(), finish, said) => false,
                 forced = stopped => forced,
             };
             if forced {

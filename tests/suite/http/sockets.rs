@@ -314,14 +314,26 @@ async fn a_stop_without_a_drain_ends_streams_with_an_error() {
 
 #[tokio::test]
 async fn a_reader_that_stalls_holds_little() {
-    let net = net(vec![Ok(vec![Say(Box::leak("y".repeat(200_000).into_boxed_str())), Done(FinishReason::Stop)])]).await;
+    const ALL: usize = 200_000;
+    let net = net(vec![Ok(vec![Say(Box::leak("y".repeat(ALL).into_boxed_str())), Done(FinishReason::Stop)])]).await;
     let client = tokio::net::TcpSocket::new_v4().expect("a socket");
     client.set_recv_buffer_size(4096).expect("an option");
     let mut client = client.connect(format!("127.0.0.1:{}", net.port).parse().expect("an address")).await.expect("a connection");
     client.write_all(&request(CHAT, &with(hello(), &json!({"stream": true, "max_tokens": 900})))).await.expect("sent");
     net.app.fake.submitted(1).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    // Nothing is read: the body is not polled any further, and the sequence still runs.
+    // Nothing is read: once buffers are full the body is not polled any further, and the sequence still runs. Quiet for 100 ms twice,
+    // as a machine that stalls looks quiet once.
+    let (mut said, mut quiet) = (0, 0);
+    let begun = Instant::now();
+    while quiet < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{said} tokens were taken of a reader that takes nothing, and more are");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = net.app.fake.said.load(Ordering::Relaxed);
+        quiet = if now == said { quiet + 1 } else { 0 };
+        said = now;
+    }
+    // What the engine's channel and the sockets' buffers hold, at more than 150 bytes an event.
+    assert!((64..ALL / 20).contains(&said), "{said} tokens were taken");
     assert!(net.app.fake.seen().cancelled.is_empty());
     drop(client);
     net.app.fake.cancelled(1).await;
