@@ -342,7 +342,7 @@ impl Checkpoint {
     /// The whole matrix `[out][in]` of the linear layer `path` and its bias, in `f32`, in whatever form it is stored.
     pub fn linear(&self, path: &str) -> Option<Linear> {
         let get = |name: &str| Ok::<_, Infallible>(self.tensor(name).map(|view| weights::floats(view).collect()));
-        let Ok(linear) = weights::linear_of(path, &|name| self.shape(name), &get);
+        let Ok(linear) = weights::linear_of(path, &|name| self.shape(name), get);
         linear
     }
 
@@ -468,7 +468,7 @@ impl Unmapped {
     /// # Errors
     /// As [`Unmapped::floats`].
     pub fn linear(&self, path: &str) -> Result<Option<Linear>, CheckpointError> {
-        weights::linear_of(path, &|name| self.0.shape(name), &|name| self.floats(name))
+        weights::linear_of(path, &|name| self.0.shape(name), |name| self.floats(name))
     }
 
     /// As [`Checkpoint::digest`], to the bit.

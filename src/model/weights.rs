@@ -320,7 +320,7 @@ pub type Linear = (Vec<f32>, Option<Vec<f32>>);
 pub(super) fn linear_of<E>(
     path: &str,
     shapes: &Shapes<'_>,
-    get: &dyn Fn(&str) -> Result<Option<Vec<f32>>, E>,
+    get: impl Fn(&str) -> Result<Option<Vec<f32>>, E>,
 ) -> Result<Option<Linear>, E> {
     let get = |part: &str| get(&format!("{path}.{part}"));
     let Some(form) = Form::of(path, shapes) else {
