@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use crate::adapters::registry::Lease;
 use crate::ids::SeqId;
 use crate::request::{Event, GenerateRequest};
-use crate::scheduler::Limit;
+pub use crate::scheduler::Limit;
 use crate::telemetry::Snapshot;
 
 /// Sends work to the engine thread. Cheap to clone; never blocks on compute.

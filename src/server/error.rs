@@ -12,9 +12,8 @@ use utoipa::ToSchema;
 
 use crate::adapters::{AdapterError, Fault};
 use crate::admission::Refusal;
-use crate::engine::SubmitError;
+use crate::engine::{Limit, SubmitError};
 use crate::request::Failure;
-use crate::scheduler::Limit;
 use crate::telemetry::Full;
 
 /// Longest message a client gets, in characters.
