@@ -466,9 +466,13 @@ fn controls(inner: &tokenizers::Tokenizer, named: &Named, template: Option<&Chat
     };
     let special = |t: &&AddedToken| t.special || named.values().any(|text| *text == t.content);
     let all = |t: &&AddedToken| special(t) || spelled(&t.content);
+    let turns = |t: &&AddedToken| special(t) || (spelled(&t.content) && template.is_some_and(|template| template.turns_by(&t.content)));
     let of = |t: &'_ AddedToken| (t.content.clone(), t.lstrip, t.rstrip);
-    let controls =
-        Controls { all: Specials::new(added.values().filter(all).map(of)), special: Specials::new(added.values().filter(special).map(of)) };
+    let controls = Controls {
+        all: Specials::new(added.values().filter(all).map(of)),
+        turns: Specials::new(added.values().filter(turns).map(of)),
+        special: Specials::new(added.values().filter(special).map(of)),
+    };
     (controls, added.values().filter(|t| !t.special && all(t)).map(|t| t.clone().special(true)).collect())
 }
 

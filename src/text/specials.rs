@@ -7,7 +7,10 @@ use std::ops::Range;
 pub(crate) struct Controls {
     /// Special tokens, and the turn markers of a chat template that are none.
     pub(crate) all: Specials,
-    /// Without those markers: an answer in a history has some of them (`<think>`, `<tool_call>`) as the tokens the model wrote.
+    /// Special tokens, and those of the markers that tell turns apart: the others (`<tool_call>`) an application may use to explain
+    /// tools, in a system's message.
+    pub(crate) turns: Specials,
+    /// Without any markers: an answer in a history has some of them (`<think>`, `<tool_call>`) as the tokens the model wrote.
     pub(crate) special: Specials,
 }
 

@@ -3,8 +3,8 @@
 //! A template is a program of the operator's choosing, run on a client's data. It reads no files, reaches nothing
 //! outside, and is bounded in work, memory, output and time ([`ChatTemplate`]). A client's text never becomes a
 //! control token: texts of special tokens, and of the added tokens that the template spells, are marked in it before rendering,
-//! found again after, and tokenised as the plain text they are. Only an assistant's messages keep the latter, which the model
-//! wrote as tokens.
+//! found again after, and tokenised as the plain text they are. Of the latter an assistant's messages keep all, which the model
+//! wrote as tokens, and a system's those that tell no turns apart: it is where applications explain tools in the model's own marks.
 
 use std::io::Write;
 use std::ops::Range;
@@ -98,6 +98,8 @@ pub struct ChatTemplate {
     developer_is_system: bool,
     /// Roles whose messages the template leaves out of a prompt without tools.
     dropped: Vec<&'static str>,
+    /// A conversation without tools, as the template shows it; `None` where it shows none.
+    plain: Option<String>,
     /// The template fails on the content of an answer that is nothing but calls of tools, or says `None` for it.
     null_is_empty: bool,
 }
@@ -173,6 +175,7 @@ impl ChatTemplate {
             reads_parts: false,
             developer_is_system: false,
             dropped: Vec::new(),
+            plain: None,
             null_is_empty: false,
         };
         it.probe_all();
@@ -182,6 +185,11 @@ impl ChatTemplate {
     /// Whether the template reads a variable of this name, so that setting it means something.
     pub fn reads(&self, variable: &str) -> bool {
         self.reads.binary_search_by(|v| v.as_str().cmp(variable)).is_ok()
+    }
+
+    /// Whether this text may be what tells turns apart: it stands in a conversation without tools, if the template shows any.
+    pub(crate) fn turns_by(&self, text: &str) -> bool {
+        self.plain.as_ref().is_none_or(|plain| plain.contains(text))
     }
 
     /// Whether this text stands in the template's source as it is.
@@ -209,10 +217,14 @@ impl ChatTemplate {
         let mut messages = self.messages(chat.messages, !tools.is_null())?;
         let mut kwargs = chat.kwargs.clone();
         let marks = Marks::choose(&[chat.messages, &tools]);
-        if let Some(Controls { all, special }) = controls {
+        if let Some(Controls { all, turns, special }) = controls {
             for message in messages.as_array_mut().into_iter().flatten() {
-                let is_answer = message.get("role").and_then(Value::as_str) == Some("assistant");
-                marks.guard(message, if is_answer { special } else { all });
+                let guarded = match message.get("role").and_then(Value::as_str) {
+                    Some("assistant") => special,
+                    Some("system" | "developer") => turns,
+                    _ => all,
+                };
+                marks.guard(message, guarded);
             }
             marks.guard(&mut tools, all);
             kwargs.values_mut().for_each(|v| marks.guard(v, all));
@@ -336,6 +348,9 @@ impl ChatTemplate {
         self.reads_parts =
             parts.is_ok_and(|out| out.contains(NEEDLE) && !out.contains(&format!("'{NEEDLE}'")) && !out.contains(&format!("\"{NEEDLE}\"")));
         self.probe_roles();
+        let turns = |roles: &[&str]| roles.iter().map(|role| json!({ "role": role, "content": "x" })).collect::<Value>();
+        let shown = |roles: &[&str]| self.probe(turns(roles)).ok();
+        self.plain = shown(&["system", "user", "assistant", "user"]).or_else(|| shown(&["user", "assistant", "user"]));
         self.null_is_empty = self.probe_null();
     }
 
@@ -397,7 +412,7 @@ impl Tokenizer {
     ///
     /// `kwargs` are `chat_template_kwargs`: plain values for variables that the template reads. Special-token
     /// strings in messages, tools and kwargs become plain text tokens, and so do added tokens that the template spells, but for
-    /// those in an assistant's messages; the template's own become control tokens.
+    /// those in an assistant's messages, and what tells turns apart in a system's; the template's own become control tokens.
     pub fn render(
         &self,
         messages: &Value,
