@@ -21,7 +21,7 @@
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
 //! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first, and will
 //! have it sooner than the sequence itself would), or for an adapter that is under way to the device, is passed: it lacks
-//! nothing that others could take. Nothing is admitted in a plan that preempted something. A sequence
+//! nothing that others could take. Nothing is admitted in a plan in which a decode preempted something. A sequence
 //! may start before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
 //! by them; if its pages or its place are wanted before it computed anything, by one before it in rank or one that decodes, it
 //! gives them back and loses nothing.
@@ -29,7 +29,8 @@
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
 //! cached. It computes prompt and generated tokens again later; nothing is emitted twice, and it goes on as if nothing had
 //! been: an exact cache is the same however it was filled, and a compressed sequence prefills its prompt and then decodes
-//! what it said over again, up to a page in one row, each position from the pages it met the first time. What was preempted
+//! what it said over again, up to a page in one row, each position from the pages it met the first time. One exception: pages
+//! of its prompt that it found cached and that were evicted meanwhile are computed anew, and exactly. What was preempted
 //! [`SHIELD`] times goes last among victims. The first in rank of those can always take what others hold, so there is
 //! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again in an emptied
 //! arena, and while it runs nobody else starts. There `enqueue` promised it every page it will need.
