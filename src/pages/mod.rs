@@ -68,9 +68,8 @@ pub struct PagePool {
     /// Size class of each tag; `NO_CLASS` where the profile has no such page.
     class_of: Vec<u8>,
     slabs: Vec<Slab>,
-    /// `page_slots` per slab, of which a slab uses as many as its class has pages.
-    pages: Vec<Page>,
-    page_slots: u32,
+    /// Of each slab the slots used since it took its class: a slab of small pages has many, and most arenas hold few of those.
+    pages: Vec<Vec<Page>>,
     /// Slabs that serve no class, the last one to be used next.
     empty: Vec<u32>,
     /// Slabs with a free page: list `2 * class`, those of which a page is held; list `2 * class + 1`, the others.
@@ -109,8 +108,6 @@ struct Slab {
     idle: bool,
     held: u32,
     cached: u32,
-    /// Slots from here on were never used since the slab took its class.
-    fresh: u32,
     /// First of the slots given back; the others follow through `Page::next`.
     vacant: u32,
 }
@@ -144,8 +141,7 @@ impl PagePool {
             .map(|&page_bytes| Class { page_bytes, per_slab: (slab_bytes / page_bytes) as u32, free: 0, room: 0, slabs: 0 })
             .collect();
         let class_of = profiles.iter().flat_map(sizes).map(|bytes| distinct.binary_search(&bytes).map_or(NO_CLASS, |c| c as u8)).collect();
-        let page_slots = classes.first().map_or(0, |c| c.per_slab);
-        let slab = Slab { class: NO_CLASS, partial: NO_LIST, idle: false, held: 0, cached: 0, fresh: 0, vacant: NONE };
+        let slab = Slab { class: NO_CLASS, partial: NO_LIST, idle: false, held: 0, cached: 0, vacant: NONE };
         let (mut partial, mut idle) = (Lists::new(2 * classes.len()), Lists::new(1));
         partial.reserve(n_slabs as usize);
         idle.reserve(n_slabs as usize);
@@ -154,8 +150,7 @@ impl PagePool {
             slab_bytes,
             class_of,
             slabs: vec![slab; n_slabs as usize],
-            pages: vec![Page { holders: 0, entry: NONE, next: NONE, tag: 0 }; n_slabs as usize * page_slots as usize],
-            page_slots,
+            pages: vec![Vec::new(); n_slabs as usize],
             empty: (0..n_slabs).rev().collect(),
             partial,
             idle,
@@ -201,10 +196,11 @@ impl PagePool {
     /// Adds a holder to a page that is held or cached.
     pub fn retain(&mut self, page: PageAddr) {
         let (slab, slot) = self.slot(page);
-        assert!(self.pages[slot].holders > 0 || self.pages[slot].entry != NONE, "{page:?} is free and cannot be shared");
-        self.pages[slot].holders += 1;
-        if self.pages[slot].holders == 1 {
-            let (tag, entry) = (self.pages[slot].tag, self.pages[slot].entry);
+        let known = &mut self.pages[slab as usize][slot];
+        assert!(known.holders > 0 || known.entry != NONE, "{page:?} is free and cannot be shared");
+        known.holders += 1;
+        if known.holders == 1 {
+            let (tag, entry) = (known.tag, known.entry);
             let bytes = self.page_bytes(slab);
             self.cached_bytes[usize::from(tag)] -= bytes;
             self.held_bytes[usize::from(tag)] += bytes;
@@ -220,12 +216,13 @@ impl PagePool {
     pub fn release(&mut self, page: PageAddr) {
         self.changes += 1;
         let (slab, slot) = self.slot(page);
-        assert!(self.pages[slot].holders > 0, "{page:?} is given back and nobody holds it");
-        self.pages[slot].holders -= 1;
-        if self.pages[slot].holders > 0 {
+        let known = &mut self.pages[slab as usize][slot];
+        assert!(known.holders > 0, "{page:?} is given back and nobody holds it");
+        known.holders -= 1;
+        if known.holders > 0 {
             return;
         }
-        let (tag, entry) = (self.pages[slot].tag, self.pages[slot].entry);
+        let (tag, entry) = (known.tag, known.entry);
         let bytes = self.page_bytes(slab);
         self.held_bytes[usize::from(tag)] -= bytes;
         if entry == NONE {
@@ -260,7 +257,7 @@ impl PagePool {
     /// A page whose parent is not indexed (it was forgotten) stays private.
     pub fn insert(&mut self, parent: Option<PageAddr>, key: Key, tokens: &PageTokens, own: Hit) -> Hit {
         self.changes += 1;
-        let parent = match parent.map(|page| self.pages[self.slot(page).1].entry) {
+        let parent = match parent.map(|page| self.used(page).entry) {
             Some(NONE) => return own,
             other => other,
         };
@@ -277,9 +274,10 @@ impl PagePool {
         let class = self.slabs[self.slot(own.page).0 as usize].class;
         let entry = self.index.insert(parent, key, tokens, own, class);
         for page in own.pages() {
-            let (_, slot) = self.slot(page);
-            assert!(self.pages[slot].holders > 0 && self.pages[slot].entry == NONE, "{page:?} is indexed by its only holder, once");
-            self.pages[slot].entry = entry;
+            let (slab, slot) = self.slot(page);
+            let known = &mut self.pages[slab as usize][slot];
+            assert!(known.holders > 0 && known.entry == NONE, "{page:?} is indexed by its only holder, once");
+            known.entry = entry;
         }
         own
     }
@@ -287,7 +285,7 @@ impl PagePool {
     /// Takes a page and everything that follows it out of the index: its bytes are not to be trusted.
     /// Those who hold such pages keep them.
     pub fn forget(&mut self, page: PageAddr) {
-        let root = self.pages[self.slot(page).1].entry;
+        let root = self.used(page).entry;
         if root == NONE {
             return;
         }
@@ -359,19 +357,25 @@ impl PagePool {
         self.classes[usize::from(self.slabs[slab as usize].class)].page_bytes
     }
 
-    /// The slot at an address, unless its slab serves no class.
+    /// The slot at an address, unless it was not used since its slab took its class.
     fn page(&self, page: PageAddr) -> Option<&Page> {
-        let slab = &self.slabs[(page.byte() / self.slab_bytes) as usize];
-        (slab.class != NO_CLASS).then(|| &self.pages[self.slot(page).1])
+        let slab = (page.byte() / self.slab_bytes) as usize;
+        (self.slabs[slab].class != NO_CLASS).then(|| self.pages[slab].get(self.slot(page).1)).flatten()
     }
 
-    /// Slab and slot of a page that is not free.
+    /// The slot of a page that is not free.
+    fn used(&self, page: PageAddr) -> &Page {
+        let (slab, slot) = self.slot(page);
+        &self.pages[slab as usize][slot]
+    }
+
+    /// Slab, and slot in it, of a page that is not free.
     fn slot(&self, page: PageAddr) -> (u32, usize) {
         let slab = page.byte() / self.slab_bytes;
         let class = &self.classes[usize::from(self.slabs[slab as usize].class)];
         let within = page.byte() % self.slab_bytes;
         assert!(within.is_multiple_of(class.page_bytes), "{page:?} is inside a page");
-        (slab as u32, slab as usize * self.page_slots as usize + (within / class.page_bytes) as usize)
+        (slab as u32, (within / class.page_bytes) as usize)
     }
 
     fn is_held(&self, entry: &Entry) -> bool {
@@ -404,10 +408,11 @@ impl PagePool {
             return self.drop_entry(entry);
         }
         if let Some(slab) = self.idle.front(0) {
-            let slots = slab as usize * self.page_slots as usize..(slab + 1) as usize * self.page_slots as usize;
-            for slot in slots {
-                let root = self.pages[slot].entry;
-                while self.slabs[slab as usize].class != NO_CLASS && root != NONE && self.pages[slot].entry == root {
+            // They are gone once the slab is empty.
+            let entry = |pool: &Self, slot: usize| pool.pages[slab as usize].get(slot).map_or(NONE, |page| page.entry);
+            for slot in 0..self.pages[slab as usize].len() {
+                let root = entry(self, slot);
+                while root != NONE && entry(self, slot) == root {
                     self.drop_entry(self.index.leaf_below(root));
                 }
             }
@@ -422,9 +427,11 @@ impl PagePool {
         self.changes += 1;
         for page in self.index.remove_leaf(leaf).pages() {
             let (slab, slot) = self.slot(page);
-            self.pages[slot].entry = NONE;
-            if self.pages[slot].holders == 0 {
-                self.cached_bytes[usize::from(self.pages[slot].tag)] -= self.page_bytes(slab);
+            let known = &mut self.pages[slab as usize][slot];
+            known.entry = NONE;
+            if known.holders == 0 {
+                let tag = usize::from(known.tag);
+                self.cached_bytes[tag] -= self.page_bytes(slab);
                 self.vacate(slab, slot, |s| s.cached -= 1);
             }
         }
@@ -442,18 +449,18 @@ impl PagePool {
             self.count(slab, true);
             slab
         });
-        let base = slab as usize * self.page_slots as usize;
-        let at = match self.slabs[slab as usize].vacant {
+        let page = Page { holders: 1, entry: NONE, next: NONE, tag: tag.index() as u16 };
+        let (slots, vacant) = (&mut self.pages[slab as usize], &mut self.slabs[slab as usize].vacant);
+        let at = match *vacant {
             NONE => {
-                self.slabs[slab as usize].fresh += 1;
-                self.slabs[slab as usize].fresh - 1
+                slots.push(page);
+                slots.len() as u32 - 1
             }
             at => {
-                self.slabs[slab as usize].vacant = self.pages[base + at as usize].next;
+                *vacant = std::mem::replace(&mut slots[at as usize], page).next;
                 at
             }
         };
-        self.pages[base + at as usize] = Page { holders: 1, entry: NONE, next: NONE, tag: tag.index() as u16 };
         self.update(slab, |s| s.held += 1);
         let page_bytes = self.classes[usize::from(class)].page_bytes;
         self.held_bytes[tag.index()] += page_bytes;
@@ -462,8 +469,8 @@ impl PagePool {
 
     /// Puts a slot among the free ones of its slab, `leave` saying which count it leaves.
     fn vacate(&mut self, slab: u32, slot: usize, leave: impl FnOnce(&mut Slab)) {
-        self.pages[slot].next = self.slabs[slab as usize].vacant;
-        self.slabs[slab as usize].vacant = (slot - slab as usize * self.page_slots as usize) as u32;
+        self.pages[slab as usize][slot].next = self.slabs[slab as usize].vacant;
+        self.slabs[slab as usize].vacant = slot as u32;
         self.update(slab, leave);
     }
 
@@ -495,8 +502,8 @@ impl PagePool {
         }
         if used == 0 {
             s.class = NO_CLASS;
-            s.fresh = 0;
             s.vacant = NONE;
+            self.pages[slab as usize] = Vec::new();
             self.empty.push(slab);
         }
         self.count(slab, true);
@@ -530,15 +537,17 @@ impl PagePool {
         for (id, slab) in self.slabs.iter().enumerate() {
             clearable += u32::from(slab.held == 0);
             if slab.class == NO_CLASS {
-                if slab.held + slab.cached > 0 || slab.partial != NO_LIST || slab.idle {
+                if slab.held + slab.cached > 0 || slab.partial != NO_LIST || slab.idle || !self.pages[id].is_empty() {
                     return Err(format!("slab {id} has no class and is not empty"));
                 }
                 continue;
             }
             let class = &mut classes[usize::from(slab.class)];
-            let pages = &self.pages[id * self.page_slots as usize..][..class.per_slab as usize];
+            let pages = &self.pages[id];
+            if pages.len() > class.per_slab as usize {
+                return Err(format!("slab {id} has {} slots for {} pages", pages.len(), class.per_slab));
+            }
             let mut free = vec![false; pages.len()];
-            (slab.fresh as usize..pages.len()).for_each(|at| free[at] = true);
             let mut at = slab.vacant;
             while at != NONE {
                 if std::mem::replace(&mut free[at as usize], true) {
@@ -591,7 +600,7 @@ impl PagePool {
         for (id, entry, _) in self.index.iter() {
             for page in entry.hit.pages() {
                 indexed_pages -= 1;
-                if self.pages[self.slot(page).1].entry != id {
+                if self.used(page).entry != id {
                     return Err(format!("entry {id} names {page:?}, which does not name it"));
                 }
                 if (self.holders(page) > 0) != self.is_held(entry) {

@@ -370,3 +370,15 @@ fn a_slab_is_cleared_for_another_size_without_touching_the_others() {
     assert_eq!(left, (16..32).collect::<Vec<u8>>(), "the older slab was cleared, and only that");
     world.check();
 }
+
+/// What is kept of pages goes with those that were used, not with all that an arena could be cut into: here 2^32 of 64 bytes.
+#[test]
+fn a_large_arena_of_small_pages_costs_little() {
+    let sizes = [PageSizes { exact: 8 << 20, sealed: 64, sinks: 0, workspace: 0 }];
+    let mut pool = PagePool::new(u64::from(u32::MAX) * PageAddr::UNIT, &sizes);
+    let mut pages = Vec::new();
+    assert!(pool.lease(&[(tag(0, Kind::Sealed), 3), (tag(0, Kind::Exact), 2)], &mut pages));
+    pages.drain(..).rev().for_each(|page| pool.release(page));
+    assert_eq!(pool.bytes().held, 0);
+    pool.check().unwrap();
+}

@@ -4,7 +4,7 @@
 //! no longer in the host's memory goes before the next step; of the rest, what was longest unused makes room.
 //!
 //! Copies are made by a thread of their own, beside the steps of others. Whoever is about to be asked for an adapter says so early
-//! ([`DeviceAdapters::fetch`]), and a batch that needs one which is still on its way waits for it.
+//! (`DeviceAdapters::fetch`), and a batch that needs one which is still on its way waits for it.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
