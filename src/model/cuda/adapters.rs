@@ -7,6 +7,7 @@
 //! (`DeviceAdapters::fetch`), and a batch that needs one which is still on its way waits for it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
@@ -84,7 +85,7 @@ enum Tensor<'d> {
     Up(MatrixData<'d>, usize),
 }
 
-/// Bytes of a tensor that one thread writes, a multiple of every tensor's rows.
+/// Bytes of a tensor that one thread writes.
 const RUN: usize = 1 << 20;
 /// Bytes of two rows of an [`Tensor::Up`]'s tile, side by side.
 const PAIR: usize = UP_TILE * 2 * size_of::<u16>();
@@ -100,7 +101,7 @@ impl Tensor<'_> {
         }
     }
 
-    /// Writes its bytes from `first` on, which is a multiple of [`RUN`].
+    /// Writes its bytes from `first` on, which is a multiple of [`PAIR`].
     fn write(self, first: usize, to: &mut [u8]) {
         match self {
             Tensor::Bytes(d) => to.copy_from_slice(&d[first..][..to.len()]),
@@ -228,6 +229,44 @@ impl<'d> Image<'d> {
     }
 }
 
+/// A run of a tensor's bytes: where it begins in a copy, and which they are.
+type Run<'d> = (usize, Tensor<'d>, Range<usize>);
+
+/// Tensors in runs of so many bytes at most, which is a multiple of [`PAIR`].
+fn runs<'d>(tensors: &[(usize, Tensor<'d>)], bytes: usize) -> Vec<Run<'d>> {
+    let of = |&(at, tensor): &(usize, Tensor<'d>)| {
+        let end = tensor.bytes();
+        (0..end).step_by(bytes).map(move |first| (at + first, tensor, first..end.min(first + bytes)))
+    };
+    tensors.iter().flat_map(of).collect()
+}
+
+/// Writes `runs` into the part of a copy that begins at `begin`, side by side.
+fn fill(mut window: &mut [u8], begin: usize, runs: &[Run<'_>]) {
+    let mut at = begin;
+    let mut pieces = Vec::with_capacity(runs.len());
+    for (first, tensor, of) in runs {
+        let (gap, behind) = window.split_at_mut(first - at);
+        gap.fill(0);
+        let (piece, behind) = behind.split_at_mut(of.len());
+        pieces.push((piece, tensor, of.start));
+        (window, at) = (behind, first + of.len());
+    }
+    pieces.into_par_iter().for_each(|(piece, tensor, first)| tensor.write(first, piece));
+}
+
+/// As many of `runs` at a time as lie within so many bytes, with where they begin and end.
+fn windows<'r, 'd>(runs: &'r [Run<'d>], bytes: usize) -> impl Iterator<Item = (usize, usize, &'r [Run<'d>])> {
+    let mut left = runs;
+    std::iter::from_fn(move || {
+        let begin = left.first()?.0;
+        let (some, rest) = left.split_at(left.partition_point(|(at, _, of)| at + of.len() - begin <= bytes));
+        left = rest;
+        let (at, _, of) = some.last().expect("a run lies within");
+        Some((begin, at + of.len(), some))
+    })
+}
+
 impl DeviceAdapter {
     /// A copy of `delta`, brought by `copier`.
     fn new(device: &Arc<Device>, copier: &mut Copier, delta: &Delta) -> Result<Self, CudaError> {
@@ -238,30 +277,13 @@ impl DeviceAdapter {
             [&mut s.down, &mut s.up, &mut s.gain, &mut s.bias, &mut s.own_bias].into_iter().for_each(address);
         }
         let table = (0, Tensor::Bytes(bytemuck::cast_slice(&table)));
-        // Where each run begins in the copy, and the bytes of which tensor it is.
-        let runs = std::iter::once(&table).chain(&tensors).flat_map(|&(at, tensor)| {
-            (0..tensor.bytes()).step_by(RUN).map(move |first| (at + first, tensor, first..tensor.bytes().min(first + RUN)))
-        });
-        let runs: Vec<_> = runs.collect();
-        let mut left = &runs[..];
-        while let Some(&(begin, ..)) = left.first() {
-            let (some, rest) = left.split_at(left.partition_point(|(at, _, of)| at + of.len() - begin <= copier.window()));
-            left = rest;
-            let end = some.last().map_or(begin, |(at, _, of)| at + of.len());
-            copier.copy(&mut memory, begin, end - begin, |mut window| {
-                let mut at = begin;
-                let mut pieces = Vec::with_capacity(some.len());
-                for (first, tensor, of) in some {
-                    let (gap, behind) = window.split_at_mut(first - at);
-                    gap.fill(0);
-                    let (piece, behind) = behind.split_at_mut(of.len());
-                    pieces.push((piece, tensor, of.start));
-                    (window, at) = (behind, first + of.len());
-                }
-                pieces.into_par_iter().for_each(|(piece, tensor, first)| tensor.write(first, piece));
-            })?;
-        }
-        copier.wait()?;
+        let tensors: Vec<_> = std::iter::once(table).chain(tensors).collect();
+        let runs = runs(&tensors, RUN);
+        let sent = windows(&runs, copier.window())
+            .try_for_each(|(begin, end, some)| copier.copy(&mut memory, begin, end - begin, |window| fill(window, begin, some)));
+        // Also where some of it failed: nothing may be on its way to memory that is given back.
+        let arrived = copier.wait();
+        sent.and(arrived)?;
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         Ok(DeviceAdapter { number, image: memory, rank, updates, adapts, replaced, norms, embed, layers: delta.layers.len() })
@@ -513,5 +535,68 @@ impl DeviceAdapters {
     /// What lies on the device, and how many bytes that is.
     pub(super) fn held(&self) -> impl Iterator<Item = (AdapterGeneration, u64)> + '_ {
         self.copies.iter().filter(|(_, copy)| matches!(copy.state, State::Here(_))).map(|(generation, copy)| (*generation, copy.bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However a copy is cut into runs and windows, it has the same bytes, and they are those of its tensors.
+    #[test]
+    fn a_copy_is_the_same_in_any_pieces() {
+        let floats: Vec<f32> = (0..2000).map(|i| i as f32 / 8.0 - 100.0).collect();
+        let halves: Vec<bf16> = floats.iter().map(|&x| bf16::from_f32(x)).collect();
+        let rank = 5;
+        let up = 3 * rank * UP_TILE;
+        let parts = [
+            Tensor::Bytes(&[1, 2, 3, 4, 5, 6, 7]),
+            Tensor::Floats(&floats[..201]),
+            Tensor::Matrix(MatrixData::F32(&floats[..555])),
+            Tensor::Up(MatrixData::F32(&floats[..up]), rank),
+            Tensor::Matrix(MatrixData::Bf16(&halves[..900])),
+            Tensor::Up(MatrixData::Bf16(&halves[..up]), rank),
+        ];
+        let mut end = 0;
+        let tensors: Vec<(usize, Tensor<'_>)> = parts
+            .into_iter()
+            .map(|tensor| {
+                let at = usize::next_multiple_of(end, ALIGN);
+                end = at + tensor.bytes();
+                (at, tensor)
+            })
+            .collect();
+        let copy = |run: usize, window: usize| {
+            let (mut out, runs) = (vec![0xaa; end], runs(&tensors, run));
+            let windows: Vec<_> = windows(&runs, window).collect();
+            for &(begin, end, some) in &windows {
+                assert!(end - begin <= window);
+                fill(&mut out[begin..end], begin, some);
+            }
+            (out, windows.len())
+        };
+        let (whole, one) = copy(RUN, RUN);
+        assert_eq!(one, 1);
+        let mut most = 0;
+        for (run, window) in [(PAIR, PAIR), (PAIR, 1000), (2 * PAIR, 2 * PAIR + 3), (4 * PAIR, RUN)] {
+            let (pieces, n) = copy(run, window);
+            most = most.max(n);
+            // What lies between windows is nobody's.
+            let inside = |at: usize| tensors.iter().any(|(first, tensor)| (*first..first + tensor.bytes()).contains(&at));
+            assert!((0..end).all(|at| !inside(at) || pieces[at] == whole[at]), "runs of {run} in windows of {window}");
+        }
+        assert!(most > 30, "{most} windows");
+        let element = |at: usize| u16::from_le_bytes([whole[at], whole[at + 1]]);
+        assert_eq!(whole[..7], [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(whole[tensors[1].0..][..804], *bytemuck::cast_slice::<f32, u8>(&floats[..201]));
+        for (at, n) in [(tensors[2].0, 555), (tensors[4].0, 900)] {
+            assert!((0..n).all(|i| element(at + 2 * i) == halves[i].to_bits()));
+        }
+        for at in [tensors[3].0, tensors[5].0] {
+            for (tile, j, c) in (0..3).flat_map(|tile| (0..6).flat_map(move |j| (0..UP_TILE).map(move |c| (tile, j, c)))) {
+                let want = if j < rank { halves[(tile * rank + j) * UP_TILE + c].to_bits() } else { 0 };
+                assert_eq!(element(at + (tile * 3 + j / 2) * PAIR + 4 * c + 2 * (j % 2)), want, "tile {tile}, rank {j}, channel {c}");
+            }
+        }
     }
 }
