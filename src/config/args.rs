@@ -513,7 +513,7 @@ pub struct ServeFlags {
     /// Bytes that adapters may take in memory together [default: an eighth of free memory].
     #[arg(long, env = "STRAIT_LORA_MEMORY_BYTES")]
     pub lora_memory_bytes: Option<Bytes>,
-    /// Bytes that adapters may take on a device together [default: an eighth of what the weights leave free there].
+    /// Bytes that adapters may take on a device together [default: an eighth of what weights, maps and a step leave free there].
     #[arg(long, env = "STRAIT_LORA_DEVICE_MEMORY_BYTES")]
     pub lora_device_memory_bytes: Option<Bytes>,
     /// Largest rank of an adapter [default: 256].

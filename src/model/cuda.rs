@@ -203,7 +203,7 @@ impl CudaDecoder {
     }
 
     /// As [`CudaDecoder::new`], with no arena yet, and with room for a step of `tokens`, whose rows may wear adapters where `adapted`. What
-    /// steps take beyond that is no more than [`CudaDecoder::further_bytes`].
+    /// steps take beyond that is to be left free: [`CudaDecoder::further_bytes`].
     ///
     /// # Errors
     /// As it has.
@@ -319,7 +319,8 @@ impl CudaDecoder {
         Ok(decoder)
     }
 
-    /// Bytes of the device that steps may take beyond what is reserved: partial results of many rows, and tables.
+    /// Bytes of the device that steps may take beyond what is reserved: partial results of many rows, which are bounded, and tables, choosing and
+    /// recordings, for which a round figure stands.
     pub fn further_bytes() -> u64 {
         PARTIAL_MOST as u64 + TABLE_BYTES
     }

@@ -464,12 +464,12 @@ fn the_sequences_of_a_request_are_queued_all_or_none() {
     assert_eq!(*books.lock().unwrap(), want, "nothing is counted of what was refused");
 }
 
-/// Waits at the first norm of a step while the test holds the gate, and has said so before.
-struct Gated(Cpu, Arc<(Mutex<()>, AtomicU32)>);
+/// The CPU's operations; what is to be normed is shown to somebody before.
+struct Watched<F>(Cpu, F);
 
-impl Ops for Gated {
+impl<F: Fn(&[f32]) + Send + Sync> Ops for Watched<F> {
     fn describe(&self) -> String {
-        "gated".into()
+        "watched".into()
     }
     fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
         self.0.linear(x, rows, jobs);
@@ -478,8 +478,7 @@ impl Ops for Gated {
         self.0.low_rank(x, updates, targets);
     }
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        self.1.1.fetch_add(1, Ordering::SeqCst);
-        drop(self.1.0.lock().unwrap());
+        (self.1)(x);
         self.0.rms_norm(x, weight, eps, out);
     }
     fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
@@ -503,7 +502,15 @@ fn the_wait_for_the_step_in_flight_is_in_every_time() {
     let world = watched(
         "llama3",
         ROOMY,
-        || Box::new(Gated(Cpu::new(1), gate.clone())),
+        || {
+            let gate = gate.clone();
+            // It is said first, so that who holds the gate knows that a step waits at it.
+            let wait = move |_: &[f32]| {
+                gate.1.fetch_add(1, Ordering::SeqCst);
+                drop(gate.0.lock().unwrap());
+            };
+            Box::new(Watched(Cpu::new(1), wait))
+        },
         move |event| {
             let _ = events.send(event);
         },
@@ -538,37 +545,6 @@ fn the_wait_for_the_step_in_flight_is_in_every_time() {
     assert!(prefill + queued[1] <= e2e + 1e-6, "the queue is no part of the prefill: {prefill} {} {e2e}", queued[1]);
 }
 
-/// Panics whenever a linear layer sees the mark that one token's embedding carries.
-struct Cursed(Cpu, f32);
-
-impl Ops for Cursed {
-    fn describe(&self) -> String {
-        "cursed".into()
-    }
-    fn linear(&self, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
-        self.0.linear(x, rows, jobs);
-    }
-    fn low_rank(&self, x: &[f32], updates: &[Update<'_>], targets: &mut [&mut [f32]]) {
-        self.0.low_rank(x, updates, targets);
-    }
-    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        assert!(!x.contains(&self.1), "the cursed token");
-        self.0.rms_norm(x, weight, eps, out);
-    }
-    fn rope(&self, x: &mut [f32], heads: usize, table: &RopeTable, positions: &[u32]) {
-        self.0.rope(x, heads, table, positions);
-    }
-    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
-        self.0.silu_mul(gate, up);
-    }
-    fn attend(&self, arena: &Arena, shape: Heads, table: &RopeTable, rows: &[AttendRow<'_>], q: &[f32], out: &mut [f32]) {
-        self.0.attend(arena, shape, table, rows, q, out);
-    }
-    fn seal(&self, arena: &mut Arena, view: LayerView<'_>, table: &RopeTable, jobs: &[SealJob]) {
-        self.0.seal(arena, view, table, jobs);
-    }
-}
-
 #[test]
 fn a_request_that_breaks_the_step_ends_alone() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/llama2");
@@ -577,7 +553,10 @@ fn a_request_that_breaks_the_step_ends_alone() {
     let mut mark = vec![0.0; checkpoint.config.hidden];
     weights.embed.row(255, &mut mark);
     let clean = |n, seed| -> Vec<TokenId> { tokens(n, seed, 250) };
-    let world = world("llama2", ROOMY, move || Box::new(Cursed(Cpu::new(1), mark[0])));
+    // The mark that one token's embedding carries.
+    let mark = mark[0];
+    let world =
+        world("llama2", ROOMY, move || Box::new(Watched(Cpu::new(1), move |x: &[f32]| assert!(!x.contains(&mark), "the cursed token"))));
     let good: Vec<Vec<TokenId>> = (0..5).map(|i| clean(40 + 30 * i, i as u64 + 1)).collect();
     let bias: Arc<BTreeMap<TokenId, f32>> = Arc::new((250..256.min(checkpoint.config.vocab as u32)).map(|t| (t, -100.0)).collect());
     let ask = |prompt: &[TokenId], p| GenerateRequest {
