@@ -3,37 +3,40 @@
 //! The host uploads what a step is about (tokens, positions, page tables, spans, who wears which adapter, how to choose), asks for its
 //! kernels in order, and reads back the tokens that were chosen; logits only where they are asked for. Rows that pass through all layers
 //! form one batch, or several where they wear more adapters than there is room for at once; quanta of a layer-by-layer prefill go block
-//! by block, as on the host. `linear` is the linear layers of a batch, `adapters` the copies of adapters on the device.
+//! by block, as on the host. `placed` is the model as it lies there, `scratch` what passes through its layers, `linear` the linear layers of
+//! a batch, `adapters` the copies of adapters on the device.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-
-use half::bf16;
 
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::layout::PageLayout;
 use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::adapters::{Arrived, DeviceAdapter, DeviceAdapters, Given, head_place, place};
-use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, LinearScratch, Normed, Worn, gate_and_up, project};
+use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, Normed, Worn, gate_and_up, project};
+use crate::model::cuda::placed::DeviceModel;
+use crate::model::cuda::scratch::Scratch;
 use crate::model::decoder::{LogitsSink, ReadyProfile};
 use crate::model::delta::{Delta, Norm, Site};
-use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
+use crate::model::weights::ModelWeights;
 use crate::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, PARTIAL_MOST, Work};
 use crate::ops::cuda::linear::{Job, Mode};
-use crate::ops::cuda::maps::{DeviceMaps, Unserved, serves};
+use crate::ops::cuda::maps::DeviceMaps;
 use crate::ops::cuda::prefill::Prefill;
 use crate::ops::cuda::rows::{Rope, SinksJob};
-use crate::ops::cuda::sample::WIDEST;
-use crate::ops::cuda::seal::{DownMaps, SealedJob, latents_between, seal};
-use crate::ops::cuda::trial::{self, Trial};
-use crate::ops::cuda::{CudaError, Device, Memory, Part, Pinned, Recording};
-use crate::ops::{AttendRow, Heads, LayerView, MatrixData, RopeTable};
+use crate::ops::cuda::seal::{SealedJob, latents_between, seal};
+use crate::ops::cuda::{CudaError, Device, Memory, Part, Recording};
+use crate::ops::{AttendRow, LayerView, RopeTable};
 use crate::step::{ExactStore, Logits, Move, Row, StepPlan};
 
 pub mod adapters;
 mod linear;
+mod placed;
+mod scratch;
+
+pub use placed::{CudaRefusal, check_model, check_profile, try_kernels};
 
 const P: usize = PAGE_TOKENS as usize;
 /// Rows whose logits are on the device at once.
@@ -46,74 +49,6 @@ const TABLE_BYTES: u64 = 256 << 20;
 const CHUNK: usize = 2;
 /// Sites whose outputs become one by SiLU, at once where no adapter changes them.
 const MLP: u8 = 1 << Site::Gate as u8 | 1 << Site::Up as u8;
-
-/// Why a model or a profile cannot be served on a device.
-#[derive(Debug, thiserror::Error)]
-pub enum CudaRefusal {
-    #[error("{0}")]
-    Profile(#[from] Unserved),
-    #[error("a CUDA device computes in bf16: give --dtype bfloat16, which rounds these weights, or --device cpu")]
-    Dtype,
-    #[error("a CUDA device takes widths that are multiples of 8, and this model has {what} of {width}: use --device cpu")]
-    Width { what: &'static str, width: usize },
-    #[error("a CUDA device takes vocabularies of up to {WIDEST}, and this model's is of {vocab}: use --device cpu")]
-    Vocabulary { vocab: usize },
-    #[error(transparent)]
-    Device(#[from] CudaError),
-}
-
-/// A matrix as bf16.
-fn upload(device: &Arc<Device>, w: &Weight<'_>) -> Result<Memory<u16>, CudaError> {
-    match w.matrix().data {
-        MatrixData::Bf16(data) => device.upload(bytemuck::cast_slice(data)),
-        MatrixData::F32(data) => device.upload(&data.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>()),
-    }
-}
-
-struct DeviceLayer {
-    input_norm: Memory<f32>,
-    post_norm: Memory<f32>,
-    q: DeviceProjection,
-    k: DeviceProjection,
-    v: DeviceProjection,
-    o: DeviceProjection,
-    q_norm: Option<Memory<f32>>,
-    k_norm: Option<Memory<f32>>,
-    gate: DeviceProjection,
-    up: DeviceProjection,
-    down: DeviceProjection,
-}
-
-/// The maps of one layer of one profile; none of `full`.
-struct ProfileMaps {
-    attend: Option<DeviceMaps>,
-    down: Option<DownMaps>,
-}
-
-/// Activations of a batch.
-struct Scratch {
-    tokens: Memory<u32>,
-    positions: Memory<u32>,
-    pages: Memory<u32>,
-    picked: Memory<u32>,
-    x: Memory<f32>,
-    picked_x: Memory<f32>,
-    normed: Memory<u16>,
-    q: Memory<f32>,
-    k: Memory<f32>,
-    v: Memory<f32>,
-    attended: Memory<u16>,
-    gated: Memory<u16>,
-    /// Where they do not become one at once.
-    gate: Memory<f32>,
-    up: Memory<f32>,
-    linear: LinearScratch,
-    logits: Memory<f32>,
-    jobs: Memory<SealedJob>,
-    sinks: Memory<SinksJob>,
-    latents: Memory<f32>,
-    host_logits: Pinned<f32>,
-}
 
 /// Rows of one profile whose exact pages lie alike, side by side in a batch.
 struct Group {
@@ -139,21 +74,9 @@ struct Span {
 /// A model, its cache and its scratch memory on a device. [`CudaDecoder::forward`] is the only verb.
 pub struct CudaDecoder {
     device: Arc<Device>,
-    config: &'static ModelConfig,
-    embed: Memory<u16>,
-    head: Option<Memory<u16>>,
-    norm: Memory<f32>,
-    layers: Vec<DeviceLayer>,
-    cos: Memory<f32>,
-    sin: Memory<f32>,
+    model: DeviceModel,
     arena: Memory<u8>,
-    profiles: Vec<ReadyProfile>,
-    /// `[profiles][layers]`.
-    maps: Vec<Vec<ProfileMaps>>,
-    heads: Heads,
     block: usize,
-    /// Inner ranks of the linear layers of one input, at most.
-    ranks: usize,
     adapters: DeviceAdapters,
     /// Those of the batch at hand; who wears them, in it and among the rows that were picked of it.
     wearing: Vec<(AdapterGeneration, Arc<DeviceAdapter>)>,
@@ -215,106 +138,33 @@ impl CudaDecoder {
         profiles: Vec<ReadyProfile>,
         (tokens, adapted): (usize, bool),
     ) -> Result<Self, CudaRefusal> {
-        check_model(config, weights)?;
-        profiles.iter().try_for_each(|profile| check_profile(profile, config, &device))?;
         let d = &device;
-        let vector = |x: &Vec<f32>| d.upload(x);
-        let layers = weights
-            .layers
-            .iter()
-            .map(|l| {
-                let projection = |p| DeviceProjection::new(d, p);
-                Ok(DeviceLayer {
-                    input_norm: vector(&l.input_norm)?,
-                    post_norm: vector(&l.post_norm)?,
-                    q: projection(&l.q)?,
-                    k: projection(&l.k)?,
-                    v: projection(&l.v)?,
-                    o: projection(&l.o)?,
-                    q_norm: l.q_norm.as_ref().map(vector).transpose()?,
-                    k_norm: l.k_norm.as_ref().map(vector).transpose()?,
-                    gate: projection(&l.gate)?,
-                    up: projection(&l.up)?,
-                    down: projection(&l.down)?,
-                })
-            })
-            .collect::<Result<Vec<_>, CudaError>>()?;
-        let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
-        let maps = profiles
-            .iter()
-            .map(|profile| {
-                (0..config.layers)
-                    .map(|layer| match profile.compression.get(layer).filter(|_| !profile.layout.drops) {
-                        None => Ok(ProfileMaps { attend: None, down: None }),
-                        Some(c) => {
-                            let view = LayerView { layer, layout: &profile.layout, compression: Some(c) };
-                            Ok(ProfileMaps { attend: Some(DeviceMaps::new(d, &view, heads)?), down: Some(DownMaps::new(d, c)?) })
-                        }
-                    })
-                    .collect::<Result<Vec<_>, CudaError>>()
-            })
-            .collect::<Result<Vec<_>, CudaError>>()?;
-        let scratch = Scratch {
-            tokens: d.alloc(1)?,
-            positions: d.alloc(1)?,
-            pages: d.alloc(1)?,
-            picked: d.alloc(1)?,
-            x: d.alloc(1)?,
-            picked_x: d.alloc(1)?,
-            normed: d.alloc(1)?,
-            q: d.alloc(1)?,
-            k: d.alloc(1)?,
-            v: d.alloc(1)?,
-            attended: d.alloc(1)?,
-            gated: d.alloc(1)?,
-            gate: d.alloc(1)?,
-            up: d.alloc(1)?,
-            linear: LinearScratch::new(d)?,
-            logits: d.alloc(1)?,
-            jobs: d.alloc(1)?,
-            sinks: d.alloc(1)?,
-            latents: d.alloc(1)?,
-            host_logits: Pinned::new(d, 1)?,
-        };
-        let ranks = layers
-            .iter()
-            .flat_map(|l: &DeviceLayer| [l.q.rank() + l.k.rank() + l.v.rank(), l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()]);
-        let mut decoder = CudaDecoder {
-            config,
-            ranks: ranks.max().unwrap_or(0),
+        let model = DeviceModel::new(d, config, weights, rope, profiles)?;
+        let (mut scratch, mut prefill) = (Scratch::new(d)?, Prefill::new(d)?);
+        scratch.reserve(&model, tokens, adapted)?;
+        scratch.reserve_heads(&model, HEADS_AT_ONCE)?;
+        let layers = model.profiles.iter().flat_map(|p| &p.layout.sealed);
+        if let Some(latents) = layers.map(|l| l.keys.rank + l.values.rank).max() {
+            scratch.latents.reserve(latents_between(tokens.div_ceil(P), latents))?;
+            prefill.reserve(model.heads, tokens)?;
+        }
+        let decoder = CudaDecoder {
+            arena: d.alloc(0)?,
+            block: tokens.next_multiple_of(P),
             adapters: DeviceAdapters::new(d.clone()),
             wearing: Vec::new(),
             worn: Worn::new(d)?,
             picked_worn: Worn::new(d)?,
-            embed: upload(d, &weights.embed)?,
-            head: weights.untied_head.as_ref().map(|h| upload(d, h)).transpose()?,
-            norm: vector(&weights.norm)?,
-            layers,
-            cos: d.upload(&rope.cos)?,
-            sin: d.upload(&rope.sin)?,
-            arena: d.alloc(0)?,
-            profiles,
-            maps,
-            heads,
-            block: tokens.next_multiple_of(P),
             scratch,
             choices: Choices::new(d, config.vocab)?,
             groups: Vec::new(),
             work: DeviceWork::new(d)?,
-            prefill: Prefill::new(d)?,
+            prefill,
             used: 0,
             recordings: HashMap::new(),
             device: device.clone(),
+            model,
         };
-        decoder.reserve(tokens, adapted)?;
-        let (c, s) = (config, &mut decoder.scratch);
-        s.logits.reserve(HEADS_AT_ONCE * c.vocab)?;
-        s.picked_x.reserve(HEADS_AT_ONCE * c.hidden)?;
-        let layers = decoder.profiles.iter().flat_map(|p| &p.layout.sealed);
-        if let Some(latents) = layers.map(|l| l.keys.rank + l.values.rank).max() {
-            s.latents.reserve(latents_between(tokens.div_ceil(P), latents))?;
-            decoder.prefill.reserve(heads, tokens)?;
-        }
         device.wait()?;
         Ok(decoder)
     }
@@ -325,33 +175,14 @@ impl CudaDecoder {
         PARTIAL_MOST as u64 + TABLE_BYTES
     }
 
-    /// Room for what passes through a layer of so many positions.
-    fn reserve(&mut self, tokens: usize, adapted: bool) -> Result<(), CudaError> {
-        let (c, s) = (self.config, &mut self.scratch);
-        s.positions.reserve(tokens)?;
-        s.pages.reserve(tokens)?;
-        s.x.reserve(tokens * c.hidden)?;
-        s.normed.reserve(tokens * c.hidden)?;
-        s.q.reserve(tokens * c.q_channels())?;
-        s.k.reserve(tokens * c.kv_channels())?;
-        s.v.reserve(tokens * c.kv_channels())?;
-        s.attended.reserve(tokens * c.q_channels())?;
-        s.gated.reserve(tokens * c.intermediate)?;
-        if self.ranks > 0 || adapted {
-            s.gate.reserve(tokens * c.intermediate)?;
-            s.up.reserve(tokens * c.intermediate)?;
-        }
-        s.linear.reserve(if adapted { tokens * c.hidden } else { 0 }, tokens * self.ranks)
-    }
-
     /// The cache profiles it serves.
     pub fn profiles(&self) -> &[ReadyProfile] {
-        &self.profiles
+        &self.model.profiles
     }
 
     /// The facts of its model.
     pub fn config(&self) -> &'static ModelConfig {
-        self.config
+        self.model.config
     }
 
     /// The memory of its cache.
@@ -402,7 +233,7 @@ impl CudaDecoder {
     }
 
     fn carry_out(&mut self, plan: &StepPlan, given: &Given<'_>, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
-        let layers = self.config.layers;
+        let layers = self.model.config.layers;
         let mut through: Vec<usize> = (0..plan.rows.len()).filter(|&i| plan.rows[i].layers.len() == layers).collect();
         through.sort_by_key(|&i| (key(&plan.rows[i]), plan.rows[i].adapter));
         for rows in self.batches(plan, &through, given) {
@@ -478,7 +309,7 @@ impl CudaDecoder {
             return self.tell(&wanted, sink);
         }
         self.embed(tokens)?;
-        for layer in 0..self.config.layers {
+        for layer in 0..self.model.config.layers {
             self.layer(layer, tokens)?;
             self.moves(plan, rows, layer)?;
         }
@@ -490,11 +321,7 @@ impl CudaDecoder {
     fn recorded(&mut self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
         let mut key = vec![tokens as u64, wanted as u64];
-        key.extend([&s.x, &s.picked_x, &s.q, &s.k, &s.v, &s.logits].map(Memory::ptr));
-        key.extend([&s.tokens, &s.positions, &s.pages, &s.picked].map(Memory::ptr));
-        key.extend([&s.normed, &s.attended, &s.gated].map(Memory::ptr));
-        key.extend([&s.gate, &s.up].map(Memory::ptr));
-        s.linear.key(&mut key);
+        s.key(&mut key);
         self.worn.key(&mut key);
         self.picked_worn.key(&mut key);
         for g in &self.groups[..self.used] {
@@ -533,20 +360,20 @@ impl CudaDecoder {
 
     fn launch(&self, tokens: usize, wanted: usize) -> Result<(), CudaError> {
         self.embed(tokens)?;
-        (0..self.config.layers).try_for_each(|layer| self.layer(layer, tokens))?;
+        (0..self.model.config.layers).try_for_each(|layer| self.layer(layer, tokens))?;
         self.head(wanted)?;
         self.choose(wanted)
     }
 
     /// One layer of one row of a layer-by-layer prefill, block by block.
     fn quantum(&mut self, plan: &StepPlan, (index, row): (usize, &Row), layer: usize, sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
-        let offset = self.profiles[row.profile.0 as usize].layout.workspace_hidden();
+        let offset = self.model.profiles[row.profile.0 as usize].layout.workspace_hidden();
         let mut position = row.positions.start;
         while position < row.positions.end {
             let n = ((row.positions.end - position) as usize).min(self.block);
             let spans = [Span { row: index, position, n, first: 0 }];
             self.begin(plan, &spans)?;
-            let x = n * self.config.hidden;
+            let x = n * self.model.config.hidden;
             if layer == 0 {
                 self.take_tokens(plan, &spans)?;
                 self.embed(n)?;
@@ -555,7 +382,7 @@ impl CudaDecoder {
                 self.device.hidden(&self.arena, at, offset, self.scratch.x.part(0, x), false)?;
             }
             self.layer(layer, n)?;
-            if layer + 1 == self.config.layers {
+            if layer + 1 == self.model.config.layers {
                 self.emit(plan, &wanted(plan, &spans), sink)?;
             } else {
                 let at = (self.scratch.pages.part(0, n), self.scratch.positions.part(0, n));
@@ -569,7 +396,7 @@ impl CudaDecoder {
     /// Takes a batch's positions, pages and spans to the device; spans of one profile and store are neighbours. Gives its positions.
     fn begin(&mut self, plan: &StepPlan, spans: &[Span]) -> Result<usize, CudaError> {
         let tokens = spans.last().map_or(0, |s| s.first + s.n);
-        let c = self.config;
+        let c = self.model.config;
         let (mut positions, mut pages) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
         for span in spans {
             let row = &plan.rows[span.row];
@@ -582,7 +409,7 @@ impl CudaDecoder {
         let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
         let wearing = &self.wearing;
         self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
-        self.reserve(tokens, self.worn.apart(MLP, tokens) || self.worn.adapts != 0)?;
+        self.scratch.reserve(&self.model, tokens, self.worn.apart(MLP, tokens) || self.worn.adapts != 0)?;
         self.scratch.positions.write(0, &positions)?;
         self.scratch.pages.write(0, &pages)?;
 
@@ -598,10 +425,10 @@ impl CudaDecoder {
             used += 1;
             (group.profile, group.store, group.first, group.n) = (row.profile, row.store, first, n);
             group.prefill.clear();
-            let profile = &self.profiles[row.profile.0 as usize];
+            let profile = &self.model.profiles[row.profile.0 as usize];
             let mut work = Work::default();
             // Over sealed pages chunks pay from another size on.
-            let maps = self.maps[row.profile.0 as usize].iter().filter_map(|m| m.attend.as_ref());
+            let maps = self.model.maps[row.profile.0 as usize].iter().filter_map(|m| m.attend.as_ref());
             let over_sealed = maps.map(DeviceMaps::chunk).max().unwrap_or(CHUNK);
             for span in some {
                 let row = &plan.rows[span.row];
@@ -623,8 +450,8 @@ impl CudaDecoder {
                     work.push((span.first - first) as u32, &of);
                 }
             }
-            group.work.set(&work, self.heads, &profile.layout.sealed, n)?;
-            group.prefill.set(self.heads)?;
+            group.work.set(&work, self.model.heads, &profile.layout.sealed, n)?;
+            group.prefill.set(self.model.heads)?;
         }
         self.used = used;
         Ok(tokens)
@@ -645,8 +472,8 @@ impl CudaDecoder {
 
     /// The embeddings of a batch's tokens.
     fn embed(&self, tokens: usize) -> Result<(), CudaError> {
-        let (s, hidden) = (&self.scratch, self.config.hidden);
-        self.device.embed(s.tokens.part(0, tokens), self.embed.all(), hidden, s.x.part(0, tokens * hidden))?;
+        let (s, hidden) = (&self.scratch, self.model.config.hidden);
+        self.device.embed(s.tokens.part(0, tokens), self.model.embed.all(), hidden, s.x.part(0, tokens * hidden))?;
         for (adapter, rows) in &self.worn.segments {
             let Some((table, site)) = adapter.embed() else { continue };
             let (tokens, x) = (s.tokens.part(rows.start, rows.len()), s.x.part(rows.start * hidden, rows.len() * hidden));
@@ -668,14 +495,14 @@ impl CudaDecoder {
         worn: &'a Worn,
         own: impl Fn(&'a DeviceAdapter) -> Option<Part<'a, f32>>,
     ) -> Input<'a> {
-        let (c, n) = (self.config, rows * self.config.hidden);
+        let (c, n) = (self.model.config, rows * self.model.config.hidden);
         let own = worn.segments.iter().filter_map(|(adapter, rows)| Some((own(adapter)?, rows.clone()))).collect();
         Input::Normed(Normed { x: x.part(0, n), weight: weight.all(), eps: c.norm_eps, own, to: self.scratch.normed.part(0, n) })
     }
 
     /// One decoder layer over the batch.
     fn layer(&self, layer: usize, tokens: usize) -> Result<(), CudaError> {
-        let (c, s, w, device) = (self.config, &self.scratch, &self.layers[layer], &*self.device);
+        let (c, s, w, device) = (self.model.config, &self.scratch, &self.model.layers[layer], &*self.device);
         let at = |site| place(layer, site);
         let project = |x: &Input<'_>, inputs: usize, jobs: &[LinearJob<'_>]| {
             project(device, (x, inputs), tokens, jobs, (&self.worn, c.layers), &s.linear)
@@ -686,7 +513,7 @@ impl CudaDecoder {
         let jobs = [to(&w.q, Site::Q, s.q.part(0, q)), to(&w.k, Site::K, s.k.part(0, kv)), to(&w.v, Site::V, s.v.part(0, kv))];
         project(&normed, c.hidden, &jobs)?;
         for group in &self.groups[..self.used] {
-            let profile = &self.profiles[group.profile.0 as usize];
+            let profile = &self.model.profiles[group.profile.0 as usize];
             let layout = &profile.layout;
             let offset = match group.store {
                 ExactStore::Exact => layer * layout.exact_layer_bytes(),
@@ -700,11 +527,11 @@ impl CudaDecoder {
             let (q, out) = (s.q.part(group.first * qs, group.n * qs), s.attended.part(group.first * qs, group.n * qs));
             let of = AttendLayer {
                 view: LayerView { layer, layout, compression: profile.compression.get(layer) },
-                shape: self.heads,
+                shape: self.model.heads,
                 exact_offset: offset,
-                maps: self.maps[group.profile.0 as usize][layer].attend.as_ref(),
+                maps: self.model.maps[group.profile.0 as usize][layer].attend.as_ref(),
                 arena: self.arena.ptr(),
-                rope: [self.cos.ptr(), self.sin.ptr()],
+                rope: [self.model.cos.ptr(), self.model.sin.ptr()],
                 q: q.ptr(),
                 out: out.ptr(),
                 out_f32: 0,
@@ -739,28 +566,28 @@ impl CudaDecoder {
     /// What attention over a group turns and appends itself, if it can: none of its rows has norms of its own, and each is a position decoded over
     /// exact pages. That saves a launch.
     fn append(&self, layer: usize, group: &Group) -> Option<Append> {
-        let (s, w) = (&self.scratch, &self.layers[layer]);
+        let (s, w) = (&self.scratch, &self.model.layers[layer]);
         let own = |norm| self.worn.segments.iter().any(|(adapter, _)| adapter.norm(layer, norm).is_some());
         if group.store != ExactStore::Exact || !group.work.appends(group.n) || [Norm::Query, Norm::Key].into_iter().any(own) {
             return None;
         }
-        let (kvs, first, n) = (self.config.kv_channels(), group.first, group.n);
+        let (kvs, first, n) = (self.model.config.kv_channels(), group.first, group.n);
         let norm = |w: &Option<Memory<f32>>| w.as_ref().map_or(0, Memory::ptr);
         Some(Append {
             k: s.k.part(first * kvs, n * kvs).ptr(),
             v: s.v.part(first * kvs, n * kvs).ptr(),
             q_norm: norm(&w.q_norm),
             k_norm: norm(&w.k_norm),
-            cos: self.cos.ptr(),
-            sin: self.sin.ptr(),
+            cos: self.model.cos.ptr(),
+            sin: self.model.sin.ptr(),
             positions: s.positions.part(first, n).ptr(),
-            eps: self.config.norm_eps,
+            eps: self.model.config.norm_eps,
         })
     }
 
     /// Queries of a group turned, its keys and values into their pages.
     fn rope_append(&self, layer: usize, group: &Group, (layout, offset): (&PageLayout, usize)) -> Result<(), CudaError> {
-        let (c, s, w) = (self.config, &self.scratch, &self.layers[layer]);
+        let (c, s, w) = (self.model.config, &self.scratch, &self.model.layers[layer]);
         let (qs, kvs) = (c.q_channels(), c.kv_channels());
         let of = |rows: Range<usize>, adapter: Option<&DeviceAdapter>| {
             let own = |norm| adapter.and_then(|a| a.norm(layer, norm));
@@ -771,15 +598,15 @@ impl CudaDecoder {
                 q_norm: own(Norm::Query).or(w.q_norm.as_ref().map(Memory::all)),
                 k_norm: own(Norm::Key).or(w.k_norm.as_ref().map(Memory::all)),
                 eps: c.norm_eps,
-                cos: &self.cos,
-                sin: &self.sin,
+                cos: &self.model.cos,
+                sin: &self.model.sin,
                 positions: s.positions.part(rows.start, rows.len()),
                 pages: s.pages.part(rows.start, rows.len()),
                 arena: &self.arena,
                 offset,
                 exact: layout.exact,
             };
-            self.device.rope_append(&rope, self.heads)
+            self.device.rope_append(&rope, self.model.heads)
         };
         // What is turned is turned in place: rows with norms of their own are left out of the others.
         let mut next = group.first;
@@ -797,8 +624,8 @@ impl CudaDecoder {
 
     /// Carries out the moves of `rows` in one layer.
     fn moves(&mut self, plan: &StepPlan, rows: &[usize], layer: usize) -> Result<(), CudaError> {
-        for index in 0..self.profiles.len() {
-            let layout = &self.profiles[index].layout;
+        for index in 0..self.model.profiles.len() {
+            let layout = &self.model.profiles[index].layout;
             let (mut seals, mut sinks) = (Vec::new(), Vec::new());
             for row in rows.iter().map(|&i| &plan.rows[i]).filter(|row| row.profile.0 as usize == index) {
                 let from_offset = match row.store {
@@ -829,10 +656,10 @@ impl CudaDecoder {
                 let to = (layer * layout.sinks_layer_bytes(), layout.sinks_stride());
                 self.device.keep_sinks(&self.arena, &s.sinks, sinks.len(), to, (layout.kv_heads, layout.head_dim, layout.exact))?;
             }
-            if let (Some(maps), false) = (&self.maps[index][layer].down, seals.is_empty()) {
+            if let (Some(maps), false) = (&self.model.maps[index][layer].down, seals.is_empty()) {
                 s.jobs.reserve(seals.len())?;
                 s.jobs.write(0, &seals)?;
-                let rope = [&self.cos, &self.sin];
+                let rope = [&self.model.cos, &self.model.sin];
                 seal(&self.device, &self.arena, (layout, layer), maps, rope, (&s.jobs, seals.len()), &mut s.latents)?;
             }
         }
@@ -855,14 +682,11 @@ impl CudaDecoder {
         self.choices.clear();
         wanted.iter().for_each(|w| self.choices.push(&sink.ask(w.row, w.position)));
         self.choices.set()?;
-        let (c, s, n) = (self.config, &mut self.scratch, wanted.len());
+        let (c, s, n) = (self.model.config, &mut self.scratch, wanted.len());
         let wearing = &self.wearing;
         self.picked_worn.set(wanted.iter().map(|w| (of_row(wearing, &plan.rows[w.row]), 1)), &[(c.hidden, 1)])?;
-        s.picked.reserve(n)?;
-        s.picked.write(0, &wanted.iter().map(|w| w.at).collect::<Vec<u32>>())?;
-        s.picked_x.reserve(n * c.hidden)?;
-        s.normed.reserve(n * c.hidden)?;
-        s.logits.reserve(n * c.vocab)
+        s.reserve_heads(&self.model, n)?;
+        s.picked.write(0, &wanted.iter().map(|w| w.at).collect::<Vec<u32>>())
     }
 
     /// Final norm and output head of the rows that were picked.
@@ -870,23 +694,23 @@ impl CudaDecoder {
         if n == 0 {
             return Ok(());
         }
-        let (c, s) = (self.config, &self.scratch);
+        let (c, s) = (self.model.config, &self.scratch);
         let x = s.picked_x.part(0, n * c.hidden);
         self.device.pick(s.x.part(0, s.x.len()), s.picked.part(0, n), c.hidden, x)?;
-        let normed = self.normed((&s.picked_x, n), &self.norm, &self.picked_worn, DeviceAdapter::final_norm);
-        let head = LinearLayer::plain(self.head.as_ref().unwrap_or(&self.embed), (c.vocab, c.hidden));
+        let normed = self.normed((&s.picked_x, n), &self.model.norm, &self.picked_worn, DeviceAdapter::final_norm);
+        let head = LinearLayer::plain(self.model.head(), (c.vocab, c.hidden));
         let job = LinearJob { of: head, place: head_place(c.layers), y: s.logits.part(0, n * c.vocab), add: false };
         project(&self.device, (&normed, c.hidden), n, &[job], (&self.picked_worn, c.layers), &s.linear)
     }
 
     /// Tokens and scores of the logits of the rows that were picked.
     fn choose(&self, n: usize) -> Result<(), CudaError> {
-        self.choices.launch(self.scratch.logits.part(0, n * self.config.vocab))
+        self.choices.launch(self.scratch.logits.part(0, n * self.model.config.vocab))
     }
 
     /// Reads what was asked for and hands it out: tokens and scores, or the logits themselves.
     fn tell(&mut self, wanted: &[Wanted], sink: &mut dyn LogitsSink) -> Result<(), CudaError> {
-        let (vocab, s) = (self.config.vocab, &mut self.scratch);
+        let (vocab, s) = (self.model.config.vocab, &mut self.scratch);
         // Neighbours whose logits are asked for come in one piece.
         let raw: Vec<usize> = (0..wanted.len()).filter(|&i| self.choices.wants_logits(i)).collect();
         s.host_logits.reserve(raw.len() * vocab)?;
@@ -940,59 +764,4 @@ fn of_row(wearing: &[(AdapterGeneration, Arc<DeviceAdapter>)], row: &Row) -> Opt
 /// What rows share that are met by one launch.
 fn key(row: &Row) -> (u8, bool) {
     (row.profile.0, row.store == ExactStore::Workspace)
-}
-
-/// Whether a device serves a model.
-///
-/// # Errors
-/// Where it does not, why.
-pub fn check_model(config: &ModelConfig, weights: &ModelWeights<'_>) -> Result<(), CudaRefusal> {
-    fn all<'l, 'w>(l: &'l LayerWeights<'w>) -> [&'l Projection<'w>; 7] {
-        [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
-    }
-    if config.vocab > WIDEST {
-        return Err(CudaRefusal::Vocabulary { vocab: config.vocab });
-    }
-    let of_layer = |l: &LayerWeights<'_>| all(l).iter().any(|p| is_f32(&p.weight) || p.inner.as_ref().is_some_and(is_f32));
-    if is_f32(&weights.embed) || is_f32(weights.head()) || weights.layers.iter().any(of_layer) {
-        return Err(CudaRefusal::Dtype);
-    }
-    if ![64, 80, 96, 128].contains(&config.head_dim) {
-        return Err(Unserved::HeadDim(config.head_dim).into());
-    }
-    for (what, width) in [("hidden states", config.hidden), ("an MLP", config.intermediate), ("query heads", config.q_channels())] {
-        if !width.is_multiple_of(8) {
-            return Err(CudaRefusal::Width { what, width });
-        }
-    }
-    Ok(())
-}
-
-fn is_f32(w: &Weight<'_>) -> bool {
-    matches!(w.matrix().data, MatrixData::F32(_))
-}
-
-/// Tries the device's own kernels on the shapes of a model; those that do not hold are left out.
-///
-/// # Errors
-/// Where the device fails.
-pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Trial>, CudaError> {
-    let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
-    let matrix = (config.intermediate.clamp(16, 4096), config.hidden);
-    // What fills the device: on an H200 2048 rows, after 6336 positions.
-    let rows = 128 * (device.processors / 8).max(1);
-    // As many sealed pages are three blocks of 16 a processor, of few sequences.
-    let pages = 48 * device.processors;
-    let decoded = (pages.div_ceil(2048), pages.min(2048));
-    trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors, decoded })
-}
-
-/// Whether a device serves a cache profile.
-///
-/// # Errors
-/// Where it does not, why.
-pub fn check_profile(profile: &ReadyProfile, config: &ModelConfig, device: &Device) -> Result<(), Unserved> {
-    let shape = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: 1.0 };
-    let view = |layer| LayerView { layer, layout: &profile.layout, compression: profile.compression.get(layer) };
-    (0..profile.layout.layers).try_for_each(|layer| serves(&view(layer), shape, device.shared))
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::adapters::{DeviceAdapter, bit};
-use super::upload;
+use super::placed::upload;
 use crate::model::weights::{Projection, Weight};
 use crate::ops::cuda::linear::{Job, Linears, Mode, Norm, worn_apart};
 use crate::ops::cuda::lora::{Segment, Shape, Target, WornRows};
