@@ -148,7 +148,12 @@ async fn both_ended(
             return Ok(());
         }
     };
-    ended_well(engine.await?)?;
+    // All clients have been told by now. A step that lasts longer than readiness lets one last ends with the process.
+    let limit = server.config.heartbeat_limit;
+    match tokio::time::timeout(limit, engine).await {
+        Ok(ended) => ended_well(ended?)?,
+        Err(_) => bail!("a step of the engine did not end within {} s of the last request; ended without it", limit.as_secs()),
+    }
     tracing::info!(forced = drained.forced, "stopped");
     Ok(())
 }
@@ -576,6 +581,24 @@ mod tests {
             7
         });
         assert_eq!(done, 7);
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_step_that_hangs_ends_with_the_process() {
+        let mut config = server::Config::new(PAGES);
+        config.heartbeat_limit = Duration::from_millis(200);
+        let server = Server::new(config, Arc::new(Telemetry::new("demo")));
+        let begun = Instant::now();
+        let (_never, ends) = std::sync::mpsc::channel::<()>();
+        let done = to_the_end(runtime(), async {
+            let hangs = move || {
+                let _ = ends.recv_timeout(Duration::from_secs(10));
+                Ok(Ok(()))
+            };
+            both_ended(&server, tokio::spawn(async { Drained { forced: 0 } }), hangs).await
+        });
+        assert!(format!("{:#}", done.expect_err("it hangs")).contains("did not end"));
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     }
 
