@@ -150,10 +150,11 @@ pub fn spread(hulls: &[Vec<Choice>], bytes: usize) -> Vec<Choice> {
 ///
 /// Cost: for each layer, some fifty choices of keys and as many of values, each an attention of 96 queries a text.
 pub(super) fn hulls(sample: &Sample, trial: &Trial<'_>, cskv: &Cskv, bases: &[LayerBasis]) -> Result<Vec<Vec<Choice>>, CalibrateError> {
+    let window = measured_window(sample, trial.model.kv_channels(), cskv)?;
     let widths = [false, true].map(|values| (values, choices(trial.model, cskv, values)));
     let (all, done) = (bases.len() * widths.iter().map(|w| w.1.len()).sum::<usize>(), AtomicUsize::new(0));
     let hulls = (0..bases.len()).into_par_iter().map(|i| -> Result<Vec<Vec<Choice>>, CalibrateError> {
-        let layer = Layer::new(sample, trial, cskv, i);
+        let layer = Layer::new(sample, trial, (cskv, window), i);
         let part = |(values, widths): &(bool, Vec<Width>)| {
             let choices = widths.iter().map(|&width| {
                 let choice = layer.choice(&bases[i], width, *values);
@@ -198,10 +199,26 @@ pub(super) fn widths(hulls: &[Vec<Choice>], budget: u32, trial: &Trial<'_>, cskv
     }
 }
 
+/// The window that queries of the sample have: that of the profile, or a quarter of the longest text where that is less. No query of a
+/// text within its window would meet anything compressed, so nothing would cost anything, and nothing would be kept.
+///
+/// # Errors
+/// Where nothing of any text is beyond it and the sinks.
+fn measured_window(sample: &Sample, channels: usize, cskv: &Cskv) -> Result<usize, CalibrateError> {
+    let longest = sample.layers.iter().flatten().map(|t| t.keys.len() / channels).max().unwrap_or(0);
+    let window = (cskv.window as usize).min(longest / 4);
+    match longest > cskv.sinks as usize + window {
+        true => Ok(window),
+        false => Err(CalibrateError::TooShort { longest, sinks: cskv.sinks }),
+    }
+}
+
 /// One layer of the sample, as its choices are tried on it.
 struct Layer<'a> {
     trial: &'a Trial<'a>,
     cskv: &'a Cskv,
+    /// See [`measured_window`].
+    window: usize,
     texts: Vec<Turned<'a>>,
     energy: f64,
     /// `[q_channels][hidden]`.
@@ -222,7 +239,7 @@ struct Turned<'a> {
 }
 
 impl<'a> Layer<'a> {
-    fn new(sample: &'a Sample, trial: &'a Trial<'a>, cskv: &'a Cskv, layer: usize) -> Self {
+    fn new(sample: &'a Sample, trial: &'a Trial<'a>, (cskv, window): (&'a Cskv, usize), layer: usize) -> Self {
         let (model, c) = (trial.model, trial.model.kv_channels());
         let q = model.heads * model.head_dim;
         let texts = &sample.layers[layer];
@@ -246,7 +263,7 @@ impl<'a> Layer<'a> {
             MatrixData::Bf16(data) => data[r * w.in_features + i].to_f32(),
         };
         let output = Mat::from_fn(w.in_features, w.out_features, |i, r| element(r, i));
-        let mut layer = Layer { trial, cskv, texts: texts.iter().map(turned).collect(), energy, output };
+        let mut layer = Layer { trial, cskv, window, texts: texts.iter().map(turned).collect(), energy, output };
         for i in 0..layer.texts.len() {
             layer.texts[i].products = layer.products(&layer.texts[i], &layer.texts[i].keys);
             layer.texts[i].exact = layer.softmax(&layer.texts[i], layer.texts[i].products.clone());
@@ -292,7 +309,7 @@ impl<'a> Layer<'a> {
 
     /// Whether the query at `at` meets position `j` compressed.
     fn is_sealed(&self, at: usize, j: usize) -> bool {
-        j >= self.cskv.sinks as usize && j + (self.cskv.window as usize) < at + 1
+        j >= self.cskv.sinks as usize && j + self.window < at + 1
     }
 
     fn choice(&self, basis: &LayerBasis, width: Width, values: bool) -> Result<Choice, CalibrateError> {

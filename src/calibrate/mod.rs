@@ -193,7 +193,7 @@ impl Allocator<'_> {
     /// Of a profile with a budget.
     ///
     /// # Errors
-    /// Where a rank is none of the basis.
+    /// Where a rank is none of the basis, or no text is long enough to say what choices cost.
     pub fn allocate(&mut self, cskv: &Cskv, budget: u32, bases: &[LayerBasis]) -> Result<Vec<Widths>, CalibrateError> {
         let kind = Cskv { size: Size::Budget(1), ..cskv.clone() };
         let known = match self.known.iter().position(|k| k.0 == kind) {
@@ -222,6 +222,8 @@ pub enum CalibrateError {
     Uneven { layer: usize, tokens: usize, first: usize },
     #[error("calibration saw {have} tokens (sinks left out) and a rank of {rank} needs at least {need}; give it more text")]
     TooFewTokens { have: usize, rank: usize, need: usize },
+    #[error("the longest calibration text has {longest} tokens, of which nothing is compressed beside {sinks} sinks; give longer texts")]
+    TooShort { longest: usize, sinks: u32 },
     #[error("a rank of {rank} for {part} does not divide into {groups} groups of {channels} channels each")]
     Rank { part: &'static str, rank: usize, groups: usize, channels: usize },
     #[error("groups of {heads} KV heads do not divide the model's {kv_heads}")]

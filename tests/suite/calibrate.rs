@@ -1,14 +1,15 @@
 //! The closed form is the optimum, however the rows come in.
 
 use strait::calibrate::{
-    CalibrateError, Choice, Moments, Source, Sources, Telling, Trial, artifact, collect, hull, products, sample, solve, spread,
+    CalibrateError, Choice, Moments, Products, Source, Sources, Telling, Trial, artifact, collect, hull, products, sample, solve, spread,
     tokens_needed, value_metric,
 };
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::compress::{FrequencyMap, KeyBasis, KeyMap, Projection};
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Quantiser, Size, Width, Widths};
+use strait::model::config::ModelConfig;
 use strait::model::decoder::Decoder;
-use strait::model::weights::LoadDtype;
+use strait::model::weights::{LayerWeights, LoadDtype, ModelWeights};
 use strait::ops::cpu::Cpu;
 use strait::ops::{Matrix, MatrixData};
 
@@ -605,4 +606,51 @@ fn on_the_demo_model_a_budget_finds_the_layer_that_retrieves() {
         message.starts_with("the profile b97-Hadamard is not usable: the artifact was not made for this name, budget and quantisers"),
         "{message}"
     );
+}
+
+/// A text within the window meets nothing compressed, so that keeping nothing would look as good as anything.
+#[test]
+fn a_window_longer_than_the_text_is_no_reason_to_keep_nothing() {
+    let checkpoint = strait::demo::checkpoint().unwrap();
+    let model = &checkpoint.config;
+    let tokenizer = strait::demo::tokenizer().unwrap();
+    let prompt = tokenizer.encode(&strait::calibrate::demo_prompts(1, 900)[0], false, true).unwrap();
+    let ops = Cpu::new(2);
+    let widths = |texts: &[Vec<u32>], window: u32| {
+        let mut decoder = Decoder::new(model, checkpoint.weights(LoadDtype::F32), 1024, 512);
+        let mut moments = Moments::sampling(model, 4);
+        collect(&mut decoder, &ops, texts, &mut moments, |_| ()).unwrap();
+        let outputs: Vec<Matrix<'_>> = decoder.weights().layers.iter().map(|l| l.o.weight.matrix()).collect();
+        let even = Cskv::shares((1.0, 1.0), 4, (window, 4), BasisKind::Joint);
+        let profile = Profile { name: "b".into(), cskv: Some(Cskv { size: Size::Budget(300), ..even }) };
+        let mut allocator = moments.allocator(Trial { model, ops: &ops, rope: decoder.rope(), outputs: &outputs, tried: &|_, _| () });
+        let bases = solve(&moments, BasisKind::Joint, &Source::Svd(&even_products(model, decoder.weights())), (128, 128)).unwrap().layers;
+        allocator.allocate(profile.cskv.as_ref().unwrap(), 300, &bases).map(|widths| {
+            let bytes = PageLayout::new(model, ExactType::Bf16, &profile, Some(&widths)).bytes_per_token();
+            (widths, bytes)
+        })
+    };
+    assert!((300..1000).contains(&prompt.len()), "{}", prompt.len());
+    let (fits, _) = widths(std::slice::from_ref(&prompt), (prompt.len() / 4) as u32).unwrap();
+    for window in [prompt.len() as u32, 65536] {
+        let (longer, bytes) = widths(std::slice::from_ref(&prompt), window).unwrap();
+        assert!(bytes > 0.85 * 300.0, "{bytes} bytes of 300 under a window of {window}");
+        assert_eq!(longer, fits, "the window that is measured is a quarter of the text");
+    }
+    // Many short texts are no better than one.
+    let short: Vec<Vec<u32>> = prompt.chunks(40).map(<[u32]>::to_vec).collect();
+    assert!(widths(&short, 64).unwrap().1 > 0.85 * 300.0);
+    let tiny: Vec<Vec<u32>> = prompt.chunks(5).map(<[u32]>::to_vec).collect();
+    let refused = widths(&tiny, 64).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the longest calibration text has 5 tokens, of which nothing is compressed beside 4 sinks; give longer texts"
+    );
+}
+
+/// What the weights make of an even input.
+fn even_products(model: &ModelConfig, weights: &ModelWeights<'_>) -> Vec<Products> {
+    let one =
+        |l: &LayerWeights<'_>| products([(l.k.weight.matrix(), None, None), (l.v.weight.matrix(), None, None)], &vec![1.0; model.hidden]);
+    weights.layers.iter().map(one).collect()
 }
