@@ -355,6 +355,14 @@ impl Artifact {
     /// Fingerprint of the checkpoint this is for.
     pub fn base(&self) -> Fingerprint {
         self.base
+    /// Whether [`Artifact::write`] can begin at `path`: for who will know only in an hour what to write there.
+    ///
+    /// # Errors
+    /// As it does.
+    pub fn check_place(path: &Path) -> Result<(), Error> {
+        beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
+    }
+
     }
 
     /// What the profiles are made of.
@@ -887,50 +895,66 @@ fn check_bits(widths: &Widths, cskv: &Cskv) -> Result<(), String> {
 ///
 /// The bytes go to a new file in the same folder, reach the disk, and only then take the name.
 fn replace_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    static SERIAL: AtomicU32 = AtomicU32::new(0);
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-
-    /// Removes the unfinished file unless it has taken its place.
-    struct Unfinished(Option<PathBuf>);
-    impl Drop for Unfinished {
-        fn drop(&mut self) {
-            if let Some(path) = &self.0 {
-                let _ = std::fs::remove_file(path); // the failure that led here is the one to report
-            }
-        }
-    }
-
-    let (file, temporary) = loop {
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}-{serial}.tmp", std::process::id()));
-        let temporary = folder.join(hidden);
-        match std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary) {
-            Ok(file) => break (file, temporary),
-            // A file of a dead process that had our id: the next serial is another name.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
-            Err(e) => return Err(e),
-        }
-    };
-    let mut unfinished = Unfinished(Some(temporary.clone()));
+    let (file, mut unfinished) = beside(path)?;
     let mut w = io::BufWriter::with_capacity(1 << 20, file);
     fill(&mut w)?;
     let file = w.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.sync_all()?;
     drop(file);
-    std::fs::rename(&temporary, path)?;
-    unfinished.0 = None;
+    std::fs::rename(&unfinished.path, path)?;
+    unfinished.placed = true;
     // Takes the name to the disk as well. Where a file system cannot, a power cut may bring the old file back, whole:
     // no failure of this write.
-    let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+    let _ = std::fs::File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     Ok(())
+}
+
+/// A file that is removed unless it has taken its place.
+struct Unfinished {
+    path: PathBuf,
+    placed: bool,
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.placed {
+            let _ = std::fs::remove_file(&self.path); // the failure that led here is the one to report
+        }
+    }
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A new file in the folder of `path`, to take its name.
+///
+/// Only a regular file is replaced: the name of a device, `/dev/null` say, belongs to all that use it.
+fn beside(path: &Path) -> io::Result<(std::fs::File, Unfinished)> {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
+    let name = path.file_name().ok_or_else(|| invalid("the path names no file"))?;
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Err(invalid("not a regular file"));
+    }
+    loop {
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}-{serial}.tmp", std::process::id()));
+        let path = folder_of(path).join(hidden);
+        match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(file) => return Ok((file, Unfinished { path, placed: false })),
+            // A file of a dead process that had our id: the next serial is another name.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+}
     }
 }
 

@@ -70,6 +70,8 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
 /// # Errors
 /// Where the model or the text cannot be read, the text is too short, the artifact cannot be written, or training fails.
 pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
+    // Before what may take an hour.
+    Artifact::check_place(&ask.out)?;
     let mut settings = settings(ask.config.as_ref(), ask.threads)?;
     let opened = Source::of(ask.model.as_ref()).open()?;
     let exact = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));

@@ -337,6 +337,33 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
     }
 }
 
+/// As root, the name of a device can be taken from it.
+#[test]
+fn only_a_regular_file_is_replaced() {
+    let (_, artifact) = example();
+    let folder = std::env::temp_dir().join(format!("strait-places-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let (socket, link) = (folder.join("socket"), folder.join("link"));
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::os::unix::fs::symlink(&socket, &link).unwrap();
+    for (path, why) in [(&socket, "not a regular file"), (&link, "not a regular file"), (&folder, "not a regular file")] {
+        for refused in [Artifact::check_place(path), artifact.write(path)] {
+            let said = refused.unwrap_err().to_string();
+            assert!(said.contains(why) && said.contains("unchanged"), "{said}");
+        }
+    }
+    let said = Artifact::check_place(&folder.join("none/a")).unwrap_err().to_string();
+    assert!(said.contains("No such file"), "{said}");
+    for good in [folder.join("a"), folder.join("a")] {
+        Artifact::check_place(&good).unwrap();
+        artifact.write(&good).unwrap();
+    }
+    let mut left: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["a", "link", "socket"], "what is only tried leaves nothing");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 #[test]
 fn an_artifact_of_another_base_is_refused_by_both_names() {
     let (model, artifact) = example();

@@ -712,6 +712,9 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
     let refused = |profiles: &str| asked(profiles, "3").unwrap_err().to_string();
     assert!(refused("cskv-95,nosuch").starts_with("there is no cache profile \"nosuch\" to train; choose of cskv-50, "));
     assert!(refused("full").starts_with("cache profile \"full\" has no basis that is computed"));
+    let nowhere = folder.0.join("none/a");
+    let nowhere = ["--out", nowhere.to_str().unwrap(), "--train-steps", "3", "--train-dir", dir_text];
+    assert!(compress(&nowhere).unwrap_err().to_string().starts_with("cannot write the compression artifact "));
     assert!(!dir.exists() && !out.exists(), "a refused command leaves nothing");
     for bad in [
         &["--train-steps", "3"][..],
