@@ -59,9 +59,9 @@
 //! hundredth of its model (Llama-3.1-8B up to 50 % rank: 134 MB beside 16 GB).
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -78,6 +78,8 @@ const FORMAT: &str = "strait-compression";
 const VERSION: u32 = 3;
 const MANIFEST: &str = "strait.manifest";
 const DIGEST: &str = "strait.blake3";
+/// Bytes of a header that the format allows.
+const HEADER_MOST: u64 = 100_000_000;
 
 /// The bases of one model and the profiles that were made with them. Whoever holds one knows that every shape
 /// fits the model, every number is finite, and every profile can be served.
@@ -293,13 +295,27 @@ impl Artifact {
     /// # Errors
     /// Where it cannot be read, is damaged, is of another version or base, or does not hold together.
     pub fn read(path: &Path, model: &ModelConfig, base: Fingerprint) -> Result<Self, Error> {
-        let read = || -> io::Result<Vec<u8>> {
-            if !std::fs::metadata(path)?.is_file() {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-            }
-            std::fs::read(path)
-        };
-        let bytes = read().map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        /// All that counts of the header before the tensors are there.
+        #[derive(Deserialize)]
+        struct Header {
+            #[serde(default, rename = "__metadata__")]
+            metadata: Option<HashMap<String, String>>,
+        }
+        let failed = |source| Error::Read { path: path.to_owned(), source };
+        let regular = std::fs::metadata(path).map_err(failed)?.is_file();
+        if !regular {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+        }
+        let mut file = std::fs::File::open(path).map_err(failed)?;
+        let mut bytes = Vec::new();
+        (&file).take(8).read_to_end(&mut bytes).map_err(failed)?;
+        let length = bytes.first_chunk().map_or(0, |&n| u64::from_le_bytes(n));
+        (&file).take(length.min(HEADER_MOST)).read_to_end(&mut bytes).map_err(failed)?;
+        // What has no header that can be read is no container, whatever comes behind.
+        if let Ok(header) = serde_json::from_slice::<Header>(bytes.get(8..).unwrap_or_default()) {
+            manifest_of(header.metadata.as_ref(), base)?;
+            file.read_to_end(&mut bytes).map_err(failed)?;
+        }
         Self::from_bytes(&bytes, model, base)
     }
 
@@ -311,14 +327,7 @@ impl Artifact {
         let container = |e: safetensors::SafeTensorError| Error::Container(e.to_string());
         let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(container)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(container)?;
-        let metadata = metadata.metadata().as_ref().ok_or(Error::NoManifest(MANIFEST))?;
-        let text = metadata.get(MANIFEST).ok_or(Error::NoManifest(MANIFEST))?;
-        let manifest = Manifest::parse(text)?;
-        let artifact_base: Fingerprint = manifest.base.parse().map_err(|e: NotHex| Error::Manifest(e.to_string()))?;
-        if artifact_base != base {
-            return Err(Error::WrongBase { artifact: artifact_base, model: base });
-        }
-        let want = metadata.get(DIGEST).ok_or(Error::NoManifest(DIGEST))?;
+        let (manifest, text, want) = manifest_of(metadata.metadata().as_ref(), base)?;
         let mut digest = blake3::Hasher::new();
         digest.update(text.as_bytes()).update(&bytes[8 + header..]);
         let found = Fingerprint(*digest.finalize().as_bytes()).to_string();
@@ -678,6 +687,18 @@ impl Manifest {
         struct Head {
             format: String,
             version: u64,
+/// The manifest, its text, and the digest, of an artifact for this base.
+fn manifest_of(metadata: Option<&HashMap<String, String>>, base: Fingerprint) -> Result<(Manifest, &String, &String), Error> {
+    let text = metadata.and_then(|m| m.get(MANIFEST)).ok_or(Error::NoManifest(MANIFEST))?;
+    let manifest = Manifest::parse(text)?;
+    let artifact: Fingerprint = manifest.base.parse().map_err(|e: NotHex| Error::Manifest(e.to_string()))?;
+    if artifact != base {
+        return Err(Error::WrongBase { artifact, model: base });
+    }
+    let digest = metadata.and_then(|m| m.get(DIGEST)).ok_or(Error::NoManifest(DIGEST))?;
+    Ok((manifest, text, digest))
+}
+
         }
         let wrong = |e: serde_json::Error| Error::Manifest(e.to_string());
         let head: Head = serde_json::from_str(text).map_err(wrong)?;

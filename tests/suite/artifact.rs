@@ -337,6 +337,29 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
     }
 }
 
+/// A checkpoint, named by mistake, may be larger than memory: what is no artifact of this base is refused by its header alone.
+#[test]
+fn what_is_no_artifact_of_this_base_is_not_read_to_its_end() {
+    let (model, artifact) = example();
+    let path = std::env::temp_dir().join(format!("strait-large-{}.safetensors", std::process::id()));
+    let refused = |header: &[u8], base| {
+        std::fs::write(&path, header).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+        Artifact::read(&path, &model, base).unwrap_err()
+    };
+    let checkpoint = br#"{"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}"#;
+    let plain = [&(checkpoint.len() as u64).to_le_bytes(), &checkpoint[..]].concat();
+    let other = refused(&plain, BASE);
+    assert!(matches!(other, ArtifactError::NoManifest("strait.manifest")), "{other}");
+    let foreign = refused(&artifact.to_bytes(), Fingerprint([1; 32]));
+    assert!(matches!(foreign, ArtifactError::WrongBase { .. }), "{foreign}");
+    for wrong in [&b"GGUF\x03\0\0\0\x01\0\0\0"[..], &[9, 0, 0, 0, 0, 0, 0, 0, b'x'], &[1]] {
+        let other = refused(wrong, BASE);
+        assert!(matches!(other, ArtifactError::Container(_)), "{other}");
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
 /// As root, the name of a device can be taken from it.
 #[test]
 fn only_a_regular_file_is_replaced() {
