@@ -71,7 +71,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Basis, FrequencyBasis, KeyBasis, LayerBasis, LayerCompression, RankError, Up};
 use crate::ids::PAGE_TOKENS;
-use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size, Width, Widths};
+use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size, WINDOW_MOST, Width, Widths};
 use crate::model::config::ModelConfig;
 
 const FORMAT: &str = "strait-compression";
@@ -290,7 +290,8 @@ impl Artifact {
         Ok(artifact)
     }
 
-    /// Reads and checks the artifact at `path`, which must be for this very model. The file is read whole.
+    /// Reads and checks the artifact at `path`, which must be for this very model. The file is read whole, once its header says that it
+    /// is that: a checkpoint that was named by mistake may be larger than memory.
     ///
     /// # Errors
     /// Where it cannot be read, is damaged, is of another version or base, or does not hold together.
@@ -354,6 +355,14 @@ impl Artifact {
         replace_file(path, |w| self.write_to(w)).map_err(|source| Error::Write { path: path.to_owned(), source })
     }
 
+    /// Whether [`Artifact::write`] can begin at `path`: for who will know only in an hour what to write there.
+    ///
+    /// # Errors
+    /// As it does.
+    pub fn check_place(path: &Path) -> Result<(), Error> {
+        beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
+    }
+
     /// The bytes of the file. The same artifact gives the same bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -364,14 +373,6 @@ impl Artifact {
     /// Fingerprint of the checkpoint this is for.
     pub fn base(&self) -> Fingerprint {
         self.base
-    /// Whether [`Artifact::write`] can begin at `path`: for who will know only in an hour what to write there.
-    ///
-    /// # Errors
-    /// As it does.
-    pub fn check_place(path: &Path) -> Result<(), Error> {
-        beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
-    }
-
     }
 
     /// What the profiles are made of.
@@ -518,6 +519,12 @@ impl Artifact {
         for stored in &self.profiles {
             let name = &stored.profile.name;
             let refuse = |reason: String| Error::Profile { profile: name.clone(), reason };
+            if name.is_empty() || name.len() > 64 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+                return Err(refuse("a name is 1 to 64 letters, digits, '-', '_' or '.'".to_owned()));
+            }
+            if name == "full" {
+                return Err(refuse("full is the exact cache".to_owned()));
+            }
             if !names.insert(name) {
                 return Err(refuse("two profiles have this name".to_owned()));
             }
@@ -680,13 +687,6 @@ impl Basis {
     }
 }
 
-impl Manifest {
-    fn parse(text: &str) -> Result<Self, Error> {
-        /// What every version has.
-        #[derive(Deserialize)]
-        struct Head {
-            format: String,
-            version: u64,
 /// The manifest, its text, and the digest, of an artifact for this base.
 fn manifest_of(metadata: Option<&HashMap<String, String>>, base: Fingerprint) -> Result<(Manifest, &String, &String), Error> {
     let text = metadata.and_then(|m| m.get(MANIFEST)).ok_or(Error::NoManifest(MANIFEST))?;
@@ -699,6 +699,13 @@ fn manifest_of(metadata: Option<&HashMap<String, String>>, base: Fingerprint) ->
     Ok((manifest, text, digest))
 }
 
+impl Manifest {
+    fn parse(text: &str) -> Result<Self, Error> {
+        /// What every version has.
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u64,
         }
         let wrong = |e: serde_json::Error| Error::Manifest(e.to_string());
         let head: Head = serde_json::from_str(text).map_err(wrong)?;
@@ -890,6 +897,9 @@ fn check_spec(name: &str, cskv: &Cskv, model: &ModelConfig) -> Result<(), Error>
         let width = |bits| Width { rank: 1, bits };
         check_bits(&Widths { keys: width(key_bits), values: width(value_bits) }, cskv).or_else(refuse)?;
     }
+    if cskv.window > WINDOW_MOST {
+        return refuse(format!("window is {} and must be at most {WINDOW_MOST}", cskv.window));
+    }
     if cskv.sinks > PAGE_TOKENS {
         return refuse(format!("sinks is {} and must be at most {PAGE_TOKENS}, one page", cskv.sinks));
     }
@@ -942,6 +952,7 @@ impl Drop for Unfinished {
             let _ = std::fs::remove_file(&self.path); // the failure that led here is the one to report
         }
     }
+}
 
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -975,7 +986,6 @@ fn beside(path: &Path) -> io::Result<(std::fs::File, Unfinished)> {
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
-}
     }
 }
 

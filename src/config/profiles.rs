@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use crate::config::ConfigError;
-use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size};
+use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size, WINDOW_MOST};
 
 /// The profile of requests that name none: exact, until an operator decides what compression may cost.
 pub const DEFAULT_PROFILE: &str = "full";
@@ -123,8 +123,8 @@ impl ProfileFile {
         }
         let size = self.size(basis, quantisers).map_err(bad)?;
         let (window, sinks) = (self.window.unwrap_or(WINDOW), self.sinks.unwrap_or(SINKS));
-        if window > 65536 || sinks > 64 {
-            return Err(bad(format!("window is {window} and sinks {sinks}; at most 65536 and 64")));
+        if window > WINDOW_MOST || sinks > 64 {
+            return Err(bad(format!("window is {window} and sinks {sinks}; at most {WINDOW_MOST} and 64")));
         }
         Ok(Profile { name: name.into(), cskv: Some(Cskv { size, key_quantiser, value_quantiser, window, sinks, basis, init }) })
     }

@@ -28,6 +28,9 @@ use crate::quant::words;
 /// Channels of a value latent that share a `(scale, min)`.
 pub const VALUE_GROUP: usize = 32;
 
+/// Recent positions that a profile may keep exact, at most.
+pub const WINDOW_MOST: u32 = 65536;
+
 const P: usize = PAGE_TOKENS as usize;
 
 /// Element of exact keys and values. Follows the weights' type.

@@ -267,7 +267,7 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
     let (model, artifact) = example();
     assert_eq!(Artifact::from_bytes(&forge(|_, _| {}), &model, BASE).unwrap(), artifact, "the forge itself makes sound files");
     type Edit = fn(&mut Value, &mut HashMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
-    let cases: [(Edit, &str); 23] = [
+    let cases: [(Edit, &str); 26] = [
         (
             |m, _| m["version"] = json!(1),
             "the compression artifact has format version 1 and this build reads version 3; make it anew with `strait compress`",
@@ -321,6 +321,12 @@ fn what_does_not_hold_together_is_refused_in_one_sentence() {
         (|m, _| m["profiles"][0]["basis"] = json!("gone"), "the profile half is not usable: it reads the basis gone, which is not there"),
         (|m, _| m["profiles"][1]["name"] = json!("half"), "the profile half is not usable: two profiles have this name"),
         (|m, _| m["profiles"][1]["sinks"] = json!(65), "the profile half-4 is not usable: sinks is 65 and must be at most 64, one page"),
+        (|m, _| m["profiles"][1]["window"] = json!(65537), "the profile half-4 is not usable: window is 65537 and must be at most 65536"),
+        (|m, _| m["profiles"][1]["name"] = json!("full"), "the profile full is not usable: full is the exact cache"),
+        (
+            |m, _| m["profiles"][1]["name"] = json!("a b"),
+            "the profile a b is not usable: a name is 1 to 64 letters, digits, '-', '_' or '.'",
+        ),
         (|_, t| drop(t.remove("qat.1.keys.up")), "the compression artifact lacks the tensor qat.1.keys.up"),
         (
             |_, t| drop(t.insert("more".into(), (Dtype::U8, vec![4], vec![0; 4]))),
