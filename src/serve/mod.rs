@@ -29,7 +29,7 @@ use crate::demo;
 use crate::engine::thread::{Broken, EngineThread, Host, Parts, Runner, start};
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::Arena;
-use crate::kv::layout::PageLayout;
+use crate::kv::layout::{PageLayout, Profile};
 use crate::model::cuda::{self, CudaDecoder};
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::model::delta::HeldAs;
@@ -195,7 +195,7 @@ struct Ready {
     backend: String,
     load_seconds: f64,
     weight_bytes: u64,
-    profile_specs: Vec<crate::kv::layout::Profile>,
+    profile_specs: Vec<Profile>,
     prefix_caching: bool,
     adapters: Registry,
 }
@@ -264,7 +264,6 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     }
 
     let sizes: Vec<ProfileSizes> = profiles.iter().map(|p| ProfileSizes::of(&p.layout)).collect();
-    let full = profiles[0].layout.clone();
     let placed = match device {
         None => Placed::Host(profiles),
         Some(device) => {
@@ -284,22 +283,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     if device_free.is_none() && settings.adapters.device_memory_bytes.is_some() {
         tracing::warn!("--lora-device-memory-bytes has no effect: the CPU serves");
     }
-    let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
-        (Some(bytes), _) => bytes,
-        (None, None) => {
-            let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
-            default_arena(free / 2, &full, &sizes, (context, settings.max_num_seqs))
-        }
-        (None, Some(free)) => {
-            // Copies of adapters are a little larger than what they are counted as: tables, and tensors that are aligned.
-            let taken = device_adapters.map_or(0, |bytes| bytes + bytes / 16);
-            default_arena(free.saturating_sub(taken), &full, &sizes, (context, settings.max_num_seqs))
-        }
-    };
-    if arena_bytes > ARENA_MOST {
-        bail!("{}; lower --kv-cache-memory-bytes", scheduler::ConfigError::Arena(arena_bytes));
-    }
-    let config = scheduler::Config {
+    let mut config = scheduler::Config {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
         max_queued_requests: settings.max_queued_requests,
@@ -308,12 +292,28 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         layers: model.layers as u32,
         // A prompt that fills the context may still be scored; its one unheard token is never computed.
         max_model_len: context + 1,
-        arena_bytes,
+        arena_bytes: 0,
         profiles: sizes,
         prefix_caching: settings.prefix_caching,
         hash_secret: secret(),
         model_digest: checkpoint.digest(),
     };
+    let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
+        (Some(bytes), _) => bytes,
+        (None, None) => {
+            let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
+            default_arena(free / 2, &config)
+        }
+        (None, Some(free)) => {
+            // Copies of adapters are a little larger than what they are counted as: tables, and tensors that are aligned.
+            let taken = device_adapters.map_or(0, |bytes| bytes + bytes / 16);
+            default_arena(free.saturating_sub(taken), &config)
+        }
+    };
+    if arena_bytes > ARENA_MOST {
+        bail!("{}; lower --kv-cache-memory-bytes", scheduler::ConfigError::Arena(arena_bytes));
+    }
+    config.arena_bytes = arena_bytes;
     // The least that is worth serving: one prompt of a page and a page of answer.
     let least = (2 * PAGE_TOKENS).min(context);
     if let Err((need, have)) = Fit::new(&config).check(ProfileIndex(default_profile as u8), least.div_ceil(2), least / 2) {
@@ -373,11 +373,12 @@ enum Placed {
 /// Bytes that pages can address.
 const ARENA_MOST: u64 = u32::MAX as u64 * PageAddr::UNIT;
 
-/// The memory that is free, but no more than the longest sequences of a full house could use.
-fn default_arena(free: u64, full: &PageLayout, sizes: &[ProfileSizes], (context, seqs): (u32, usize)) -> u64 {
-    let page = full.sizes().exact;
-    let house = u64::from(context.div_ceil(PAGE_TOKENS)).saturating_mul(page).saturating_mul(seqs as u64);
-    let largest = sizes.iter().flat_map(|s| [s.sizes.exact, s.sizes.workspace]).max().unwrap_or(page);
+/// The memory that is free, but no more than the longest sequences of a full house could use, in whole slabs.
+fn default_arena(free: u64, config: &scheduler::Config) -> u64 {
+    let (fit, profiles) = (Fit::new(config), config.profiles.len());
+    let longest = (0..profiles).map(|i| fit.need(ProfileIndex(i as u8), config.max_model_len)).max().unwrap_or(0);
+    let house = longest.saturating_mul(config.max_num_seqs as u64);
+    let largest = config.profiles.iter().flat_map(|s| [s.sizes.exact, s.sizes.workspace]).max().unwrap_or(0);
     free.min(house).min(ARENA_MOST).max(8 * largest)
 }
 
@@ -557,11 +558,42 @@ mod tests {
     #[test]
     fn the_default_arena_is_no_larger_than_its_addresses() {
         let model = &demo::checkpoint().expect("it is built in").config;
-        let full = PageLayout::new(model, ExactType::Bf16, &crate::kv::layout::Profile { name: "full".into(), cskv: None }, None);
-        let sizes = [ProfileSizes { sizes: PageSizes { exact: full.sizes().exact, ..PageSizes::default() }, ..ProfileSizes::default() }];
-        let house = |seqs| default_arena(1 << 42, &full, &sizes, (1 << 30, seqs));
+        let full = PageLayout::new(model, ExactType::Bf16, &Profile { name: "full".into(), cskv: None }, None);
+        let house = |seqs| default_arena(1 << 42, &config(vec![ProfileSizes::of(&full)], 1 << 30, seqs));
         assert_eq!(house(1 << 20), ARENA_MOST);
         assert!(house(1) <= ARENA_MOST && ARENA_MOST / PageAddr::UNIT <= u64::from(u32::MAX));
+    }
+
+    fn config(profiles: Vec<ProfileSizes>, context: u32, max_num_seqs: usize) -> scheduler::Config {
+        scheduler::Config {
+            max_num_seqs,
+            max_num_batched_tokens: 512,
+            max_queued_requests: 1,
+            max_queued_tokens: 1,
+            layers: 2,
+            max_model_len: context + 1,
+            arena_bytes: 0,
+            profiles,
+            prefix_caching: false,
+            hash_secret: [0; 32],
+            model_digest: [0; 32],
+        }
+    }
+
+    /// Where a page of another kind is larger than an exact one, slabs are not full of those.
+    #[test]
+    fn a_default_arena_holds_a_longest_sequence_of_every_profile() {
+        let sealed = PageSizes { exact: 32768, sealed: 8192, sinks: 8192, workspace: 49152 };
+        let compressed = ProfileSizes { sizes: sealed, window: 64, sinks: 4, compressed: true, ..ProfileSizes::default() };
+        let exact = ProfileSizes { sizes: PageSizes { exact: 32768, ..PageSizes::default() }, ..ProfileSizes::default() };
+        for seqs in [1, 3] {
+            let config = config(vec![exact, compressed], 4096, seqs);
+            let fit = Fit::new(&scheduler::Config { arena_bytes: default_arena(1 << 40, &config), ..config });
+            for profile in [0, 1] {
+                assert_eq!(fit.check(ProfileIndex(profile), 4096, 1), Ok(()), "profile {profile}, {seqs} sequences");
+            }
+        }
+        assert_eq!(default_arena(1 << 20, &config(vec![exact], 4096, 1)), 1 << 20, "no more than is free");
     }
 
     fn runtime() -> Runtime {
