@@ -183,21 +183,21 @@ pub struct Serve {
 /// `strait plan`.
 #[derive(Args, Debug)]
 pub struct Plan {
-    /// A Hugging Face-format folder; only its config.json is read. The built-in demo model when left out.
+    /// A Hugging Face-format folder; the built-in demo model when left out.
     pub model: Option<PathBuf>,
-    /// Bytes of the cache: a number, or one with KiB, MiB, GiB.
-    #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES", default_value = "4GiB")]
-    pub kv_cache_memory_bytes: Bytes,
+    /// Bytes of the cache: a number, or one with KiB, MiB, GiB [default: 4GiB].
+    #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]
+    pub kv_cache_memory_bytes: Option<Bytes>,
     /// Lengths of request to count, in tokens.
     #[arg(long, value_delimiter = ',', default_values_t = [4096u32, 32768, 131072])]
     pub lengths: Vec<u32>,
-    /// Element of exact keys and values: follows the model's weights when `auto`.
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto, env = "STRAIT_DTYPE")]
-    pub dtype: DtypeArg,
+    /// Type of the weights in memory, and so of exact keys and values [default: auto, as stored].
+    #[arg(long, value_enum, env = "STRAIT_DTYPE")]
+    pub dtype: Option<DtypeArg>,
     /// Compression artifact of this model, whose ranks and profiles count [default: what is built in, or the profiles' shares].
     #[arg(long, env = "STRAIT_COMPRESSION")]
     pub compression: Option<PathBuf>,
-    /// TOML file with further cache profiles.
+    /// TOML file of a server: its cache profiles, and those of the settings above that are not given here.
     #[arg(long, env = "STRAIT_CONFIG")]
     pub config: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -232,10 +232,14 @@ pub struct Compress {
     /// How bases are found.
     #[arg(long, value_enum, default_value_t = InitArg::Weighted)]
     pub init: InitArg,
+    /// Type of the weights in memory: that which the model will be served with, of whose exact cache profiles take a share [default: auto,
+    /// as stored].
+    #[arg(long, value_enum, env = "STRAIT_DTYPE")]
+    pub dtype: Option<DtypeArg>,
     /// Worker threads [default: all cores].
     #[arg(long, env = "STRAIT_THREADS")]
     pub threads: Option<usize>,
-    /// TOML file with further cache profiles.
+    /// TOML file of a server: its cache profiles, and those of these settings that are not given here.
     #[arg(long, env = "STRAIT_CONFIG")]
     pub config: Option<PathBuf>,
     #[command(flatten)]
@@ -604,8 +608,10 @@ impl File {
 pub enum DtypeArg {
     Auto,
     #[value(alias = "bfloat16")]
+    #[serde(alias = "bfloat16")]
     Bf16,
     #[value(alias = "float32")]
+    #[serde(alias = "float32")]
     F32,
 }
 

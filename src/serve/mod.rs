@@ -25,11 +25,12 @@ use crate::admission;
 use crate::config::ConfigError;
 use crate::config::Settings;
 use crate::config::args::{DeviceArg, LogFormat, ServeFlags};
+use crate::config::profiles::BUDGETED;
 use crate::demo;
 use crate::engine::thread::{Broken, EngineThread, Host, Parts, Runner, start};
 use crate::ids::{PAGE_TOKENS, PageAddr, ProfileIndex};
 use crate::kv::Arena;
-use crate::kv::layout::{PageLayout, Profile};
+use crate::kv::layout::{Cskv, PageLayout, Profile, Size};
 use crate::model::cuda::{self, CudaDecoder};
 use crate::model::decoder::{Decoder, ReadyProfile};
 use crate::model::delta::HeldAs;
@@ -254,6 +255,11 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
             }
         }
     }
+    for (spec, ready) in profile_specs.iter().zip(&profiles).filter(|(spec, _)| !settings.defined.contains(&spec.name)) {
+        if let Some(warning) = beyond_its_name(spec, ready.layout.bytes_per_token(), profiles[0].layout.bytes_per_token()) {
+            tracing::warn!("{warning}");
+        }
+    }
     let default_profile = profile_specs.iter().position(|p| p.name == settings.default_profile).ok_or_else(|| {
         ConfigError::UnknownProfile { name: settings.default_profile.clone(), known: crate::config::names(&profile_specs) }
     })?;
@@ -310,9 +316,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
             default_arena(free.saturating_sub(taken), &config)
         }
     };
-    if arena_bytes > ARENA_MOST {
-        bail!("{}; lower --kv-cache-memory-bytes", scheduler::ConfigError::Arena(arena_bytes));
-    }
+    check_arena(arena_bytes)?;
     config.arena_bytes = arena_bytes;
     // The least that is worth serving: one prompt of a page and a page of answer.
     let least = (2 * PAGE_TOKENS).min(context);
@@ -372,6 +376,27 @@ enum Placed {
 
 /// Bytes that pages can address.
 const ARENA_MOST: u64 = u32::MAX as u64 * PageAddr::UNIT;
+
+/// What to say where a profile of an artifact takes more bytes of a position than its name says: its budget is of an exact cache of
+/// another type.
+fn beyond_its_name(spec: &Profile, bytes: f64, exact: f64) -> Option<String> {
+    let budgeted = matches!(spec.cskv, Some(Cskv { size: Size::Budget(_), .. }));
+    let (name, share, _) = BUDGETED.into_iter().find(|(name, ..)| budgeted && *name == spec.name)?;
+    (bytes > share * exact).then(|| {
+        format!(
+            "cache profile {name} takes {bytes} bytes per token, more than {share} of the {exact} of an exact cache: its artifact was made for weights of another type; make it anew with `strait compress --dtype`"
+        )
+    })
+}
+
+/// Whether pages can address so large an arena.
+///
+/// # Errors
+/// One sentence that names both sizes.
+fn check_arena(bytes: u64) -> anyhow::Result<()> {
+    ensure!(bytes <= ARENA_MOST, "{}; lower --kv-cache-memory-bytes", scheduler::ConfigError::Arena(bytes));
+    Ok(())
+}
 
 /// The memory that is free, but no more than the longest sequences of a full house could use, in whole slabs.
 fn default_arena(free: u64, config: &scheduler::Config) -> u64 {

@@ -7,36 +7,41 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::compress::artifact::Artifact;
-use crate::config::args::{self, Bytes, DtypeArg, ServeFlags};
+use crate::config::Settings;
+use crate::config::args::{self, ServeFlags};
 use crate::config::profiles::{BUDGETED, budget};
-use crate::config::{ConfigError, Settings};
 use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Size};
 use crate::model::decoder::Decoder;
 use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::plan::{Ask, PlannedProfile, plan as arithmetic};
 use crate::serve::ready::{self, Calibration, Source, Text};
-use crate::serve::train;
+use crate::serve::{check_arena, train};
 
-/// Settings of a command that shares only some flags with a server.
-fn settings(config: Option<&std::path::PathBuf>, threads: Option<usize>) -> Result<Settings, ConfigError> {
-    Settings::resolve(&ServeFlags { config: config.cloned(), threads, ..ServeFlags::default() })
-}
+/// Bytes of the cache that are planned with where nobody says how many.
+const PLANNED: u64 = 4 << 30;
 
 /// `strait plan`: what fits, as a table or JSON.
 ///
 /// # Errors
 /// Where the model's folder cannot be opened, or output cannot be written.
 pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
-    let settings = settings(ask.config.as_ref(), None)?;
+    let settings = Settings::resolve(&ServeFlags {
+        config: ask.config.clone(),
+        compression: ask.compression.clone(),
+        dtype: ask.dtype,
+        kv_cache_memory_bytes: ask.kv_cache_memory_bytes,
+        ..ServeFlags::default()
+    })?;
+    let arena_bytes = settings.kv_cache_memory_bytes.unwrap_or(PLANNED);
+    check_arena(arena_bytes)?;
     let opened = Source::of(ask.model.as_ref()).open()?;
     let model = &opened.checkpoint.config;
-    let exact = match ask.dtype {
-        DtypeArg::Bf16 => ExactType::Bf16,
-        DtypeArg::F32 => ExactType::F32,
-        DtypeArg::Auto => ready::exact_type(&ready::weights(&opened, LoadDtype::Auto)),
+    let exact = match settings.dtype {
+        LoadDtype::Bf16 => ExactType::Bf16,
+        LoadDtype::F32 => ExactType::F32,
+        LoadDtype::Auto => ready::exact_type(&ready::weights(&opened, LoadDtype::Auto)),
     };
-    let settings = Settings { compression: ask.compression.clone(), ..settings };
     let (specs, artifact) = ready::described(&opened, &settings)?;
     let mut profiles = Vec::new();
     for profile in specs {
@@ -56,7 +61,6 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
         }
         profiles.push(PlannedProfile { profile, widths });
     }
-    let Bytes(arena_bytes) = ask.kv_cache_memory_bytes;
     let mut lengths: Vec<u32> = ask.lengths.iter().copied().filter(|&n| n > 0).collect();
     lengths.dedup();
     let plan = arithmetic(&Ask { model, exact, profiles: &profiles, arena_bytes, lengths: &lengths });
@@ -72,9 +76,10 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
 pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     // Before what may take an hour.
     Artifact::check_place(&ask.out)?;
-    let mut settings = settings(ask.config.as_ref(), ask.threads)?;
+    let mut settings =
+        Settings::resolve(&ServeFlags { config: ask.config.clone(), threads: ask.threads, dtype: ask.dtype, ..ServeFlags::default() })?;
     let opened = Source::of(ask.model.as_ref()).open()?;
-    let exact = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));
+    let exact = ready::exact_type(&ready::weights(&opened, settings.dtype));
     let full = PageLayout::new(&opened.checkpoint.config, exact, &Profile { name: "full".into(), cskv: None }, None).bytes_per_token();
     let shares = BUDGETED.into_iter().filter(|(name, ..)| !ask.uniform && !settings.defined.iter().any(|d| d == name));
     let shares = shares.map(|(name, share, basis)| budget(name.to_owned(), (full * share) as u32, full, basis));
@@ -96,7 +101,7 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     };
     let ops = Cpu::new(settings.threads);
     let positions = opened.checkpoint.config.max_positions.min(ask.tokens.max(1));
-    let mut decoder = Decoder::new(&opened.checkpoint.config, ready::weights(&opened, LoadDtype::Auto), positions, 512);
+    let mut decoder = Decoder::new(&opened.checkpoint.config, ready::weights(&opened, settings.dtype), positions, 512);
     for profile in &settings.profiles {
         ready::check_basis(profile, &opened.checkpoint.config)?;
     }

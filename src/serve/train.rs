@@ -17,6 +17,7 @@ use crate::ids::TokenId;
 use crate::kv::layout::Profile;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
+use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::ops::{Matrix, RopeTable};
 use crate::serve::ready::{self, Calibration, Opened};
@@ -53,7 +54,7 @@ pub fn compress(
     let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
     let base = Fingerprint(opened.checkpoint.digest());
     let init = format!("{:?}", ask.init).to_lowercase();
-    let directory = Directory::open(dir, &identity(base, &texts, &init, &settings.profiles, &chosen, &training))?;
+    let directory = Directory::open(dir, &identity(base, &texts, &init, settings, &chosen, &training))?;
     let mut out = std::io::stdout();
 
     let begun = Instant::now();
@@ -132,7 +133,7 @@ fn identity(
     base: Fingerprint,
     texts: &[Vec<TokenId>],
     init: &str,
-    profiles: &[Profile],
+    settings: &Settings,
     chosen: &[&Profile],
     training: &train::Settings,
 ) -> Identity {
@@ -157,7 +158,10 @@ fn identity(
     .into_iter()
     .map(|(k, v)| (k.to_owned(), v))
     .collect();
-    for profile in profiles {
+    if settings.dtype != LoadDtype::Auto {
+        identity.insert("--dtype".to_owned(), format!("{:?}", settings.dtype).to_lowercase());
+    }
+    for profile in &settings.profiles {
         if let Some(cskv) = &profile.cskv {
             identity.insert(format!("cache profile {}", profile.name), format!("{cskv:?}"));
         }

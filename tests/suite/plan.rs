@@ -167,3 +167,42 @@ fn the_plan_prints_as_a_table_and_as_json() {
     assert_eq!(json["profiles"][0]["requests"][0]["tokens"], 131_072);
     assert_eq!(json["profiles"][0]["sealed_page"], serde_json::Value::Null);
 }
+
+fn strait(args: &[&str]) -> std::process::Output {
+    std::process::Command::new(env!("CARGO_BIN_EXE_strait")).args(args).output().unwrap()
+}
+
+/// A server with this file would run with it, and so is planned.
+#[test]
+fn what_a_servers_file_says_is_planned_with_unless_a_flag_says_otherwise() {
+    let folder = std::env::temp_dir().join(format!("strait-plan-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let (file, artifact) = (folder.join("strait.toml"), folder.join("demo.cskv"));
+    std::fs::write(&artifact, strait::demo::ARTIFACT).unwrap();
+    let path = |p: &std::path::Path| p.to_str().unwrap().to_owned();
+    std::fs::write(&file, format!("kv-cache-memory-bytes = \"64MiB\"\ndtype = \"float32\"\ncompression = {:?}\n", path(&artifact)))
+        .unwrap();
+    let planned = |flags: &[&str]| -> serde_json::Value {
+        let out = strait(&[&["plan", "--json"], flags].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let by_file = planned(&["--config", &path(&file)]);
+    assert_eq!(by_file, planned(&["--kv-cache-memory-bytes", "64MiB", "--dtype", "f32", "--compression", &path(&artifact)]));
+    assert_eq!((&by_file["arena_bytes"], &by_file["profiles"][0]["bytes_per_token"]), (&(64 << 20).into(), &5120.0.into()));
+    let over = planned(&["--config", &path(&file), "--kv-cache-memory-bytes", "1GiB", "--dtype", "bf16"]);
+    assert_eq!((&over["arena_bytes"], &over["profiles"][0]["bytes_per_token"]), (&(1 << 30).into(), &2560.0.into()));
+    assert_eq!(planned(&[])["arena_bytes"], 4_u64 << 30);
+    // That the file's artifact is read at all.
+    std::fs::write(&artifact, b"no artifact").unwrap();
+    assert_eq!(strait(&["plan", "--config", &path(&file)]).status.code(), Some(1));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn an_arena_that_no_server_takes_is_not_planned_either() {
+    let out = strait(&["plan", "--kv-cache-memory-bytes", "257GiB"]);
+    let said = String::from_utf8(out.stderr).unwrap();
+    let want = "strait: an arena of 275951648768 bytes is beyond the 256 GiB that pages can address; lower --kv-cache-memory-bytes\n";
+    assert_eq!((out.status.code(), said.as_str()), (Some(1), want));
+}

@@ -10,7 +10,7 @@ use strait::calibrate::{Moments, Source, solve};
 use strait::compress::artifact::{Artifact, Fingerprint};
 use strait::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};
 use strait::config::args::{Cli, Command};
-use strait::kv::layout::{BasisKind, Cskv, Profile, Quantiser, Width, Widths};
+use strait::kv::layout::{BasisKind, Cskv, Profile, Quantiser, Size, Width, Widths};
 use strait::model::config::ModelConfig;
 use strait::model::decoder::Observer;
 use strait::ops::{Matrix, MatrixData, RopeTable};
@@ -742,4 +742,34 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
     assert!(std::fs::read(&out).unwrap() == first);
     let other = asked("cskv-95", "3").unwrap_err().to_string();
     assert!(other.contains("was begun with another list of profiles to train (cskv-95, cskv-fast there, cskv-95 now)"), "{other}");
+}
+
+/// Budgets of the names that promise a share are shares of what the model will be served with.
+#[test]
+fn a_budget_is_a_share_of_the_cache_that_will_be_served() {
+    let folder = Folder::new("dtype");
+    std::fs::create_dir(&folder.0).unwrap();
+    let (out, config) = (folder.0.join("a.cskv"), folder.0.join("strait.toml"));
+    // One budget is enough to see.
+    let others = ["cskv-50", "cskv-95", "cskv-fast"].map(|name| format!("{name:?} = {{ key_rank = 0.1, value_rank = 0.1, bits = 4 }}\n"));
+    std::fs::write(&config, format!("[profiles]\n{}", others.concat())).unwrap();
+    let ask = ["--out", out.to_str().unwrap(), "--config", config.to_str().unwrap(), "--tokens", "400", "--dtype", "f32"];
+    compress(&ask).unwrap();
+    let checkpoint = strait::demo::checkpoint().unwrap();
+    let artifact = Artifact::read(&out, &checkpoint.config, Fingerprint(checkpoint.digest())).unwrap();
+    let made = artifact.profiles().iter().map(|s| &s.profile).find(|p| p.name == "cskv-80").unwrap();
+    assert_eq!(made.cskv.as_ref().unwrap().size, Size::Budget(1024), "a fifth of 5120 bytes in f32");
+    // Served in bf16 that is two fifths, and said to be.
+    let mut server = std::process::Command::new(env!("CARGO_BIN_EXE_strait"));
+    server
+        .args(["serve", "--port", "0", "--compression"])
+        .arg(&out)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    let mut server = server.spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(server.stdout.take().unwrap()), &mut line).unwrap();
+    server.kill().unwrap();
+    let said = String::from_utf8(server.wait_with_output().unwrap().stderr).unwrap();
+    assert!(said.contains("cache profile cskv-80 takes ") && said.contains("more than 0.2 of the 2560 of an exact cache"), "{said}");
 }
