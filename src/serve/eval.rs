@@ -32,6 +32,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::serve::ready::{Bases, Source};
 use crate::server::{self, Server};
 use crate::telemetry::Telemetry;
+use crate::text::first_tokens;
 
 /// The exact profile, with which all others are compared.
 const FULL: &str = "full";
@@ -308,6 +309,11 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
     if !ask.asked.profiles.is_empty() {
         bail!(
             "over HTTP ppl knows no --profiles: what the API scores is a prompt, which is computed exactly whatever the profile; run it in process"
+/// Tokens of the text that sequences of all lengths are cut from.
+fn needed(ask: &args::Forced) -> usize {
+    ask.lengths.iter().max().map_or(0, |&longest| ask.n.saturating_mul(longest as usize))
+}
+
         );
     }
     let key = ask.asked.api_key.clone().or_else(|| std::env::var("STRAIT_API_KEY").ok());
@@ -317,7 +323,7 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
     run::check_lengths(&ask.lengths, client.context.map(|c| c.saturating_sub(1)))?;
     let (plain, special) = (client.tokenize("a", false).await?, client.tokenize("a", true).await?);
     let begin = &special[..special.len().saturating_sub(plain.len())];
-    let tokens = client.tokenize(text, false).await?;
+    let tokens = first_tokens(text, needed(ask), async |text| client.tokenize(text, false).await).await?;
     let mut rows = Vec::new();
     for &length in &ask.lengths {
         let sequences = run::sequences(&ask.text, &tokens, begin, length, ask.n)?;
@@ -362,7 +368,7 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let full = index(FULL).context("the settings have no profile full")?;
     run::check_lengths(&ask.lengths, Some(ready.context))?;
     let tokenizer = &ready.opened.tokenizer;
-    let (begin, tokens) = (tokenizer.encode("", true, false)?, tokenizer.encode(text, false, false)?);
+    let (begin, tokens) = (tokenizer.encode("", true, false)?, tokenizer.encode_first(text, needed(ask))?);
     let bar = progress("reading {bar:32} {pos}/{len} sequences, {eta} left");
     let sheets: Vec<(u32, Vec<Vec<u32>>)> = ask
         .lengths

@@ -345,7 +345,7 @@ pub(super) fn calibration_tokens(
     begin.retain(|t| !ends.contains(t));
     begin.truncate(longest.saturating_sub(1));
     let pieces = |text: &str| -> anyhow::Result<Vec<Vec<TokenId>>> {
-        let tokens = opened.tokenizer.encode(text, false, false)?;
+        let tokens = opened.tokenizer.encode_first(text, want)?;
         let piece = 1024.min(longest).saturating_sub(begin.len()).max(1);
         Ok(tokens.chunks(piece).map(|c| begin.iter().chain(c).copied().collect()).collect())
     };

@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use futures_util::FutureExt;
 use serde_json::Value;
 use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::{AddedToken, PreTokenizerWrapper};
@@ -221,6 +222,14 @@ impl Tokenizer {
         Ok(out)
     }
 
+    /// The first `n` plain ids of `text`, or all where there are fewer; see [`first_tokens`].
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_first(&self, text: &str, n: usize) -> Result<Vec<TokenId>, TextError> {
+        first_tokens(text, n, async |text| self.encode(text, false, false)).now_or_never().expect("nothing here waits")
+    }
+
     /// Encodes a prompt in which `guarded` byte ranges, ordered and apart, hold special-token text that must stay
     /// plain. Everything else is tokenised exactly as [`Tokenizer::encode`] would.
     pub(crate) fn encode_guarded(&self, text: &str, guarded: &[std::ops::Range<usize>]) -> Result<Vec<TokenId>, TextError> {
@@ -336,6 +345,27 @@ fn prepend_nothing(pre: &mut PreTokenizerWrapper) {
         }
         PreTokenizerWrapper::Sequence(s) => s.as_mut().iter_mut().for_each(prepend_nothing),
         _ => {}
+    }
+}
+
+/// The first `n` ids that `encode` makes of `text`, or all where there are fewer. Of a long text only a beginning is encoded: one that has
+/// so many ids and some beyond, as the last may be others where the text goes on.
+///
+/// # Errors
+/// Those of `encode`.
+pub async fn first_tokens<E>(text: &str, n: usize, encode: impl AsyncFn(&str) -> Result<Vec<TokenId>, E>) -> Result<Vec<TokenId>, E> {
+    const BEYOND: usize = 64;
+    let enough = n.saturating_add(BEYOND);
+    // Tokens of common vocabularies stand for four to five bytes.
+    let mut bytes = enough.saturating_mul(5);
+    loop {
+        let beginning = &text[..text.ceil_char_boundary(bytes)];
+        let mut ids = encode(beginning).await?;
+        if ids.len() >= enough || beginning.len() == text.len() {
+            ids.truncate(n);
+            return Ok(ids);
+        }
+        bytes = bytes.saturating_mul(2);
     }
 }
 

@@ -897,6 +897,11 @@ fn a_model_says_the_same_in_process_and_over_http() {
     assert_eq!(inside["rows"].as_array().unwrap().len(), strait::config::profiles::builtin().len());
     let ((here, n), (there, m)) = (row(&inside, 0), row(&outside, 0));
     assert!((here / there - 1.0).abs() < 1e-4 && n == m && n == 2 * 249, "{here} {there} {n} {m}");
+    // Of a text that is longer than the server tokenises at once only the beginning is asked about.
+    let long = Scratch::new("long", std::fs::read_to_string(&text).unwrap().repeat(200).as_bytes());
+    assert!(std::fs::metadata(&long.0).unwrap().len() > 2 << 20);
+    let of_long = over(&["eval", "ppl", "--text", long.0.to_str().unwrap(), "--lengths", "500", "--n", "2", "--json"]);
+    assert_eq!(row(&of_long, 0), row(&outside, 0));
 }
 
 #[test]

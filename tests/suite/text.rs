@@ -602,3 +602,23 @@ fn hostile_strings_stay_linear() {
         assert!(linear, "{unit:?}: 8 times the text took {small:?}, then {large:?}");
     }
 }
+
+#[tokio::test]
+async fn the_first_tokens_of_a_text_are_those_of_the_whole_and_its_rest_is_left_alone() {
+    let tokenizer = strait::demo::tokenizer().unwrap();
+    let text = strait::calibrate::calibration_text(usize::MAX).replace('a', "\u{e4}");
+    let whole = tokenizer.encode(&text, false, false).unwrap();
+    for n in [0, 1, 100, 3000, whole.len() - 1, whole.len(), usize::MAX] {
+        assert_eq!(tokenizer.encode_first(&text, n).unwrap(), whole[..n.min(whole.len())], "{n} tokens");
+    }
+    // One letter to a token: what is tried first is enough. Sixty: twice as much is tried until it is.
+    for (letters, most) in [(1, 2000), (60, 21_000)] {
+        let (asked, long) = (std::cell::RefCell::new(Vec::new()), "x".repeat(1 << 20));
+        let ids = strait::text::first_tokens(&long, 200, async |part: &str| {
+            asked.borrow_mut().push(part.len());
+            Ok::<_, ()>((0..(part.len() / letters) as u32).collect())
+        });
+        assert_eq!(ids.await.unwrap(), (0..200).collect::<Vec<u32>>());
+        assert!(asked.borrow().iter().sum::<usize>() < 2 * most, "{asked:?}");
+    }
+}
