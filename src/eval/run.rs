@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use futures_util::StreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use serde_json::Value;
 
 use super::ask::{Answer, AskError, Client};
@@ -101,7 +101,7 @@ pub async fn sheet(client: &Client, task: Task, length: u32, n: usize, seed: u64
 /// Has a sheet answered under `profile`, `at_once` questions at a time; `heard` is called after each.
 ///
 /// # Errors
-/// The first [`AskError`].
+/// The first [`AskError`], after which nothing more is asked.
 pub async fn answers(client: &Client, sheet: &Sheet, profile: Option<&str>, at_once: usize, heard: impl Fn()) -> Result<Marked, AskError> {
     let asking = sheet.questions.iter().enumerate().map(|(index, question)| {
         let heard = &heard;
@@ -112,8 +112,7 @@ pub async fn answers(client: &Client, sheet: &Sheet, profile: Option<&str>, at_o
             answer
         }
     });
-    let answers: Vec<Result<Answer, AskError>> = futures_util::stream::iter(asking).buffered(at_once.max(1)).collect().await;
-    let answers: Vec<Answer> = answers.into_iter().collect::<Result<_, _>>()?;
+    let answers: Vec<Answer> = futures_util::stream::iter(asking).buffered(at_once.max(1)).try_collect().await?;
     let scores = sheet.questions.iter().zip(&answers).map(|(q, a)| q.rule.score(&a.text, &q.references)).collect();
     Ok(Marked { answers, scores })
 }

@@ -23,7 +23,7 @@ use crate::engine::thread::{EngineThread, Runner};
 use crate::eval::ask::{Body, Client, Sending, Transport};
 use crate::eval::forced::{Machine, Said, force};
 use crate::eval::http::Http;
-use crate::eval::report::{Answers, Cell, Forced, ForcedRow, Origin, STUDENT, WILSON};
+use crate::eval::report::{Answers, Forced, ForcedRow, Origin, STUDENT, WILSON};
 use crate::eval::run::{self, Marked, RunError, Sheet};
 use crate::eval::score::{Block, Estimate, student, wilson};
 use crate::eval::tasks::{Material, Niah, Style, Task, sentences};
@@ -184,23 +184,32 @@ impl Examiner {
         };
         let bar = progress("asking {bar:32} {pos}/{len} questions, {eta} left");
         bar.set_length((self.profiles.len() * sheets.iter().map(|s| s.questions.len()).sum::<usize>()) as u64);
-        let mut cells: Vec<Cell> = Vec::new();
-        for sheet in sheets {
-            let mut full: Option<Marked> = None;
-            for profile in &self.profiles {
-                let name = profile.as_deref();
-                let marked = run::answers(&self.client, sheet, name, usize::from(ask.max_concurrency), || bar.inc(1)).await?;
-                cells.extend(run::cell(sheet, name, &marked, full.as_ref()));
-                if let Some(file) = &mut file {
-                    write_answers(file, sheet, name, &marked).context("cannot write the file of --answers")?;
-                }
-                if name == Some(FULL) {
-                    full = Some(marked);
+        let mut answers = Answers { origin: self.origin.clone(), seed, style, interval: WILSON, cells: Vec::new() };
+        let mut ask_all = async || -> anyhow::Result<()> {
+            for sheet in sheets {
+                let mut full: Option<Marked> = None;
+                for profile in &self.profiles {
+                    let name = profile.as_deref();
+                    let marked = run::answers(&self.client, sheet, name, usize::from(ask.max_concurrency), || bar.inc(1)).await?;
+                    answers.cells.extend(run::cell(sheet, name, &marked, full.as_ref()));
+                    if let Some(file) = &mut file {
+                        write_answers(file, sheet, name, &marked).context("cannot write the file of --answers")?;
+                    }
+                    if name == Some(FULL) {
+                        full = Some(marked);
+                    }
                 }
             }
-        }
+            Ok(())
+        };
+        let asked = ask_all().await;
         bar.finish_and_clear();
-        report(&Answers { origin: self.origin.clone(), seed, style, interval: WILSON, cells })
+        // Hours may have gone into what was measured before a server went away.
+        if asked.is_err() && !answers.cells.is_empty() {
+            eprintln!("measured until it failed:\n{}", answers.to_string().trim_end());
+        }
+        asked?;
+        report(&answers)
     }
 }
 
@@ -220,7 +229,8 @@ fn write_answers(file: &mut impl Write, sheet: &Sheet, profile: Option<&str>, ma
         });
         writeln!(file, "{line}")?;
     }
-    Ok(())
+    // Whole sheets at once, and none that the disk refused goes unheard.
+    file.flush()
 }
 
 /// The router of a server in this process.
@@ -299,6 +309,11 @@ async fn forced(ask: &args::Forced, kl: bool) -> anyhow::Result<Report> {
     }
 }
 
+/// Tokens of the text that sequences of all lengths are cut from.
+fn needed(ask: &args::Forced) -> usize {
+    ask.lengths.iter().max().map_or(0, |&longest| ask.n.saturating_mul(longest as usize))
+}
+
 /// Tokens of a sequence that are its prompt.
 fn prompt_of(ask: &args::Forced, length: u32) -> usize {
     ((f64::from(length) * ask.prompt_share) as usize).max(1)
@@ -309,11 +324,6 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
     if !ask.asked.profiles.is_empty() {
         bail!(
             "over HTTP ppl knows no --profiles: what the API scores is a prompt, which is computed exactly whatever the profile; run it in process"
-/// Tokens of the text that sequences of all lengths are cut from.
-fn needed(ask: &args::Forced) -> usize {
-    ask.lengths.iter().max().map_or(0, |&longest| ask.n.saturating_mul(longest as usize))
-}
-
         );
     }
     let key = ask.asked.api_key.clone().or_else(|| std::env::var("STRAIT_API_KEY").ok());

@@ -752,6 +752,48 @@ async fn a_server_that_misbehaves_is_told_apart() {
     }
 }
 
+/// A server that serves two profiles, and fails under one of them; the questions it was asked are counted.
+async fn half_broken() -> (String, Arc<AtomicUsize>) {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    let models = json!({ "data": [{ "id": "it", "cache_profiles": [{ "name": "full" }, { "name": "small" }] }] });
+    let chat = async move |Json(body): Json<Value>| -> Response {
+        counted.fetch_add(1, Ordering::Relaxed);
+        if body["cache_profile"] == "small" {
+            return (StatusCode::INTERNAL_SERVER_ERROR, r#"{"error": {"message": "no such luck"}}"#).into_response();
+        }
+        "data: {\"choices\": [{\"delta\": {\"content\": \"7\"}}]}\n\ndata: [DONE]\n\n".into_response()
+    };
+    let tokenize = async || Json(json!({ "count": 100 }));
+    let app = axum::Router::new().route("/v1/models", get(async move || Json(models))).route("/v1/chat/completions", post(chat));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, app.route("/tokenize", post(tokenize))).await });
+    (url, asked)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_fails_is_asked_no_more_and_what_it_said_before_is_told() {
+    let (url, asked) = half_broken().await;
+    let client = client(&url, None).await.unwrap();
+    let sheet = sheet(&client, Task::Kv, 100, 20, 0, Material::default()).await.unwrap();
+    let failed = answers(&client, &sheet, Some("small"), 2, || ()).await.unwrap_err().to_string();
+    assert_eq!(failed, "the server refused /v1/chat/completions with status 500: no such luck");
+    assert!(asked.swap(0, Ordering::Relaxed) <= 4, "two at once, and those that followed the first before it was heard of");
+
+    let file = Scratch::new("until", b"");
+    let kept = file.0.to_str().unwrap().to_owned();
+    let ask = move || strait(&["eval", "kv", "--url", &url, "--lengths", "100", "--n", "3", "--answers", &kept]);
+    let out = tokio::task::spawn_blocking(ask).await.unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(1) && out.stdout.is_empty(), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    let [.., until, origin, header, full, failed] = lines[..] else { panic!("{said}") };
+    assert!(until == "measured until it failed:" && origin.starts_with("it (http") && header.starts_with("task"), "{said}");
+    assert!(full.starts_with("kv    full") && failed.starts_with("strait: the server refused "), "{said}");
+    assert_eq!(std::fs::read_to_string(&file.0).unwrap().lines().count(), 3, "of what was answered");
+}
+
 #[test]
 fn urls_are_read_strictly() {
     for good in ["http://localhost:8000", "http://localhost:8000/", "http://10.0.0.1/v1", "http://[::1]:80/proxy/v1/"] {
@@ -927,6 +969,13 @@ fn a_model_with_a_window_is_measured_up_to_it() {
 }
 
 #[test]
+fn answers_that_the_disk_does_not_take_are_missed() {
+    let out = strait(&["eval", "lines", "--lengths", "512", "--n", "1", "--profiles", "full", "--answers", "/dev/full"]);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(1) && said.contains("cannot write the file of --answers: No space left"), "{said}");
+}
+
+#[test]
 fn every_mistake_is_one_sentence_with_its_mend() {
     let text = Scratch::new("text", "A few words.".as_bytes());
     let empty = Scratch::new("empty", b" \n");
@@ -953,6 +1002,7 @@ fn every_mistake_is_one_sentence_with_its_mend() {
         (&["lines", "--url", &down], "is the server running there?"),
         (&["lines", "--url", "https://localhost"], "TLS is not built in"),
         (&["prompts", "--file", "/nowhere"], "cannot read /nowhere"),
+        (&["lines", "--answers", "/nowhere/at/all"], "cannot write /nowhere/at/all"),
         (&["lines", "/nowhere/at/all"], "/nowhere/at/all"),
     ];
     for (args, want) in cases {
