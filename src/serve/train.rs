@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::calibrate::{self, Calibrated};
@@ -54,8 +54,12 @@ pub fn compress(
     let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
     let base = Fingerprint(opened.checkpoint.digest());
     let init = format!("{:?}", ask.init).to_lowercase();
+    // A training that cannot be must not begin a directory, nor take long to say so.
+    chosen.iter().try_for_each(|profile| train::problem::pieces(&lengths, profile, loss).map(drop))?;
     let directory = Directory::open(dir, &identity(base, &texts, &init, settings, &chosen, &training))?;
     let mut out = std::io::stdout();
+    // Nobody may be reading; that is no reason not to train.
+    let mut say = move |line: String| drop(writeln!(out, "{line}"));
 
     let begun = Instant::now();
     let total = lengths.iter().sum();
@@ -64,15 +68,14 @@ pub fn compress(
     }
     let start = directory.start();
     let untrained = if start.exists() {
-        writeln!(out, "going on in {}", dir.display())?;
-        Artifact::read(&start, model, base)?
+        say(format!("going on in {}", dir.display()));
+        let damaged = || format!("{} is damaged; remove it, and the same command makes it anew", start.display());
+        Artifact::read(&start, model, base).with_context(damaged)?
     } else {
         let Calibrated { artifact, energy } = ready::compute_on(opened, decoder, ops, &settings.profiles, how, &texts)?;
         artifact.write(&start)?;
-        writeln!(out, "calibrated on {total} tokens in {:.1} s", begun.elapsed().as_secs_f64())?;
-        for energy in &energy {
-            writeln!(out, "{energy}")?;
-        }
+        say(format!("calibrated on {total} tokens in {:.1} s", begun.elapsed().as_secs_f64()));
+        energy.iter().for_each(|energy| say(energy.to_string()));
         artifact
     };
 
@@ -85,17 +88,14 @@ pub fn compress(
     let facts = Model { config: model, rope: &rope, outputs: &outputs };
     let begun = Instant::now();
     let trained = train_all(&directory, facts, &lengths, &subjects, &training, settings.threads)?;
-    writeln!(out, "trained {steps} steps by {} in {:.1} s; curves in {}", loss.name(), begun.elapsed().as_secs_f64(), dir.display())?;
+    say(format!("trained {steps} steps by {} in {:.1} s; curves in {}", loss.name(), begun.elapsed().as_secs_f64(), dir.display()));
     for (subject, layers) in subjects.iter().zip(&trained) {
-        write!(out, "{} loses on held-out text, before > after by layer:", subject.profile.name)?;
-        for l in layers {
-            write!(out, " {:.3}>{:.3}", l.before, l.after)?;
-        }
-        writeln!(out)?;
+        let losses: String = layers.iter().map(|l| format!(" {:.3}>{:.3}", l.before, l.after)).collect();
+        say(format!("{} loses on held-out text, before > after by layer:{losses}", subject.profile.name));
     }
     let artifact = with_trained(&untrained, model, &subjects, trained)?;
     artifact.write(&ask.out)?;
-    writeln!(out, "wrote {} ({} bytes)", ask.out.display(), std::fs::metadata(&ask.out)?.len())?;
+    say(format!("wrote {} ({} bytes)", ask.out.display(), std::fs::metadata(&ask.out)?.len()));
     Ok(())
 }
 

@@ -712,6 +712,8 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
     let refused = |profiles: &str| asked(profiles, "3").unwrap_err().to_string();
     assert!(refused("cskv-95,nosuch").starts_with("there is no cache profile \"nosuch\" to train; choose of cskv-50, "));
     assert!(refused("full").starts_with("cache profile \"full\" has no basis that is computed"));
+    let short = compress(&["--out", out_text, "--tokens", "200", "--train-steps", "3", "--train-dir", dir_text, "--init", "svd"]);
+    assert!(short.unwrap_err().to_string().contains(" takes at least two calibration texts of 132 tokens or more"));
     let nowhere = folder.0.join("none/a");
     let nowhere = ["--out", nowhere.to_str().unwrap(), "--train-steps", "3", "--train-dir", dir_text];
     assert!(compress(&nowhere).unwrap_err().to_string().starts_with("cannot write the compression artifact "));
@@ -742,6 +744,20 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
     assert!(std::fs::read(&out).unwrap() == first);
     let other = asked("cskv-95", "3").unwrap_err().to_string();
     assert!(other.contains("was begun with another list of profiles to train (cskv-95, cskv-fast there, cskv-95 now)"), "{other}");
+}
+
+#[test]
+fn what_is_made_is_written_though_nobody_reads_what_is_said() {
+    let folder = Folder::new("unheard");
+    std::fs::create_dir(&folder.0).unwrap();
+    let (out, dir) = (folder.0.join("a.safetensors"), folder.0.join("training"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_strait"));
+    command.arg("compress").arg("--out").arg(&out).args(["--uniform", "--tokens", "1100", "--train-steps", "1", "--train-dir"]).arg(&dir);
+    let made = command.args(["--train-profiles", "cskv-95"]).stdout(writer).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(out.exists());
 }
 
 /// Budgets of the names that promise a share are shares of what the model will be served with.
