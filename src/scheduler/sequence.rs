@@ -536,7 +536,7 @@ impl Sequence<Running> {
         self.state.offered == self.complete(profile.compressed)
     }
 
-    /// Offers pages that became complete to the prefix index, and goes on with those it answers.
+    /// Offers pages that became complete to the prefix index, and goes on with those it answers where they are the same to the bit.
     pub(super) fn offer_pages(&mut self, compressed: bool, keys: &Keys, pool: &mut PagePool) {
         let complete = self.complete(compressed);
         for page in self.state.offered..complete {
@@ -545,6 +545,10 @@ impl Sequence<Running> {
             let chain = if compressed { &mut s.sealed } else { &mut s.exact };
             let parent = page.checked_sub(1).map(|parent| chain[parent]);
             let sinks = if page == 0 { s.sinks } else { None };
+            if compressed && pool.find(&key, &tokens).is_some() {
+                // Perhaps computed from a beginning read compressed: of equal tokens, but not of equal bytes. It goes on with its own.
+                continue;
+            }
             let hit = pool.insert(parent, key, &tokens, Hit { page: chain[page], sinks });
             chain[page] = hit.page;
             if page == 0 {

@@ -368,6 +368,21 @@ fn preempted_sequences_say_the_same() {
     }
 }
 
+/// What others cached of an equal prompt was computed from a compressed beginning; whose prompt was computed from its start meets its own.
+#[test]
+fn what_was_computed_cold_is_decoded_from_its_own_pages() {
+    let prompt = tokens(400, 21, 256);
+    let cold = || GenerateRequest { prompt_logprobs: Some(0), ..request(&prompt, 60, 3) };
+    let alone = hear(world("llama3", ROOMY, cpu).engine.submit(cold()).unwrap());
+    let world = world("llama3", ROOMY, cpu);
+    for prompt in [&prompt[..200], &prompt] {
+        hear(world.engine.submit(request(prompt, 1, 3)).unwrap()).end.unwrap();
+    }
+    let said = hear(world.engine.submit(cold()).unwrap());
+    assert_eq!(said.end.as_ref().unwrap().1.cached_tokens, 0);
+    assert_eq!((said.tokens, said.logprobs), (alone.tokens, alone.logprobs));
+}
+
 #[test]
 fn a_dropped_stream_gives_its_pages_back() {
     let world = world("llama3", ROOMY, cpu);
