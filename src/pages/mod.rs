@@ -66,7 +66,7 @@ pub struct PagePool {
     slab_bytes: u64,
     classes: Vec<Class>,
     /// Size class of each tag; `NO_CLASS` where the profile has no such page.
-    class_of: Vec<u8>,
+    class_of: Vec<u16>,
     slabs: Vec<Slab>,
     /// Of each slab the slots used since it took its class: a slab of small pages has many, and most arenas hold few of those.
     pages: Vec<Vec<Page>>,
@@ -84,7 +84,7 @@ pub struct PagePool {
     changes: u64,
 }
 
-const NO_CLASS: u8 = u8::MAX;
+const NO_CLASS: u16 = u16::MAX;
 const NO_LIST: u16 = u16::MAX;
 
 /// Pages of one size.
@@ -102,7 +102,7 @@ struct Class {
 
 #[derive(Clone, Debug)]
 struct Slab {
-    class: u8,
+    class: u16,
     /// List of `partial` it is in.
     partial: u16,
     idle: bool,
@@ -140,7 +140,7 @@ impl PagePool {
             .iter()
             .map(|&page_bytes| Class { page_bytes, per_slab: (slab_bytes / page_bytes) as u32, free: 0, room: 0, slabs: 0 })
             .collect();
-        let class_of = profiles.iter().flat_map(sizes).map(|bytes| distinct.binary_search(&bytes).map_or(NO_CLASS, |c| c as u8)).collect();
+        let class_of = profiles.iter().flat_map(sizes).map(|bytes| distinct.binary_search(&bytes).map_or(NO_CLASS, |c| c as u16)).collect();
         let slab = Slab { class: NO_CLASS, partial: NO_LIST, idle: false, held: 0, cached: 0, vacant: NONE };
         let (mut partial, mut idle) = (Lists::new(2 * classes.len()), Lists::new(1));
         partial.reserve(n_slabs as usize);
@@ -393,7 +393,7 @@ impl PagePool {
         self.classes.iter().enumerate().map(slabs).sum()
     }
 
-    fn class(&self, tag: Tag) -> u8 {
+    fn class(&self, tag: Tag) -> u16 {
         let class = self.class_of[tag.index()];
         assert!(class != NO_CLASS, "{tag:?} has no pages");
         class

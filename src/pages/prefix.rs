@@ -108,7 +108,7 @@ pub(super) struct Entry {
     pub(super) tokens: PageTokens,
     pub(super) hit: Hit,
     /// Size class of the page: which list of unused entries it joins.
-    class: u8,
+    class: u16,
     parent: u32,
     /// Children are a list through `sibling`, a page rarely has more than a few.
     child: u32,
@@ -147,7 +147,7 @@ impl PrefixIndex {
     }
 
     /// Adds an entry whose pages are held. `key` is not in the index.
-    pub(super) fn insert(&mut self, parent: Option<u32>, key: Key, tokens: &PageTokens, hit: Hit, class: u8) -> u32 {
+    pub(super) fn insert(&mut self, parent: Option<u32>, key: Key, tokens: &PageTokens, hit: Hit, class: u16) -> u32 {
         let parent = parent.unwrap_or(NONE);
         let head = if parent == NONE { NONE } else { self.entries[parent as usize].child };
         let entry = Entry { key, tokens: *tokens, hit, class, parent, child: NONE, sibling: [NONE, head], unused_since: 0 };

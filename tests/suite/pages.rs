@@ -382,3 +382,19 @@ fn a_large_arena_of_small_pages_costs_little() {
     assert_eq!(pool.bytes().held, 0);
     pool.check().unwrap();
 }
+
+/// As many as there may be: of 255 profiles four each.
+#[test]
+fn pages_of_every_size_are_told_apart() {
+    let bytes = |profile: u64, kind: u64| 64 * (4 * profile + kind + 1);
+    let of = |p| PageSizes { exact: bytes(p, 0), sealed: bytes(p, 1), sinks: bytes(p, 2), workspace: bytes(p, 3) };
+    let sizes: Vec<PageSizes> = (0..255).map(of).collect();
+    let mut pool = PagePool::new(1020 * bytes(254, 3), &sizes);
+    let mut pages = Vec::new();
+    for profile in 0..255 {
+        assert!(pool.lease(&Kind::ALL.map(|kind| (tag(profile, kind), 1)), &mut pages));
+    }
+    let got: Vec<u64> = pages.iter().map(|&page| pool.size_of(page)).collect();
+    assert_eq!(got, (1..=1020).map(|n| 64 * n).collect::<Vec<u64>>());
+    pool.check().unwrap();
+}
