@@ -286,15 +286,8 @@ impl PagePool {
     /// Those who hold such pages keep them.
     pub fn forget(&mut self, page: PageAddr) {
         let root = self.used(page).entry;
-        if root == NONE {
-            return;
-        }
-        loop {
-            let leaf = self.index.leaf_below(root);
-            self.drop_entry(leaf);
-            if leaf == root {
-                return;
-            }
+        if root != NONE {
+            self.drop_below(root);
         }
     }
 
@@ -408,18 +401,30 @@ impl PagePool {
             return self.drop_entry(entry);
         }
         if let Some(slab) = self.idle.front(0) {
-            // They are gone once the slab is empty.
-            let entry = |pool: &Self, slot: usize| pool.pages[slab as usize].get(slot).map_or(NONE, |page| page.entry);
             for slot in 0..self.pages[slab as usize].len() {
-                let root = entry(self, slot);
-                while root != NONE && entry(self, slot) == root {
-                    self.drop_entry(self.index.leaf_below(root));
+                // They are gone once the slab is empty.
+                let root = self.pages[slab as usize].get(slot).map_or(NONE, |page| page.entry);
+                if root != NONE {
+                    self.drop_below(root);
                 }
             }
             return;
         }
         let oldest = self.index.oldest(self.classes.len()).expect("can_lease counted no more than what is cached");
         self.drop_entry(oldest);
+    }
+
+    /// Takes an entry and all below it out of the index, children first.
+    fn drop_below(&mut self, root: u32) {
+        let mut at = root;
+        loop {
+            let leaf = self.index.leaf_below(at);
+            at = self.index.parent(leaf);
+            self.drop_entry(leaf);
+            if leaf == root {
+                return;
+            }
+        }
     }
 
     /// Takes a leaf out of the index; those of its pages that nobody holds become free.

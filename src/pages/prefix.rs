@@ -206,6 +206,11 @@ impl PrefixIndex {
         id
     }
 
+    /// What an entry follows, `NONE` at depth 0.
+    pub(super) fn parent(&self, id: u32) -> u32 {
+        self.entries[id as usize].parent
+    }
+
     /// Takes a leaf out of the index and says which pages it stood for.
     pub(super) fn remove_leaf(&mut self, id: u32) -> Hit {
         self.became_used(id);

@@ -398,3 +398,25 @@ fn pages_of_every_size_are_told_apart() {
     assert_eq!(got, (1..=1020).map(|n| 64 * n).collect::<Vec<u64>>());
     pool.check().unwrap();
 }
+
+/// A chain as long as that of four million tokens: one step from page to page, not one for each pair of them.
+#[test]
+fn a_long_chain_is_forgotten_in_time() {
+    const PAGES: u32 = 1 << 16;
+    let sizes = [PageSizes { exact: 64, ..PageSizes::default() }];
+    let mut pool = PagePool::new(u64::from(PAGES) * 64, &sizes);
+    let mut pages = Vec::new();
+    assert!(pool.lease(&[(tag(0, Kind::Exact), PAGES)], &mut pages));
+    let (keys, tokens) = (Keys::new([1; 32]), [0; 64]);
+    let identity = CacheIdentity { model: [0; 32], adapter: AdapterGeneration(0), profile: ProfileIndex(0), salt: 0 };
+    let (mut key, mut parent) = (keys.root(&identity), None);
+    for &page in &pages {
+        key = keys.next(&key, &tokens);
+        pool.insert(parent, key, &tokens, Hit { page, sinks: None });
+        parent = Some(page);
+    }
+    let begun = std::time::Instant::now();
+    pool.forget(pages[0]);
+    assert_eq!(pool.indexed(), 0);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(1), "{:?}", begun.elapsed());
+}
