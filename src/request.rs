@@ -31,7 +31,7 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// Keyed into the prefix cache: only requests of the same salt share pages.
     pub cache_salt: u64,
-    /// Give up if no token was produced after this long in the queue.
+    /// Give up if nothing was begun after this long in the queue.
     pub queue_timeout: Duration,
 }
 
@@ -154,7 +154,7 @@ pub struct Usage {
 /// Where the time of one sequence went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Timings {
-    /// From arrival at the engine's door until it first had pages to run on.
+    /// From arrival at the engine's door until its first row was planned.
     pub queue: Duration,
     /// From then to the first token.
     pub prefill: Duration,

@@ -297,7 +297,7 @@ struct Client {
     /// No token was asked for: only the prompt is scored.
     scoring: bool,
     arrived: Instant,
-    /// When it first had pages to run on.
+    /// When its first row was planned.
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,

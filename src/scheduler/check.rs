@@ -49,9 +49,11 @@ impl Scheduler {
         if running > self.config.max_num_seqs || !self.running.is_sorted_by(|a, b| a.rank < b.rank) {
             return Err(format!("{running} sequences run, or not in order"));
         }
-        let deadlines: Vec<_> = self.waiting.values().filter_map(|s| Some((s.deadline()?, s.rank))).collect();
-        if deadlines.len() != self.deadlines.len() || !deadlines.iter().all(|d| self.deadlines.contains(d)) {
-            return Err(format!("{} deadlines for {} that wait", self.deadlines.len(), deadlines.len()));
+        let deadline = |s: &Sequence<Running>| Some((s.deadline()?, s.id)).filter(|_| !s.state.ended);
+        let waiting = self.waiting.values().filter_map(|s| Some((s.deadline()?, s.id)));
+        let deadlines: BTreeMap<_, _> = self.running.iter().filter_map(deadline).chain(waiting).collect();
+        if deadlines != self.deadlines {
+            return Err(format!("{} deadlines for {} that have not started", self.deadlines.len(), deadlines.len()));
         }
         let live = self.running.iter().filter(|s| !s.state.ended).map(|s| (s.id, s.rank));
         let all: Vec<_> = live.chain(self.waiting.values().map(|s| (s.id, s.rank))).collect();

@@ -21,10 +21,10 @@
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
 //! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first, and will
 //! have it sooner than the sequence itself would), or for an adapter that is under way to the device, is passed: it lacks
-//! nothing that others could take. Nothing is admitted in a plan in which a decode preempted something. A sequence
-//! may start before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
+//! nothing that others could take. Nothing is admitted in a plan in which a decode took pages from somebody. A sequence
+//! may be admitted before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
 //! by them; if its pages or its place are wanted before it computed anything, by one before it in rank or one that decodes, it
-//! gives them back and loses nothing.
+//! gives them back and loses nothing. It starts with its first row: until then it waits, whatever it holds, and may wait too long.
 //!
 //! **Preemption.** When a decode cannot grow, the last in rank gives back all its pages; those the prefix index knows stay
 //! cached. It computes prompt and generated tokens again later; nothing is emitted twice, and it goes on as if nothing had
@@ -44,7 +44,7 @@ mod profile;
 mod queue;
 mod sequence;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::time::Duration;
 
@@ -131,7 +131,7 @@ pub enum RowResult {
 /// one that is cancelled gets neither.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Outcome {
-    /// It has its pages, for the first time; the time until then is its queueing time.
+    /// Its first row is in the plan; the time until then is its queueing time.
     Started {
         seq: SeqId,
         queued: Duration,
@@ -172,7 +172,8 @@ pub struct Scheduler {
     /// In order of rank.
     running: Vec<Sequence<Running>>,
     ranks: HashMap<SeqId, Rank>,
-    deadlines: BTreeSet<(Duration, Rank)>,
+    /// Of all that have not started, those that hold pages too.
+    deadlines: BTreeMap<(Duration, Rank), SeqId>,
     arrivals: u64,
     now: Duration,
     draining: bool,
@@ -241,7 +242,7 @@ impl Scheduler {
             waiting: BTreeMap::new(),
             running: Vec::new(),
             ranks: HashMap::new(),
-            deadlines: BTreeSet::new(),
+            deadlines: BTreeMap::new(),
             arrivals: 0,
             now: Duration::ZERO,
             draining: false,
@@ -286,7 +287,9 @@ impl Scheduler {
         let identity =
             CacheIdentity { model: self.config.model_digest, adapter: request.adapter, profile: request.profile, salt: request.cache_salt };
         let root = self.keys.root(&identity);
-        self.wait(Sequence::new(seq, rank, request, root, arrived));
+        let sequence = Sequence::new(seq, rank, request, root, arrived);
+        self.deadlines.extend(sequence.deadline().map(|deadline| (deadline, seq)));
+        self.waiting.insert(rank, sequence);
         Ok(())
     }
 
@@ -294,18 +297,20 @@ impl Scheduler {
     /// step in flight are released when that step is settled.
     pub fn cancel(&mut self, seq: SeqId) -> Option<Ended> {
         let rank = *self.ranks.get(&seq)?;
-        if let Some(waiting) = self.stop_waiting(rank) {
-            self.ranks.remove(&seq);
+        if let Some(waiting) = self.waiting.remove(&rank) {
+            self.forget(seq, waiting.deadline());
             return Some(waiting.end());
         }
         let at = self.place(rank).expect("a sequence that does not wait runs");
-        self.ranks.remove(&seq);
         if self.in_flight == 0 {
             return Some(self.remove(at, false));
         }
         let sequence = &mut self.running[at];
         sequence.state.ended = true;
-        Some(sequence.ended_so_far(&self.config.profiles[usize::from(sequence.request.profile.0)]))
+        let (deadline, ended) =
+            (sequence.deadline(), sequence.ended_so_far(&self.config.profiles[usize::from(sequence.request.profile.0)]));
+        self.forget(seq, deadline);
+        Some(ended)
     }
 
     /// Takes no more requests. Running and queued ones go on.
@@ -327,16 +332,15 @@ impl Scheduler {
 
     /// When [`Scheduler::expire`] next has something to do.
     pub fn next_deadline(&self) -> Option<Duration> {
-        self.deadlines.first().map(|(at, _)| *at)
+        self.deadlines.first_key_value().map(|((at, _), _)| *at)
     }
 
-    /// Ends sequences that waited too long for their first token.
+    /// Ends sequences that waited too long to start.
     pub fn expire(&mut self, now: Duration, out: &mut Vec<Outcome>) {
         self.now = self.now.max(now);
-        while let Some(&(_, rank)) = self.deadlines.first().filter(|(at, _)| *at <= self.now) {
-            let sequence = self.stop_waiting(rank).expect("only waiting sequences have deadlines");
-            self.ranks.remove(&sequence.id);
-            out.push(Outcome::Failed { seq: sequence.id, failure: Failure::QueueTimeout, ended: sequence.end() });
+        while let Some((_, &seq)) = self.deadlines.first_key_value().filter(|((at, _), _)| *at <= self.now) {
+            let ended = self.cancel(seq).expect("what has a deadline lives");
+            out.push(Outcome::Failed { seq, failure: Failure::QueueTimeout, ended });
         }
     }
 
@@ -455,9 +459,10 @@ impl Scheduler {
             branches.push((index, Branch::Metadata, sealed_pages * profile.split.metadata));
             branches.push((index, Branch::Workspace, held(Kind::Workspace)));
         }
+        let running = self.running.iter().filter(|s| s.times.started.is_some()).count();
         Snapshot {
-            running: self.running.len(),
-            waiting: self.waiting.len(),
+            running,
+            waiting: self.running.len() - running + self.waiting.len(),
             arena_bytes: bytes.free + bytes.held + bytes.cached + bytes.lost,
             free_bytes: bytes.free,
             cached_bytes: bytes.cached,
@@ -485,25 +490,18 @@ impl Scheduler {
         self.running.binary_search_by_key(&rank, |s| s.rank).ok()
     }
 
-    fn wait(&mut self, sequence: Sequence<Waiting>) {
-        if let Some(deadline) = sequence.deadline() {
-            self.deadlines.insert((deadline, sequence.rank));
+    /// Strikes a sequence that is over off the books.
+    fn forget(&mut self, seq: SeqId, deadline: Option<(Duration, Rank)>) {
+        self.ranks.remove(&seq);
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&deadline);
         }
-        self.waiting.insert(sequence.rank, sequence);
-    }
-
-    fn stop_waiting(&mut self, rank: Rank) -> Option<Sequence<Waiting>> {
-        let sequence = self.waiting.remove(&rank)?;
-        if let Some(deadline) = sequence.deadline() {
-            self.deadlines.remove(&(deadline, rank));
-        }
-        Some(sequence)
     }
 
     /// Ends a running sequence; the caller says so.
     fn remove(&mut self, at: usize, taint: bool) -> Ended {
         let sequence = self.running.remove(at);
-        self.ranks.remove(&sequence.id);
+        self.forget(sequence.id, sequence.deadline());
         let profile = &self.config.profiles[usize::from(sequence.request.profile.0)];
         sequence.end(&mut self.pool, profile, taint)
     }
@@ -548,7 +546,11 @@ impl Scheduler {
     }
 
     fn plan_rows(&mut self, plan: &mut StepPlan, out: &mut Vec<Outcome>) {
-        let preempted = self.grow_decodes(out);
+        // One that holds pages but has not started, and whose adapter was dropped meanwhile and is under way again.
+        while let Some(at) = self.running.iter().position(|s| s.times.started.is_none() && self.coming.contains(&s.request.adapter)) {
+            self.give_back(at, out);
+        }
+        let taken = self.grow_decodes(out);
         let layers = u64::from(self.config.layers);
         let decodes = (0..self.running.len()).filter(|&at| self.running[at].is_decoding() && self.takes_part(at));
         let mut spare = self.config.max_num_batched_tokens - decodes.clone().count() as u32;
@@ -556,15 +558,35 @@ impl Scheduler {
             spare -= self.running[at].decode_row(self.profile(at), self.config.layers, 1 + spare, plan) - 1;
         }
         let spare = u64::from(spare) * layers;
-        if (!preempted || self.running.is_empty()) && self.suspects.is_empty() {
+        if (!taken || self.running.is_empty()) && self.suspects.is_empty() {
             self.admit(out);
         }
+        let prefills = plan.rows.len();
         self.plan_prefills(spare, plan);
+        for row in &plan.rows[prefills..] {
+            self.begin(row.seq, out);
+        }
     }
 
-    /// Leases what the next token of every decoding sequence needs, first in rank first. Says whether somebody was preempted.
+    /// The first row of a sequence is planned, if it is its first.
+    fn begin(&mut self, seq: SeqId, out: &mut Vec<Outcome>) {
+        let at = self.place(self.ranks[&seq]).expect("only who runs has rows");
+        let sequence = &mut self.running[at];
+        let Some(deadline) = sequence.deadline() else { return };
+        self.deadlines.remove(&deadline);
+        sequence.begin(self.now);
+        out.push(Outcome::Started {
+            seq,
+            queued: self.now.saturating_sub(sequence.times.arrived),
+            looked_up: self.config.prefix_caching && !sequence.wants_prompt_logits(),
+            cached_tokens: sequence.cached_tokens,
+            prompt_tokens: sequence.prompt_len(),
+        });
+    }
+
+    /// Leases what the next token of every decoding sequence needs, first in rank first. Says whether somebody gave pages back for that.
     fn grow_decodes(&mut self, out: &mut Vec<Outcome>) -> bool {
-        let mut preempted = false;
+        let mut taken = false;
         let mut at = 0;
         while at < self.running.len() {
             if !self.running[at].is_decoding() || !self.takes_part(at) || self.grow(at) {
@@ -579,17 +601,23 @@ impl Scheduler {
                 let ended = self.remove(victim, false);
                 out.push(Outcome::Failed { seq, failure: Failure::OutOfPages, ended });
             } else {
-                let mut sequence = self.running.remove(victim);
-                sequence.compact |= alone;
-                out.push(Outcome::Preempted { seq: sequence.id });
-                let waiting = sequence.preempt(&mut self.pool);
-                self.wait(waiting);
+                self.running[victim].compact |= alone;
+                self.give_back(victim, out);
             }
-            preempted = true;
+            taken = true;
             // Whoever stands at `at` now, the same or the one after it, has its turn.
             at -= usize::from(victim < at);
         }
-        preempted
+        taken
+    }
+
+    /// Has a running sequence wait again. One that loses nothing is not preempted, and nobody hears of it.
+    fn give_back(&mut self, at: usize, out: &mut Vec<Outcome>) {
+        let sequence = self.running.remove(at);
+        if !sequence.is_untouched() {
+            out.push(Outcome::Preempted { seq: sequence.id });
+        }
+        self.waiting.insert(sequence.rank, sequence.preempt(&mut self.pool));
     }
 
     /// Leases the pages of one more position, unless they are there.
@@ -633,10 +661,7 @@ impl Scheduler {
                 Admission::Parked => after = Bound::Excluded(rank),
                 Admission::NoRoom => {
                     let Some(at) = self.running.iter().rposition(|s| s.rank > rank && s.is_untouched()) else { break };
-                    let sequence = self.running.remove(at);
-                    out.push(Outcome::Preempted { seq: sequence.id });
-                    let waiting = sequence.preempt(&mut self.pool);
-                    self.wait(waiting);
+                    self.give_back(at, out);
                 }
             }
         }
@@ -654,7 +679,7 @@ impl Scheduler {
             return Admission::Parked;
         }
         // Out of the map while it is looked at; the key of a map entry cannot be borrowed with the rest of `self`.
-        let mut sequence = self.stop_waiting(rank).expect("the caller found it there");
+        let mut sequence = self.waiting.remove(&rank).expect("the caller found it there");
         let profile = self.config.profiles[usize::from(sequence.request.profile.0)];
         self.scratch.hits.clear();
         if sequence.compact && self.running.is_empty() {
@@ -679,7 +704,7 @@ impl Scheduler {
                         let served = (&config.profiles[..], config.layers);
                         if let Some(runner) = running.iter_mut().find_map(|s| s.will_offer(lacks, served, keys).then_some(s.rank)) {
                             sequence.state.parked = Some((runner, page));
-                            self.wait(sequence);
+                            self.waiting.insert(rank, sequence);
                             return Admission::Parked;
                         }
                         break;
@@ -695,28 +720,18 @@ impl Scheduler {
             }
         };
         if !leased && self.running.is_empty() {
-            self.ranks.remove(&sequence.id);
+            self.forget(sequence.id, sequence.deadline());
             out.push(Outcome::Failed { seq: sequence.id, failure: Failure::OutOfPages, ended: sequence.end() });
             return Admission::Failed;
         }
         if !leased {
             self.blocked = Some((rank, self.pool.changes()));
-            self.wait(sequence);
+            self.waiting.insert(rank, sequence);
             return Admission::NoRoom;
         }
-        let first = sequence.times.started.is_none();
         let need = profile.prefill_need(sequence.prefill_target(profile.compressed), self.scratch.hits.len() as u32 * PAGE_TOKENS);
         let pages = Start { hits: &self.scratch.hits, leased: &self.scratch.pages, need };
-        let sequence = sequence.start(pages, profile.compressed, self.now);
-        if first {
-            out.push(Outcome::Started {
-                seq: sequence.id,
-                queued: self.now.saturating_sub(sequence.times.arrived),
-                looked_up: looks_up,
-                cached_tokens: sequence.cached_tokens,
-                prompt_tokens: sequence.prompt_len(),
-            });
-        }
+        let sequence = sequence.start(pages, profile.compressed);
         let at = self.running.partition_point(|s| s.rank < rank);
         self.running.insert(at, sequence);
         Admission::Started

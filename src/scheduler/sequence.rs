@@ -18,7 +18,7 @@ pub(super) type Rank = (i32, u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Times {
     pub arrived: Duration,
-    /// It first had pages to run on.
+    /// Its first row was planned.
     pub started: Option<Duration>,
     pub first_token: Option<Duration>,
     pub last_token: Option<Duration>,
@@ -55,7 +55,7 @@ pub(super) struct Sequence<State> {
     root: Key,
     pub(super) times: Times,
     pub(super) preemptions: u32,
-    /// Prompt positions its first start read from the prefix index.
+    /// Prompt positions it had read from the prefix index when it started.
     pub(super) cached_tokens: u32,
     /// Starts in an empty arena and shares it with nobody: the way out when, alone, it cannot grow because pages are
     /// scattered over slabs.
@@ -166,6 +166,12 @@ impl<State> Sequence<State> {
         self.request.prompt_logprobs.is_some() && self.generated.is_empty()
     }
 
+    /// When it gives up waiting, and as whom; only before it started.
+    pub(super) fn deadline(&self) -> Option<(Duration, Rank)> {
+        let at = self.times.arrived.saturating_add(self.request.queue_timeout);
+        self.times.started.is_none().then_some((at, self.rank))
+    }
+
     fn ended(&self, cache: CacheUse) -> Ended {
         let usage = Usage {
             prompt_tokens: self.prompt_len(),
@@ -200,13 +206,8 @@ impl Sequence<Waiting> {
         }
     }
 
-    /// When it gives up waiting; only before anything of it was computed.
-    pub(super) fn deadline(&self) -> Option<Duration> {
-        (self.preemptions == 0 && self.generated.is_empty()).then(|| self.times.arrived.saturating_add(self.request.queue_timeout))
-    }
-
-    /// Takes its pages and begins to run.
-    pub(super) fn start(mut self, pages: Start<'_>, compressed: bool, now: Duration) -> Sequence<Running> {
+    /// Takes its pages.
+    pub(super) fn start(self, pages: Start<'_>, compressed: bool) -> Sequence<Running> {
         let Start { hits, leased, need } = pages;
         let reused = hits.len() as u32 * PAGE_TOKENS;
         let shared = hits.iter().map(|hit| hit.page);
@@ -219,10 +220,6 @@ impl Sequence<Waiting> {
         } else {
             (shared.chain(exact.iter().copied()).collect(), Vec::new())
         };
-        if self.times.started.is_none() {
-            self.times.started = Some(now);
-            self.cached_tokens = reused;
-        }
         let running = Running {
             phase: Phase::Prefill { layer: 0, at: reused },
             reused,
@@ -246,6 +243,12 @@ impl Sequence<Waiting> {
 }
 
 impl Sequence<Running> {
+    /// Starts: its first row is planned.
+    pub(super) fn begin(&mut self, now: Duration) {
+        self.times.started = Some(now);
+        self.cached_tokens = self.state.reused;
+    }
+
     /// Gives everything back; what was computed and is not found in the prefix index is computed again.
     pub(super) fn preempt(mut self, pool: &mut PagePool) -> Sequence<Waiting> {
         self.preemptions += u32::from(!self.is_untouched());

@@ -701,11 +701,8 @@ fn one_before_them_takes_the_place_of_those_that_computed_nothing() {
     // The last of them starts again after it.
     s.steps(2).finish(expect![[r#"
         = s0 starts after 1s, 0 cached
-        = s1 starts after 1s, 0 cached
-        = s2 starts after 1s, 0 cached
         s0 p0 0..128 sealed=0 exact=2
         --
-        = s2 preempted
         = s3 starts after 1s, 0 cached
         s3 p0 0..20 sealed=0 exact=1 sample
         s0 p0 128..192 sealed=0 exact=3
@@ -724,11 +721,11 @@ fn of_equal_prompts_the_first_is_done_first() {
     s.enqueue(request(0, 1, 300, 1));
     s.steps(6).finish(expect![[r#"
         = s0 starts after 1s, 0 cached
-        = s1 starts after 1s, 0 cached
         s0 p0 0..128 sealed=0 exact=2
         --
         s0 p0 128..256 sealed=0 exact=4
         --
+        = s1 starts after 3s, 0 cached
         s0 p0 256..300 sealed=0 exact=5 sample
         s1 p0 0..64 sealed=0 exact=1
         = s0 says one
@@ -774,13 +771,13 @@ fn a_huge_prompt_and_short_chats_both_advance() {
         --
         = s1 starts after 1s, 0 cached
         = s2 starts after 1s, 0 cached
-        = s3 starts after 1s, 0 cached
         s0 p0 256..384 sealed=0 exact=6
         s1 p0 0..51 sealed=0 exact=1 sample
         s2 p0 0..52 sealed=0 exact=1 sample
         = s1 says one
         = s2 says one
         --
+        = s3 starts after 2s, 0 cached
         s1 p0 51..52 sealed=0 exact=1 sample
         s2 p0 52..53 sealed=0 exact=1 sample
         s0 p0 384..576 sealed=0 exact=9
@@ -815,7 +812,6 @@ fn a_short_chat_behind_two_huge_prompts_goes_before_the_second() {
     s.enqueue(request(0, 2, 50, 1));
     s.steps(2).finish(expect![[r#"
         = s0 starts after 1s, 0 cached
-        = s1 starts after 1s, 0 cached
         s0 p0 0..256 sealed=0 exact=4
         --
         = s2 starts after 1s, 0 cached
@@ -1062,6 +1058,40 @@ fn a_request_that_waits_too_long_is_told_so() {
         = s1 QueueTimeout after 0 tokens
         s0 p0 10..11 sealed=0 exact=1 sample
         = s0 says one
+        --
+    "#]]);
+}
+
+#[test]
+fn what_holds_pages_and_computed_nothing_still_waits() {
+    let mut s = Script::new(config(64));
+    s.enqueue(request(0, 0, 500, 1));
+    s.enqueue(GenerateRequest { queue_timeout: Duration::from_secs(3), ..request(0, 1, 1000, 1) });
+    s.enqueue(request(0, 2, 500, 1));
+    s.steps(2);
+    let snapshot = s.scheduler.snapshot();
+    assert_eq!((snapshot.running, snapshot.waiting, s.held()), (1, 2, 32 * SLAB));
+    assert_eq!(s.scheduler.next_deadline(), Some(Duration::from_secs(3)));
+    let mut out = Vec::new();
+    s.scheduler.expire(Duration::from_secs(3), &mut out);
+    s.tell(&out);
+    s.check();
+    assert_eq!((s.scheduler.next_deadline(), s.held()), (Some(Duration::MAX), 16 * SLAB));
+    s.steps(3).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2
+        --
+        s0 p0 128..256 sealed=0 exact=4
+        --
+        = s1 QueueTimeout after 0 tokens
+        s0 p0 256..384 sealed=0 exact=6
+        --
+        s0 p0 384..500 sealed=0 exact=8 sample
+        = s0 says one
+        = s0 Length: 500+1 tokens, 0 cached; 0 sealed, 500 exact, 32768 bytes
+        --
+        = s2 starts after 5s, 0 cached
+        s2 p0 0..128 sealed=0 exact=2
         --
     "#]]);
 }

@@ -67,12 +67,16 @@ struct Live {
     cached: u32,
     /// A fault was injected that may end it.
     may_fail: bool,
+    /// A row of it was planned, ever and since it was preempted.
+    started: bool,
+    running: bool,
 }
 
 impl Live {
     fn new(request: GenerateRequest, poison: bool) -> Self {
         let identity = mix(request.adapter.0, mix(request.cache_salt, request.profile.0.into()));
-        let mut live = Live { request, prefix: Vec::new(), tokens: Vec::new(), cached: 0, poison, may_fail: poison };
+        let mut live =
+            Live { request, prefix: Vec::new(), tokens: Vec::new(), cached: 0, poison, may_fail: poison, started: false, running: false };
         let mut hash = identity;
         for &token in live.request.prompt.iter() {
             hash = mix(hash, u64::from(token) + 1);
@@ -508,6 +512,9 @@ impl Sim {
         self.scheduler.await_adapters((self.travel > 0).then_some(ADAPTER));
         self.scheduler.plan(self.now, plan, &mut out);
         self.deliver(plan, out)?;
+        for row in &plan.rows {
+            self.live.get_mut(&row.seq).ok_or("a row of nobody")?.running = true;
+        }
         self.scheduler.check().map_err(|e| format!("after plan: {e}\n{plan}"))?;
         if plan.rows.is_empty() {
             let all_wait = self.travel > 0 && self.live.values().all(|live| live.request.adapter == ADAPTER);
@@ -605,7 +612,10 @@ impl Sim {
             match &outcome {
                 Outcome::Started { seq, looked_up, cached_tokens, prompt_tokens, .. } => {
                     let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
-                    live.cached = *cached_tokens;
+                    if live.started {
+                        return wrong("a second start");
+                    }
+                    (live.started, live.cached) = (true, *cached_tokens);
                     self.queue.start(*seq, self.now);
                     self.tally.cached_tokens += u64::from(*cached_tokens);
                     if live.request.adapter == ADAPTER && self.travel > 0 {
@@ -629,8 +639,9 @@ impl Sim {
                 }
                 Outcome::Preempted { seq } => {
                     self.tally.preemptions += 1;
-                    if !self.live.contains_key(seq) {
-                        return wrong("unknown sequence");
+                    let Some(live) = self.live.get_mut(seq) else { return wrong("unknown sequence") };
+                    if !std::mem::take(&mut live.running) {
+                        return wrong("nothing was computed that could be lost");
                     }
                 }
                 Outcome::Done { seq, reason, ended } => {
@@ -664,7 +675,7 @@ impl Sim {
                         Failure::Numerical | Failure::Internal(_) => live.may_fail,
                         Failure::QueueTimeout => {
                             self.tally.timeouts += 1;
-                            self.world.timeouts && live.generated() == 0
+                            self.world.timeouts && !live.started
                         }
                         // What was taken fits, whatever happens to it.
                         Failure::OutOfPages => false,
