@@ -19,8 +19,8 @@
 //! it can be.
 //!
 //! **Admission** leases all pages of a prompt or none. Nobody passes a sequence for which there is no room, of whatever
-//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that came first, and will
-//! have it sooner than the sequence itself would), or for an adapter that is under way to the device, is passed: it lacks
+//! priority. A sequence that waits for a page which a running prefill is computing (an equal prompt that is before it in rank, and
+//! will have it sooner than the sequence itself would), or for an adapter that is under way to the device, is passed: it lacks
 //! nothing that others could take. Nothing is admitted in a plan in which a decode took pages from somebody. A sequence
 //! may be admitted before the budget has anything for it, so that a short prompt behind several huge ones is not kept waiting
 //! by them; if its pages or its place are wanted before it computed anything, by one before it in rank or one that decodes, it
@@ -52,7 +52,7 @@ pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
 pub use self::queue::{Limit, Queue};
 pub use self::sequence::{Ended, Times};
-use self::sequence::{Rank, Running, Sequence, Start, Waiting};
+use self::sequence::{Lack, Rank, Running, Sequence, Start, Waiting};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
 pub use crate::kv::layout::SealedSplit;
 use crate::pages::prefix::{CacheIdentity, Hit, Keys};
@@ -675,7 +675,7 @@ impl Scheduler {
             return Admission::NoRoom;
         }
         let parked = self.waiting[&rank].state.parked;
-        if parked.is_some_and(|(runner, page)| self.computes(runner, page)) {
+        if parked.is_some_and(|lack| self.place(lack.runner).is_some_and(|at| self.is_sooner(at, rank, lack))) {
             return Admission::Parked;
         }
         // Out of the map while it is looked at; the key of a map entry cannot be borrowed with the rest of `self`.
@@ -697,15 +697,16 @@ impl Scheduler {
                 match self.pool.find(&key, &tokens) {
                     Some(hit) => self.scratch.hits.push(hit),
                     None => {
-                        let Scheduler { running, config, keys, .. } = self;
-                        // Waiting must not take longer than to compute all that is missing.
                         let alone = sequence.prefill_target(profile.compressed) - page * PAGE_TOKENS;
-                        let lacks = (&sequence, page, u64::from(alone) * u64::from(config.layers));
-                        let served = (&config.profiles[..], config.layers);
-                        if let Some(runner) = running.iter_mut().find_map(|s| s.will_offer(lacks, served, keys).then_some(s.rank)) {
-                            sequence.state.parked = Some((runner, page));
-                            self.waiting.insert(rank, sequence);
-                            return Admission::Parked;
+                        let alone = u64::from(alone) * u64::from(self.config.layers);
+                        for at in 0..self.running.len() {
+                            let lack = Lack { runner: self.running[at].rank, page, alone };
+                            let Scheduler { running, config, keys, .. } = self;
+                            if running[at].will_offer(&sequence, page, &config.profiles, keys) && self.is_sooner(at, rank, lack) {
+                                sequence.state.parked = Some(lack);
+                                self.waiting.insert(rank, sequence);
+                                return Admission::Parked;
+                            }
                         }
                         break;
                     }
@@ -753,9 +754,22 @@ impl Scheduler {
         leased
     }
 
-    /// Whether the running sequence of that rank is still to offer a page to the prefix index.
-    fn computes(&self, rank: Rank, page: u32) -> bool {
-        self.place(rank).is_some_and(|at| self.running[at].is_computing(page, self.profile(at)))
+    /// Whether the prefill at `at` is still to offer what one of that rank lacks, and before it would have computed that itself. One behind
+    /// it in rank may never come to it: others may always be between.
+    fn is_sooner(&self, at: usize, rank: Rank, Lack { page, alone, .. }: Lack) -> bool {
+        let (runner, layers) = (&self.running[at], self.config.layers);
+        let left = |at: usize| self.running[at].remaining(self.profile(at).compressed, layers);
+        let mut prefills = (0..self.running.len()).filter(|&at| !self.running[at].is_decoding()).map(|at| (at, left(at)));
+        let Some((first, most)) = prefills.next().filter(|_| runner.is_computing(page, self.profile(at)) && runner.rank < rank) else {
+            return false;
+        };
+        let until = runner.until_offered(page, self.profile(at).compressed, layers);
+        // Beside the first only those have a share that have less left, fewest first.
+        let before = |mine: u64| {
+            let shorter = prefills.clone().filter(|&(other, left)| other != at && left < mine);
+            shorter.map(|(_, left)| left).sum::<u64>() + if mine < most { 0 } else { most }
+        };
+        if at == first { until <= alone } else { before(left(at)) + until <= before(alone) + alone }
     }
 
     /// Divides `spare` token-layers among running prefills.

@@ -66,8 +66,17 @@ pub(super) struct Sequence<State> {
 /// Holds nothing.
 #[derive(Default)]
 pub(super) struct Waiting {
-    /// The running prefill that computes page `.1` of this prompt, for which it waits.
-    pub(super) parked: Option<(Rank, u32)>,
+    /// What it waits for.
+    pub(super) parked: Option<Lack>,
+}
+
+/// A page that a prompt lacks, and a running prefill computes.
+#[derive(Clone, Copy)]
+pub(super) struct Lack {
+    pub(super) runner: Rank,
+    pub(super) page: u32,
+    /// Token-layers to compute that page and all that follows.
+    pub(super) alone: u64,
 }
 
 /// Holds pages.
@@ -320,22 +329,15 @@ impl Sequence<Running> {
         !self.is_decoding() && (self.state.offered as u32..complete).contains(&page)
     }
 
-    /// Whether its prefill is still to offer just the page that `other` lacks, after no more token-layers than `most`.
-    pub(super) fn will_offer(
-        &mut self,
-        (other, page, most): (&Sequence<Waiting>, u32, u64),
-        (profiles, layers): (&[ProfileSizes], u32),
-        keys: &Keys,
-    ) -> bool {
-        let profile = &profiles[usize::from(self.request.profile.0)];
+    /// Whether its prefill is still to offer just the page that `other` lacks.
+    pub(super) fn will_offer(&mut self, other: &Sequence<Waiting>, page: u32, profiles: &[ProfileSizes], keys: &Keys) -> bool {
         self.root == other.root
-            && self.is_computing(page, profile)
-            && self.until_offered(page, profile.compressed, layers) <= most
+            && self.is_computing(page, &profiles[usize::from(self.request.profile.0)])
             && Some(&self.page(page, keys).0) == other.keys.get(page as usize)
     }
 
     /// Token-layers until its prefill offers a page: pages are sealed when all of the prompt is there, and exact ones one by one.
-    fn until_offered(&self, page: u32, compressed: bool, layers: u32) -> u64 {
+    pub(super) fn until_offered(&self, page: u32, compressed: bool, layers: u32) -> u64 {
         match self.state.phase {
             Phase::Prefill { at, .. } if !compressed => u64::from(((page + 1) * PAGE_TOKENS).saturating_sub(at)) * u64::from(layers),
             _ => self.remaining(compressed, layers),

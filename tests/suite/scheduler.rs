@@ -690,6 +690,44 @@ fn a_shared_beginning_is_not_waited_for_longer_than_it_takes_to_compute() {
     "#]]);
 }
 
+/// Whoever waits for a page that another computes must have it sooner than it would compute it, also when others come between.
+#[test]
+fn a_page_is_not_waited_for_behind_others() {
+    // s0 is the less urgent one, and has no share beside those that keep coming.
+    let mut s = Script::new(config(64));
+    s.enqueue(GenerateRequest { priority: 5, ..request(0, 0, 1000, 1) });
+    s.steps(1);
+    s.enqueue(request(0, 0, 1000, 1));
+    for document in 1..30 {
+        s.enqueue(request(0, document, 100, 1));
+        s.steps(1);
+    }
+    assert!(s.text.contains("s1 Length"), "{}", s.text);
+    // s1 would offer a page soon, but has no share before s0 is done; s2 has one at once.
+    let mut s = Script::new(config(128));
+    s.enqueue(request(0, 1, 3000, 1));
+    s.enqueue(request(0, 2, 3500, 1));
+    s.steps(1);
+    s.enqueue(request(0, 2, 200, 1));
+    s.skip(1).steps(3).finish(expect![[r#"
+        = s0 starts after 1s, 0 cached
+        s0 p0 0..128 sealed=0 exact=2
+        --
+        ... 1 steps
+        s0 p0 192..256 sealed=0 exact=4
+        s2 p0 64..128 sealed=0 exact=2
+        --
+        s0 p0 256..320 sealed=0 exact=5
+        s2 p0 128..192 sealed=0 exact=3
+        --
+        s0 p0 320..384 sealed=0 exact=6
+        s2 p0 192..200 sealed=0 exact=4 sample
+        = s2 says one
+        = s2 Length: 200+1 tokens, 0 cached; 0 sealed, 200 exact, 16384 bytes
+        --
+    "#]]);
+}
+
 #[test]
 fn one_before_them_takes_the_place_of_those_that_computed_nothing() {
     let mut s = Script::new(Config { max_num_seqs: 3, ..config(64) });

@@ -67,16 +67,27 @@ struct Live {
     cached: u32,
     /// A fault was injected that may end it.
     may_fail: bool,
+    /// The step before which it came.
+    since: u64,
     /// A row of it was planned, ever and since it was preempted.
     started: bool,
     running: bool,
 }
 
 impl Live {
-    fn new(request: GenerateRequest, poison: bool) -> Self {
+    fn new(request: GenerateRequest, poison: bool, since: u64) -> Self {
         let identity = mix(request.adapter.0, mix(request.cache_salt, request.profile.0.into()));
-        let mut live =
-            Live { request, prefix: Vec::new(), tokens: Vec::new(), cached: 0, poison, may_fail: poison, started: false, running: false };
+        let mut live = Live {
+            request,
+            prefix: Vec::new(),
+            tokens: Vec::new(),
+            cached: 0,
+            poison,
+            may_fail: poison,
+            since,
+            started: false,
+            running: false,
+        };
         let mut hash = identity;
         for &token in live.request.prompt.iter() {
             hash = mix(hash, u64::from(token) + 1);
@@ -104,7 +115,7 @@ impl Live {
 
     /// Its whole output when nothing else runs, stop token included, and why it ends.
     fn alone(&self) -> (Vec<TokenId>, FinishReason) {
-        let mut run = Live::new(self.request.clone(), false);
+        let mut run = Live::new(self.request.clone(), false, 0);
         loop {
             let token = run.next(run.tokens.len() as u32 - 1);
             let stops = run.generated() as u32 >= run.request.min_new_tokens && run.request.stop_tokens.contains(&token);
@@ -398,6 +409,10 @@ impl Sim {
     fn new(seed: u64) -> Self {
         let mut rng = Rng(seed);
         let world = world(&mut rng);
+        Sim::of(seed, rng, world)
+    }
+
+    fn of(seed: u64, mut rng: Rng, world: World) -> Self {
         let words = (0..world.config.arena_bytes / 8).map(|_| rng.next()).collect();
         let scheduler = Scheduler::new(world.config.clone()).expect("the world is sound");
         let queue = Queue::new(&world.config);
@@ -473,7 +488,7 @@ impl Sim {
         match self.scheduler.enqueue(seq, request.clone(), self.now) {
             Ok(()) => {
                 let poison = self.world.faults && self.rng.one_in(20);
-                self.live.insert(seq, Live::new(request, poison));
+                self.live.insert(seq, Live::new(request, poison, self.steps));
             }
             Err(Refused::TooLarge { .. }) => {
                 self.queue.leave(seq);
@@ -698,6 +713,37 @@ fn run(seed: u64) -> Sim {
         panic!("seed {seed}, step {}: {error}\n(STRAIT_SIM_SEED={seed} runs it alone)\n{config:?}", sim.steps);
     }
     sim
+}
+
+/// Strict priority leaves the others no such promise.
+#[test]
+fn the_most_urgent_end_soon_however_many_keep_coming() {
+    const SOON: u64 = 100;
+    let mut oldest = 0;
+    for seed in 0..40 {
+        let mut rng = Rng(seed);
+        let quiet = World { cancels: false, faults: false, timeouts: false, travels: false, ..world(&mut rng) };
+        let small = World { new_max: 3, documents: 2, ..quiet };
+        let mut sim = Sim::of(seed, rng, small);
+        let mut plan = StepPlan::default();
+        let mut run = || -> Checked<()> {
+            while sim.steps < 4000 {
+                for _ in 0..sim.rng.below(3) {
+                    sim.enqueue()?;
+                }
+                sim.step(&mut plan)?;
+                let since = sim.live.values().filter(|live| live.request.priority == -1).map(|live| live.since).min();
+                let age = since.map_or(0, |since| sim.steps - since);
+                oldest = oldest.max(age);
+                sim.check(age > SOON, &format!("somebody urgent came {age} steps ago"))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = run() {
+            panic!("seed {seed}, step {}: {error}\n{:?}", sim.steps, sim.world.config);
+        }
+    }
+    assert!(oldest > 0, "nobody urgent ever waited");
 }
 
 #[test]
