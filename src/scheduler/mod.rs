@@ -655,14 +655,16 @@ impl Scheduler {
         let mut after = Bound::Unbounded;
         while !self.running.iter().any(|s| s.compact) {
             let Some((&rank, _)) = self.waiting.range((after, Bound::Unbounded)).next() else { break };
-            let admission = if self.running.len() < self.config.max_num_seqs { self.try_start(rank, out) } else { Admission::NoRoom };
+            let makes_room = self.running.iter().rposition(|s| s.rank > rank && s.is_untouched());
+            let full = self.running.len() == self.config.max_num_seqs;
+            let admission = if full && makes_room.is_none() { Admission::NoRoom } else { self.try_start(rank, out) };
             match admission {
                 Admission::Started | Admission::Failed => {}
                 Admission::Parked => after = Bound::Excluded(rank),
-                Admission::NoRoom => {
-                    let Some(at) = self.running.iter().rposition(|s| s.rank > rank && s.is_untouched()) else { break };
-                    self.give_back(at, out);
-                }
+                Admission::NoRoom => match makes_room {
+                    Some(at) => self.give_back(at, out),
+                    None => break,
+                },
             }
         }
     }
@@ -713,7 +715,8 @@ impl Scheduler {
                 }
             }
         }
-        let leased = self.lease_prompt(&sequence, &profile) || {
+        let has_place = self.running.len() < self.config.max_num_seqs;
+        let leased = (has_place && self.lease_prompt(&sequence, &profile)) || {
             // Shared pages may be scattered so that no slab is left for a kind of page; without them all are.
             self.running.is_empty() && !self.scratch.hits.is_empty() && {
                 self.scratch.hits.clear();

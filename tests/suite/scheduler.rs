@@ -729,6 +729,21 @@ fn a_page_is_not_waited_for_behind_others() {
 }
 
 #[test]
+fn who_waits_for_a_page_takes_nobodys_place() {
+    let mut s = Script::new(Config { max_num_seqs: 3, ..config(128) });
+    for document in [0, 0, 1, 2] {
+        s.enqueue(request(0, document, 1000, 1));
+    }
+    for _ in 0..4 {
+        s.steps(1);
+        let before = s.scheduler.pool().changes();
+        s.plan();
+        assert_eq!(s.scheduler.pool().changes(), before, "a plan took pages from one and gave them back:\n{}", s.text);
+        s.commit(WORD);
+    }
+}
+
+#[test]
 fn one_before_them_takes_the_place_of_those_that_computed_nothing() {
     let mut s = Script::new(Config { max_num_seqs: 3, ..config(64) });
     for document in 0..3 {
