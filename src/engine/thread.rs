@@ -31,8 +31,11 @@ use crate::telemetry::{self, Snapshot};
 /// Events a client may leave unread before its sequence is cancelled: it stopped reading.
 const UNREAD_EVENTS: usize = 4096;
 
-/// Steps between two full checks of the scheduler's books.
+/// Steps between two full checks of the scheduler's books, at least.
 const CHECK_EVERY: u64 = 256;
+
+/// How many times as long as a check took there is none: it takes longer the more pages there are.
+const CHECK_SPARES: u32 = 1000;
 
 /// How often gauges are refreshed while the engine is busy.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(100);
@@ -163,6 +166,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
         outcomes: Vec::new(),
         logprobs: Vec::new(),
         steps: 0,
+        check_at: Instant::now(),
         snapshot_at: Instant::now(),
         stalled: true,
         lost: false,
@@ -317,6 +321,7 @@ struct Room {
     /// Of the rows of the step just computed.
     logprobs: Vec<Option<TokenLogprob>>,
     steps: u64,
+    check_at: Instant,
     snapshot_at: Instant,
     /// The latest plan was empty: nothing can run until something comes in, or a deadline passes.
     stalled: bool,
@@ -356,7 +361,7 @@ impl Room {
                 return Err(Broken::DeviceLost);
             }
             if self.steps.is_multiple_of(CHECK_EVERY)
-                && let Err(broken) = self.scheduler.check()
+                && let Err(broken) = self.check()
             {
                 tracing::error!(%broken, "page accounting is broken; the engine stops");
                 self.scheduler.end_all(Failure::Internal("the server's page accounting failed".into()), &mut self.outcomes);
@@ -367,6 +372,17 @@ impl Room {
                 self.publish();
             }
         }
+    }
+
+    /// Checks the books, unless that took long and was lately.
+    fn check(&mut self) -> Result<(), String> {
+        let begun = Instant::now();
+        if begun < self.check_at {
+            return Ok(());
+        }
+        let books = self.scheduler.check();
+        self.check_at = begun + begun.elapsed() * CHECK_SPARES;
+        books
     }
 
     fn publish(&mut self) {

@@ -1,4 +1,4 @@
-//! What must hold between any two calls. Tests check it at every step, the engine at one in a hundred.
+//! What must hold between any two calls. Tests check it at every step, the engine now and then.
 
 use std::collections::BTreeMap;
 
