@@ -89,7 +89,7 @@ pub async fn sheet(client: &Client, task: Task, length: u32, n: usize, seed: u64
         let fitted = fit(&name, 500.min(budget / 4), task.least(), |size| example(of_first, size), count).await?;
         material.example = fitted.ok().map(|(_, _, size)| size);
     }
-    let mut questions = Vec::with_capacity(n);
+    let mut questions = Vec::new();
     for index in 0..n {
         let seed = seed_of(seed, task, length, index);
         let (question, ..) = fit(&name, budget, task.least(), |size| task.question(seed, size, material), count).await??;

@@ -776,10 +776,14 @@ async fn half_broken() -> (String, Arc<AtomicUsize>) {
 async fn a_server_that_fails_is_asked_no_more_and_what_it_said_before_is_told() {
     let (url, asked) = half_broken().await;
     let client = client(&url, None).await.unwrap();
-    let sheet = sheet(&client, Task::Kv, 100, 20, 0, Material::default()).await.unwrap();
-    let failed = answers(&client, &sheet, Some("small"), 2, || ()).await.unwrap_err().to_string();
+    let questions = sheet(&client, Task::Kv, 100, 20, 0, Material::default()).await.unwrap();
+    let failed = answers(&client, &questions, Some("small"), 2, || ()).await.unwrap_err().to_string();
     assert_eq!(failed, "the server refused /v1/chat/completions with status 500: no such luck");
     assert!(asked.swap(0, Ordering::Relaxed) <= 4, "two at once, and those that followed the first before it was heard of");
+
+    // Memory is taken by questions that there are, and not by those that are asked for.
+    let none = sheet(&client, Task::Kv, 3, usize::MAX, 0, Material::default()).await.unwrap_err().to_string();
+    assert_eq!(none, "the shortest prompt of kv has 100 tokens, and 3 are wanted; raise --lengths");
 
     let file = Scratch::new("until", b"");
     let kept = file.0.to_str().unwrap().to_owned();
