@@ -183,7 +183,7 @@ pub struct Serve {
 /// `strait plan`.
 #[derive(Args, Debug)]
 pub struct Plan {
-    /// A Hugging Face-format folder; the built-in demo model when left out.
+    /// A Hugging Face-format folder, of which config.json is enough; the built-in demo model when left out.
     pub model: Option<PathBuf>,
     /// Bytes of the cache: a number, or one with KiB, MiB, GiB [default: 4GiB].
     #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]

@@ -154,6 +154,21 @@ struct Located {
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 
+/// Weights in a form that is not loaded.
+const PICKLED: [&str; 3] = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model_checkpoint.pt"];
+
+/// What `config.json` says of a model whose weights are not in its folder, in any form: one that may yet be downloaded. `None` where they are.
+///
+/// # Errors
+/// As [`Checkpoint::open`] where the folder or the file is not what it should be.
+pub fn without_weights(dir: &Path) -> Result<Option<config_json::Parsed>, CheckpointError> {
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    if !dir.is_dir() || weights.iter().chain(&PICKLED).any(|name| dir.join(name).exists()) {
+        return Ok(None);
+    }
+    Ok(Some(config_json::parse(&read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?)?))
+}
+
 impl Checkpoint {
     /// Opens a folder with `config.json`, one `model.safetensors` or the shards of
     /// `model.safetensors.index.json`, and perhaps `generation_config.json`.
@@ -179,7 +194,7 @@ impl Checkpoint {
         } else if dir.join("model.safetensors.index.json").exists() {
             return Checkpoint::open_index(dir, access, parsed, generation, warnings);
         } else {
-            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model_checkpoint.pt"].iter().any(|n| dir.join(n).exists());
+            let pickled = PICKLED.iter().any(|n| dir.join(n).exists());
             let mend = if pickled {
                 "weights in pickle form are not loaded: convert them to safetensors (README.md has a command)"
             } else {

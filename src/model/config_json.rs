@@ -24,6 +24,8 @@ pub struct Parsed {
     pub sliding_window: Option<usize>,
     /// `eos_token_id` of `config.json`, one or several.
     pub eos: Vec<u32>,
+    /// `dtype`, or `torch_dtype` as it was called: the type of the weights that come with it, as far as it may be believed.
+    pub dtype: Option<String>,
     /// One sentence each, for the log.
     pub warnings: Vec<String>,
 }
@@ -56,8 +58,6 @@ const INERT: &[&str] = &[
     "architectures",
     "model_type",
     "transformers_version",
-    "torch_dtype",
-    "dtype",
     "use_cache",
     "initializer_range",
     "attention_dropout",
@@ -284,8 +284,9 @@ pub fn parse(text: &[u8]) -> Result<Parsed, ConfigError> {
         rope,
         tied,
     };
+    let dtype = ["dtype", "torch_dtype"].map(|key| f.take(key)).into_iter().flatten().find_map(|v| v.as_str().map(str::to_owned));
     rest(&f, &mut warnings)?;
-    Ok(Parsed { config, sliding_window, eos, warnings })
+    Ok(Parsed { config, sliding_window, eos, dtype, warnings })
 }
 
 /// `model_type`, confirmed by `architectures`.

@@ -11,6 +11,7 @@ use crate::config::Settings;
 use crate::config::args::{self, ServeFlags};
 use crate::config::profiles::{BUDGETED, budget};
 use crate::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Size};
+use crate::model::checkpoint;
 use crate::model::decoder::Decoder;
 use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
@@ -35,17 +36,29 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
     })?;
     let arena_bytes = settings.kv_cache_memory_bytes.unwrap_or(PLANNED);
     check_arena(arena_bytes)?;
-    let opened = Source::of(ask.model.as_ref()).open()?;
-    let model = &opened.checkpoint.config;
+    let (model, stored, (specs, artifact)) = match &ask.model {
+        // Before a model is downloaded, its configuration says what will fit. What an artifact is of, only weights say.
+        Some(dir)
+            if settings.compression.is_none()
+                && let Some(known) = checkpoint::without_weights(dir)? =>
+        {
+            let stored = known.dtype.as_deref().map(|name| if name == "bfloat16" { ExactType::Bf16 } else { ExactType::F32 });
+            (known.config, stored, (settings.profiles.clone(), None))
+        }
+        model => {
+            let opened = Source::of(model.as_ref()).open()?;
+            let stored = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));
+            (opened.checkpoint.config.clone(), Some(stored), ready::described(&opened, &settings)?)
+        }
+    };
     let exact = match settings.dtype {
         LoadDtype::Bf16 => ExactType::Bf16,
         LoadDtype::F32 => ExactType::F32,
-        LoadDtype::Auto => ready::exact_type(&ready::weights(&opened, LoadDtype::Auto)),
+        LoadDtype::Auto => stored.context("config.json does not say of which type the weights are; give --dtype")?,
     };
-    let (specs, artifact) = ready::described(&opened, &settings)?;
     let mut profiles = Vec::new();
     for profile in specs {
-        ready::check_basis(&profile, model)?;
+        ready::check_basis(&profile, &model)?;
         let computed = profile.cskv.as_ref().is_some_and(|c| c.basis.is_computed());
         let widths = match artifact.as_ref().filter(|_| computed).map(|a| a.widths(&profile)) {
             Some(Ok(widths)) => Some(widths),
@@ -63,7 +76,7 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
     }
     let mut lengths: Vec<u32> = ask.lengths.iter().copied().filter(|&n| n > 0).collect();
     lengths.dedup();
-    let plan = arithmetic(&Ask { model, exact, profiles: &profiles, arena_bytes, lengths: &lengths });
+    let plan = arithmetic(&Ask { model: &model, exact, profiles: &profiles, arena_bytes, lengths: &lengths });
     let text = if ask.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
     writeln!(std::io::stdout(), "{}", text.trim_end())?;
     Ok(())

@@ -199,6 +199,38 @@ fn what_a_servers_file_says_is_planned_with_unless_a_flag_says_otherwise() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+/// Before the weights are there it is what it will be then.
+#[test]
+fn a_configuration_alone_is_planned_with() {
+    let whole = concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/model");
+    let folder = std::env::temp_dir().join(format!("strait-plan-alone-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let path = folder.to_str().unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(format!("{whole}/config.json")).unwrap()).unwrap();
+    let says = |key: &str, dtype: &str, flags: &[&str]| {
+        let mut config = config.clone();
+        ["dtype", "torch_dtype"].iter().for_each(|key| drop(config.as_object_mut().unwrap().remove(*key)));
+        if !key.is_empty() {
+            config[key] = dtype.into();
+        }
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        strait(&[&["plan", path], flags].concat())
+    };
+    let of_all = |dtype: &str| strait(&["plan", whole, "--dtype", dtype]).stdout;
+    for (key, dtype, same) in [("dtype", "bfloat16", "bf16"), ("torch_dtype", "bfloat16", "bf16"), ("dtype", "float16", "f32")] {
+        let out = says(key, dtype, &[]);
+        assert!(out.status.success() && out.stdout == of_all(same), "{key} {dtype}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    assert_eq!(says("dtype", "bfloat16", &["--dtype", "f32"]).stdout, of_all("f32"));
+    let untold = String::from_utf8(says("", "", &[]).stderr).unwrap();
+    assert!(untold.contains("give --dtype"), "{untold}");
+    // Weights in another form are there: a model that cannot be served is not planned with.
+    std::fs::write(folder.join("pytorch_model.bin"), b"").unwrap();
+    let pickled = String::from_utf8(says("dtype", "bfloat16", &[]).stderr).unwrap();
+    assert!(pickled.contains("convert them to safetensors"), "{pickled}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 #[test]
 fn an_arena_that_no_server_takes_is_not_planned_either() {
     let out = strait(&["plan", "--kv-cache-memory-bytes", "257GiB"]);

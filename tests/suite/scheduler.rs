@@ -751,7 +751,7 @@ fn one_before_them_takes_the_place_of_those_that_computed_nothing() {
     }
     s.steps(1);
     s.enqueue(GenerateRequest { priority: -1, ..request(0, 9, 20, 1) });
-    // The last of them starts again after it.
+    // The last of them gives up its place; it had not started, and nothing is told of it.
     s.steps(2).finish(expect![[r#"
         = s0 starts after 1s, 0 cached
         s0 p0 0..128 sealed=0 exact=2
