@@ -136,7 +136,7 @@ fn set_options(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
     Ok(())
 }
 
-async fn connection(socket: Socket, peer: SocketAddr, router: Router, limits: &Limits, mut closing: watch::Receiver<bool>) {
+async fn connection(socket: Socket, peer: SocketAddr, router: Router, limits: &Limits, closing: watch::Receiver<bool>) {
     // Held by whatever makes or tells an answer.
     let answering = Arc::new(());
     let answers = Arc::downgrade(&answering);
@@ -155,14 +155,15 @@ async fn connection(socket: Socket, peer: SocketAddr, router: Router, limits: &L
         .half_close(false)
         .serve_connection(TokioIo::new(socket.clone()), service);
     let mut connection = std::pin::pin!(connection);
-    let closed = async {
+    let closed = || {
+        let mut closing = closing.clone();
         // The sender outlives every connection; if it were gone, closing would be right, too.
-        let _ = closing.wait_for(|closing| *closing).await;
+        async move { drop(closing.wait_for(|closing| *closing).await) }
     };
     let served = async {
         tokio::select! {
             ended = connection.as_mut() => ended,
-            () = closed => {
+            () = closed() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
@@ -186,8 +187,16 @@ async fn connection(socket: Socket, peer: SocketAddr, router: Router, limits: &L
             return;
         }
     };
-    if let Err(error) = ended {
+    if let Err(error) = &ended {
         tracing::debug!(%error, "connection ended");
+    }
+    // An answer may have gone before its request was read; whoever was too slow, or has gone, sends nothing more.
+    if ended.is_ok() || ended.is_err_and(|error| error.is_parse()) {
+        tokio::select! {
+            biased;
+            () = closed() => {}
+            () = socket.linger() => {}
+        }
     }
 }
 

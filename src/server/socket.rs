@@ -10,11 +10,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 /// How often a socket with bytes that nobody reads is asked whether its other end is closed; and how long an answer may still take then.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long what a client sends behind its last answer is read and thrown away, and how long it may be silent meanwhile.
+const LINGER: Duration = Duration::from_secs(10);
+const LINGER_SILENCE: Duration = Duration::from_secs(1);
 
 /// A handle on a socket. At most one reads and one writes; any may watch.
 #[derive(Clone)]
@@ -35,6 +39,15 @@ impl Socket {
                 _ => return tokio::time::sleep(LOOK).await,
             }
         }
+    }
+
+    /// Says that nothing more comes, and reads on until the client closes, falls silent or has had its time. A socket that is closed with
+    /// bytes unread resets the connection, which fails a client that is still sending its body before it looks at the answer.
+    pub async fn linger(mut self) {
+        let _ = self.shutdown().await;
+        let mut sink = vec![0; 16 << 10];
+        let silent = async { while let Ok(Ok(1..)) = tokio::time::timeout(LINGER_SILENCE, self.read(&mut sink)).await {} };
+        let _ = tokio::time::timeout(LINGER, silent).await;
     }
 
     fn poll_try_write(&self, cx: &mut Context<'_>, mut write: impl FnMut(&TcpStream) -> io::Result<usize>) -> Poll<io::Result<usize>> {

@@ -186,6 +186,34 @@ async fn large_bodies_are_refused_early() {
 }
 
 #[tokio::test]
+async fn a_refusal_reaches_a_client_that_sends_all_of_its_body_first() {
+    let edit = |c: &mut Config| (c.limits.body_bytes, c.api_keys) = (1000, Keys::new(["sk-one"]));
+    let net = net_with(edit, vec![], Duration::from_secs(5)).await;
+    let body = vec![b'x'; 32 << 20];
+    for (path, header, want) in [
+        (TEXT, "content-type: application/json\r\nx-api-key: sk-one", "413"),
+        (TEXT, "content-type: text/plain\r\nx-api-key: sk-one", "415"),
+        (TEXT, "content-type: application/json", "401"),
+        ("/v1/embeddings", "content-type: application/json\r\nx-api-key: sk-one", "501"),
+        ("/nope", "x-api-key: sk-one", "404"),
+    ] {
+        let mut client = net.connect().await;
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\n{header}\r\ncontent-length: {}\r\n\r\n", body.len());
+        client.write_all(head.as_bytes()).await.expect("sent");
+        client.write_all(&body).await.unwrap_or_else(|error| panic!("{path} {header}: {error}"));
+        assert_eq!(status(&read_all(&mut client).await), want, "{path} {header}");
+    }
+    // Nobody is waited for who sends nothing, nor when the server closes.
+    let begun = Instant::now();
+    let mut silent = net.connect().await;
+    silent.write_all(b"POST /nope HTTP/1.1\r\nhost: localhost\r\nx-api-key: sk-one\r\ncontent-length: 9\r\n\r\n").await.expect("sent");
+    assert_eq!(status(&read_all(&mut silent).await), "404");
+    net.stop.send_replace(true);
+    assert_eq!(net.served.await.expect("no panic").forced, 0);
+    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn a_wrong_key_costs_no_body() {
     let net = net_with(|c| c.api_keys = Keys::new(["sk-one"]), vec![], Duration::from_secs(5)).await;
     let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nexpect: 100-continue\r\ncontent-length: 1000000\r\n\r\n";
