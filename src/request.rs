@@ -97,6 +97,8 @@ pub enum Failure {
     Internal(String),
     /// The server is shutting down and its deadline has passed.
     Draining,
+    /// Its client left so many events unread that no more were kept for it.
+    Unread,
 }
 
 /// A token's log-probability under the model's own distribution (before bias, penalties,

@@ -244,7 +244,8 @@ impl Engine for Arc<Door> {
         };
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {
-            let (events, receiver) = mpsc::channel(UNREAD_EVENTS);
+            // And its end, which always has a place.
+            let (events, receiver) = mpsc::channel(UNREAD_EVENTS + 1);
             submitted.push(Submitted { seq, request, adapter: adapter.clone(), events });
             receivers.push(receiver);
         }
@@ -607,10 +608,14 @@ impl Room {
         }
     }
 
-    /// Hands an event to a client. One that left its channel full stopped reading: its sequence is cancelled.
+    /// Hands an event to a client. One that left its channel full but for the last place stopped reading: its sequence is cancelled.
     fn tell(&mut self, seq: SeqId, event: Event) {
         let Some(client) = self.clients.get(&seq) else { return };
-        if let Err(mpsc::error::TrySendError::Full(_)) = client.events.try_send(event) {
+        let ends = matches!(event, Event::Done { .. } | Event::Failed { .. });
+        let unread = !ends && client.events.capacity() <= 1;
+        // A client that has gone is told nothing; its cancellation is under way.
+        let _ = client.events.try_send(if unread { Event::Failed { failure: Failure::Unread } } else { event });
+        if unread {
             tracing::warn!(?seq, "a client left {UNREAD_EVENTS} events unread; its request is cancelled");
             if let Some(ended) = self.scheduler.cancel(seq) {
                 self.forget(seq, "abort", ended.preemptions);

@@ -274,6 +274,10 @@ impl From<&Failure> for ApiError {
             // What failed is for the log; the client can do nothing with it.
             Failure::Internal(_) => Self::internal(),
             Failure::Draining => Self::draining(),
+            Failure::Unread => {
+                let message = "the client read more slowly than tokens came, and too many waited for it; the request was cancelled";
+                Self::new(StatusCode::REQUEST_TIMEOUT, "timeout_error", "client_too_slow", message)
+            }
         }
     }
 }

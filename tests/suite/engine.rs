@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
@@ -58,9 +58,10 @@ pub(crate) struct Size {
     seqs: usize,
     arena_pages: u64,
     queue: usize,
+    positions: usize,
 }
 
-pub(crate) const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64 };
+pub(crate) const ROOMY: Size = Size { budget: 512, seqs: 16, arena_pages: 200, queue: 64, positions: POSITIONS };
 
 pub(crate) fn world(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> World {
     let (engine, thread) = start(parts(model, size, ops)).unwrap();
@@ -88,7 +89,7 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&dir).unwrap()));
     let config = &checkpoint.config;
     let ops = ops();
-    let mut decoder = Decoder::new(config, checkpoint.weights(LoadDtype::F32), POSITIONS, 64);
+    let mut decoder = Decoder::new(config, checkpoint.weights(LoadDtype::F32), size.positions, 64);
 
     let texts: Vec<Vec<TokenId>> = (0..4).map(|i| tokens(300, 100 + i, config.vocab)).collect();
     let mut moments = Moments::new(config, 4);
@@ -112,7 +113,7 @@ fn parts(model: &str, size: Size, ops: impl Fn() -> Box<dyn Ops>) -> Parts {
             max_queued_requests: size.queue,
             max_queued_tokens: 1 << 20,
             layers: config.layers as u32,
-            max_model_len: POSITIONS as u32,
+            max_model_len: size.positions as u32,
             arena_bytes,
             profiles: ready.iter().map(|r| ProfileSizes::of(&r.layout)).collect(),
             prefix_caching: true,
@@ -477,6 +478,22 @@ fn the_sequences_of_a_request_are_queued_all_or_none() {
     drop(world);
     let want = BTreeMap::from([("accepted".into(), 11), ("abort".into(), 5), ("length".into(), 6)]);
     assert_eq!(*books.lock().unwrap(), want, "nothing is counted of what was refused");
+}
+
+#[test]
+fn a_client_that_leaves_too_much_unread_is_told_so_behind_what_it_left() {
+    let (ended, end) = mpsc::channel();
+    let world = watched("llama2", Size { positions: 4600, ..ROOMY }, cpu, move |event| {
+        if let telemetry::Event::Finished { reason, .. } = event {
+            ended.send(reason).unwrap();
+        }
+    });
+    let ask = || world.engine.submit(GenerateRequest { logprobs: None, ..request(&tokens(20, 1, 256), 4500, 0) }).unwrap();
+    let stream = ask();
+    assert_eq!(end.recv_timeout(Duration::from_secs(60)), Ok("abort"));
+    let said = hear(stream);
+    assert_eq!((said.tokens.len(), said.end), (4096, Err(Failure::Unread)));
+    assert_eq!(hear(ask()).tokens.len(), 4500, "who reads is told all");
 }
 
 /// The CPU's operations; what is to be normed is shown to somebody before.

@@ -694,6 +694,8 @@ impl Sim {
                         }
                         // What was taken fits, whatever happens to it.
                         Failure::OutOfPages => false,
+                        // Nobody reads here, and the scheduler knows no readers.
+                        Failure::Unread => false,
                         Failure::Draining => true,
                     };
                     if !fair {

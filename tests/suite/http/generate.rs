@@ -357,6 +357,7 @@ async fn an_abnormal_end_is_a_status_or_an_error_event_without_done() {
         (Failure::QueueTimeout, "503 deadline_exceeded -"),
         (Failure::Internal("canary".into()), "500 internal_error -"),
         (Failure::Draining, "503 draining -"),
+        (Failure::Unread, "408 client_too_slow -"),
     ] {
         let failed = || vec![Ok(vec![Say("abc"), Tell(Event::Failed { failure: failure.clone() })])];
         let answer = app(failed()).post(CHAT, &hello()).await;
