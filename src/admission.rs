@@ -4,6 +4,7 @@
 //! length from its bytes, tokens, and what they leave room for. Nothing here blocks but the tokenizer and the chat
 //! template; callers keep these calls off the async threads.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub trait Codec: Send + Sync {
     fn decode(&self, ids: &[TokenId], skip_special: bool) -> String;
     /// The exact bytes of one token.
     fn token_bytes(&self, id: TokenId) -> Vec<u8>;
+    /// Whether a token is left out of generated text.
+    fn is_special(&self, id: TokenId) -> bool;
     /// Width of the logits; valid ids are below it.
     fn vocab(&self) -> usize;
     /// Bytes of input text that one token covers at most; `None` if a normaliser may drop text.
@@ -194,6 +197,13 @@ pub struct Prompt {
     pub tokens: Arc<[TokenId]>,
     /// As the client wrote it; `None` for token ids and chats.
     pub text: Option<String>,
+}
+
+impl Prompt {
+    /// The text that `echo` puts before its choices.
+    pub fn echo(&self, codec: &dyn Codec) -> Cow<'_, str> {
+        self.text.as_deref().map_or_else(|| codec.decode(&self.tokens, false).into(), Cow::Borrowed)
+    }
 }
 
 /// How the answer is to be told.

@@ -34,6 +34,10 @@ impl Codec for ModelCodec {
         self.tokenizer.token_bytes(id)
     }
 
+    fn is_special(&self, id: TokenId) -> bool {
+        self.tokenizer.is_special(id)
+    }
+
     fn vocab(&self) -> usize {
         self.vocab
     }

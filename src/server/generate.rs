@@ -187,12 +187,6 @@ impl Answer {
         &self.prompts[choice / self.reply.n]
     }
 
-    /// Text that `echo` puts before the choices of a prompt.
-    fn echo(&self, codec: &dyn Codec, choice: usize) -> String {
-        let prompt = self.prompt_of(choice);
-        prompt.text.clone().unwrap_or_else(|| codec.decode(&prompt.tokens, false))
-    }
-
     fn prompt_tokens(&self) -> u64 {
         self.prompts.iter().map(|p| p.tokens.len() as u64).sum()
     }
@@ -406,38 +400,43 @@ impl Told {
             if logprobs.len() + 1 != prompt.tokens.len() {
                 return Err(Failure::Internal(format!("{} log-probabilities for a prompt of {}", logprobs.len(), prompt.tokens.len())));
             }
-            // What the echo has left to show, of a prompt that came as text.
-            let mut left = prompt.text.as_ref().map(|text| text.as_bytes());
+            // What the echo has left to show, while tokens spell it.
+            let text = prompt.echo(codec);
+            let mut left = Some(text.as_bytes());
             for (&id, logprob) in prompt.tokens.iter().zip(std::iter::once(None).chain(logprobs.iter().map(Some))) {
                 let bytes = codec.token_bytes(id);
-                let shown = match &mut left {
-                    None => true,
-                    Some(text) => match text.strip_prefix(&bytes[..]) {
-                        Some(rest) => {
-                            *text = rest;
-                            true
-                        }
-                        // Added by the tokenizer (BOS); anything else a normaliser changed keeps its own width.
-                        None => !is_special(codec, id),
-                    },
+                // The space that an encoder of the sentencepiece kind put there is not in the text.
+                let spelled = [Some(&bytes[..]), bytes.strip_prefix(b" ")].into_iter().flatten();
+                let found = left.and_then(|text| spelled.into_iter().find_map(|shown| Some((shown, text.strip_prefix(shown)?))));
+                let shown: &[u8] = match found {
+                    Some((shown, rest)) => {
+                        left = Some(rest);
+                        shown
+                    }
+                    // Added by the tokenizer (BOS).
+                    None if prompt.text.is_some() && codec.is_special(id) => &[],
+                    // A normaliser changed the text: from here on tokens have their own widths.
+                    None => {
+                        left = None;
+                        &bytes
+                    }
                 };
                 self.list(&mut out, codec, (id, logprob), shown);
             }
         }
         for (id, logprob) in std::mem::take(&mut self.tokens) {
-            self.list(&mut out, codec, (id, logprob.as_ref()), !is_special(codec, id));
+            let bytes = if codec.is_special(id) { Vec::new() } else { codec.token_bytes(id) };
+            self.list(&mut out, codec, (id, logprob.as_ref()), &bytes);
         }
         Ok(out)
     }
 
-    /// Lists a token; one that is not `shown` in the choice's text takes no room in it.
-    fn list(&mut self, out: &mut CompletionLogprobs, codec: &dyn Codec, (id, logprob): (TokenId, Option<&TokenLogprob>), shown: bool) {
+    /// Lists a token, of which so much is `shown` in the choice's text.
+    fn list(&mut self, out: &mut CompletionLogprobs, codec: &dyn Codec, (id, logprob): (TokenId, Option<&TokenLogprob>), shown: &[u8]) {
         let bytes = codec.token_bytes(id);
         out.text_offset.push(self.offset);
-        if shown {
-            // Characters that begin in this token: a character split over tokens counts where it starts.
-            self.offset += bytes.iter().filter(|&&b| b & 0xc0 != 0x80).count();
-        }
+        // Characters that begin in this token: a character split over tokens counts where it starts.
+        self.offset += shown.iter().filter(|&&b| b & 0xc0 != 0x80).count();
         out.tokens.push(name_of(&bytes));
         out.token_logprobs.push(logprob.map(|l| l.logprob.max(LOGPROB_MIN)));
         out.top_logprobs.push(logprob.map(|l| {
@@ -449,11 +448,6 @@ impl Told {
             TopLogprobs(top)
         }));
     }
-}
-
-/// Whether a token is left out of generated text.
-fn is_special(codec: &dyn Codec, id: TokenId) -> bool {
-    codec.decode(&[id], true).is_empty()
 }
 
 fn token_name(codec: &dyn Codec, id: TokenId) -> String {
@@ -530,7 +524,7 @@ fn begin_echo(answer: &Answer, codec: &dyn Codec, index: usize, told: &mut Told)
     if !answer.reply.echo {
         return (String::new(), 0);
     }
-    let text = answer.echo(codec, index);
+    let text = answer.prompt_of(index).echo(codec).into_owned();
     let listed = answer.reply.logprobs.is_some();
     if listed && told.prompt.is_none() && answer.prompt_of(index).tokens.len() == 1 {
         // A prompt of one token has nothing to report, so the engine may say nothing.

@@ -40,7 +40,7 @@ pub(crate) fn byte_level() -> Value {
 
 /// A sentencepiece-like vocabulary with byte fallback: Llama 2 (`legacy`: a normaliser prepends) or Mistral's (a
 /// metaspace prepends to the first piece only).
-fn sentencepiece(legacy: bool) -> Value {
+pub(crate) fn sentencepiece(legacy: bool) -> Value {
     let mut vocab = Map::new();
     for token in ["<unk>", "<s>", "</s>"] {
         vocab.insert(token.into(), json!(vocab.len()));

@@ -203,6 +203,44 @@ async fn offsets_are_places_in_the_text() {
     assert_eq!(choice["logprobs"]["text_offset"], json!([0, 0, 1, 2, 3, 4, 5, 5]));
 }
 
+#[tokio::test]
+async fn offsets_leave_out_the_space_that_an_encoder_put_before_a_text() {
+    for legacy in [true, false] {
+        let tokenizer =
+            Arc::new(Tokenizer::from_json(&crate::text::sentencepiece(legacy).to_string(), None, None, usize::MAX).expect("a tokenizer"));
+        let id = |token: &str| tokenizer.token_id(token).expect("a token");
+        let said = [id("\u{2581}"), id("w"), id("</s>"), id("o")];
+        for prompt in
+            [json!("hello w"), json!(" hello"), json!("<s>hello"), json!(tokenizer.encode("hello w", false, true).expect("tokens"))]
+        {
+            let prompts = match prompt.as_str() {
+                Some(text) => tokenizer.encode(text, true, true).expect("tokens").len(),
+                None => prompt.as_array().expect("ids").len(),
+            };
+            let logprob = TokenLogprob { logprob: -0.5, top: vec![] };
+            let token = |id| Event::Token { id, logprob: Some(logprob.clone()) };
+            let done = Event::Done { reason: FinishReason::Length, usage: Usage::default() };
+            let scores = Event::Prompt { logprobs: vec![logprob.clone(); prompts - 1] };
+            let events = [scores].into_iter().chain(said.map(token)).chain([done]).collect();
+            let codec = Arc::new(ModelCodec::new(tokenizer.clone(), 300));
+            let app = served(EngineHandle::new(Arc::new(Happened(Mutex::new(events)))), Model { codec, ..model() });
+            let answer = app.post(TEXT, &json!({"prompt": prompt, "echo": true, "logprobs": 0})).await.json();
+            let choice = &answer["choices"][0];
+            let text: Vec<char> = choice["text"].as_str().expect("text").chars().collect();
+            let offsets: Vec<usize> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).expect("offsets");
+            let tokens: Vec<String> = serde_json::from_value(choice["logprobs"]["tokens"].clone()).expect("tokens");
+            for (token, from, to) in (0..tokens.len()).map(|i| (&tokens[i], offsets[i], *offsets.get(i + 1).unwrap_or(&text.len()))) {
+                let shown: String = text[from..to].iter().collect();
+                assert!(
+                    shown == *token || shown == token.trim_start() || token.starts_with('<') && shown.is_empty(),
+                    "{prompt} {token:?} is at {from}..{to} of {answer}"
+                );
+            }
+            assert_eq!(offsets.last(), Some(&(text.len() - 1)), "{prompt}: {answer}");
+        }
+    }
+}
+
 /// An engine for which all of a sequence has happened when it is submitted.
 struct Happened(Mutex<Vec<Event>>);
 

@@ -18,9 +18,10 @@ use strait::ids::{ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::{BasisKind, Cskv, Profile};
 use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage};
 use strait::scheduler::Limit;
+use strait::serve::codec::ModelCodec;
 use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
-use strait::text::Start;
+use strait::text::{Start, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Barrier, mpsc, watch};
@@ -61,6 +62,9 @@ impl Codec for Bytes {
             EOS => b"</s>".to_vec(),
             id => vec![u8::try_from(id).expect("a byte")],
         }
+    }
+    fn is_special(&self, id: TokenId) -> bool {
+        id >= BOS
     }
     fn vocab(&self) -> usize {
         VOCAB

@@ -65,6 +65,9 @@ impl Codec for Counting {
     fn token_bytes(&self, id: TokenId) -> Vec<u8> {
         Bytes.token_bytes(id)
     }
+    fn is_special(&self, id: TokenId) -> bool {
+        Bytes.is_special(id)
+    }
     fn vocab(&self) -> usize {
         Bytes.vocab()
     }
