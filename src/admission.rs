@@ -233,17 +233,19 @@ impl Model {
         self.names.first().map_or("", String::as_str)
     }
 
-    /// The name replies carry for a model name, and whether it is an adapter's.
+    /// The name replies carry for a model name, and the adapter's that is meant: its own name, or `model:adapter`.
     ///
     /// # Errors
     /// [`Refusal::UnknownModel`].
-    pub fn resolve(&self, name: Option<&str>) -> Result<(String, bool), Refusal> {
-        match name {
-            None => Ok((self.name().to_owned(), false)),
-            Some(name) if self.names.iter().any(|known| known == name) => Ok((name.to_owned(), false)),
-            Some(name) if self.adapters.as_ref().is_some_and(|a| a.knows(name)) => Ok((name.to_owned(), true)),
-            Some(_) => Err(Refusal::UnknownModel),
+    pub fn resolve(&self, name: Option<&str>) -> Result<(String, Option<String>), Refusal> {
+        let Some(name) = name else { return Ok((self.name().to_owned(), None)) };
+        if self.names.iter().any(|known| known == name) {
+            return Ok((name.to_owned(), None));
         }
+        let adapters = self.adapters.as_ref().ok_or(Refusal::UnknownModel)?;
+        let behind_a_name = self.names.iter().filter_map(|known| name.strip_prefix(known.as_str())?.strip_prefix(':'));
+        let adapter = std::iter::once(name).chain(behind_a_name).find(|name| adapters.knows(name)).ok_or(Refusal::UnknownModel)?;
+        Ok((name.to_owned(), Some(adapter.to_owned())))
     }
 
     /// Index of a profile by its name, or of the default one.
@@ -369,12 +371,12 @@ impl Model {
     }
 
     fn target(&self, options: &Options) -> Result<Target, Refusal> {
-        let (model, is_adapter) = self.resolve(options.model.as_deref())?;
+        let (model, adapter) = self.resolve(options.model.as_deref())?;
         let profile = self.profile(options.cache_profile.as_deref())?;
         self.check_ids(&options.stop_token_ids, "stop_token_ids")?;
         let biased: Vec<TokenId> = options.logit_bias.iter().map(|&(id, _)| id).collect();
         self.check_ids(&biased, "logit_bias")?;
-        Ok(Target { model, is_adapter, profile })
+        Ok(Target { model, adapter, profile })
     }
 
     fn build(&self, options: &Options, ask: Ask) -> Result<Admitted, Refusal> {
@@ -407,7 +409,7 @@ impl Model {
             }
         }
         let reply = Reply {
-            adapter: ask.target.is_adapter.then(|| ask.target.model.clone()),
+            adapter: ask.target.adapter,
             model: ask.target.model,
             n: options.n as usize,
             stop: options.stop.clone(),
@@ -489,7 +491,7 @@ pub const TEMPERATURE_FLOOR: f64 = 1e-3;
 /// What a request aims at.
 struct Target {
     model: String,
-    is_adapter: bool,
+    adapter: Option<String>,
     profile: ProfileIndex,
 }
 

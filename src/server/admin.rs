@@ -126,7 +126,7 @@ pub async fn model(State(server): State<Arc<Server>>, id: Result<Path<String>, P
     }
     // Whether there is an adapter of that name may be for its folder to say.
     let known = loaded.clone();
-    let look = move |adapters: &Registry| Ok(known.model.resolve(Some(&id)).map(|(name, _)| adapters.alias(&name)));
+    let look = move |adapters: &Registry| Ok(known.model.resolve(Some(&id)).map(|(_, adapter)| adapters.alias(&adapter?)));
     let state = super::adapters::blocking(&server, loaded, look).await??.ok_or(Refusal::UnknownModel)?;
     Ok(Json(adapter_card(loaded, &state)))
 }

@@ -97,6 +97,23 @@ async fn chat(app: &App, model: &str) -> Answer {
 }
 
 #[tokio::test]
+async fn an_adapter_is_named_alone_or_behind_a_name_of_its_model() {
+    let root = Root::new("names", &["all-linear"]);
+    let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+    let app = serving(&registry);
+    assert_eq!(call(&app, LOAD, &json!({"lora_name": "tuned", "lora_path": "all-linear"}), false).await.verdict(), "200");
+    for name in ["tuned", "demo:tuned", "org/demo:tuned"] {
+        let answer = chat(&app, name).await;
+        assert_eq!((answer.verdict().as_str(), &answer.json()["model"]), ("200", &json!(name)));
+        assert_eq!(app.get(&format!("/v1/models/{name}")).await.json()["id"], "tuned");
+    }
+    assert!(app.fake.seen().requests.iter().all(|r| r.adapter.0 != 0));
+    for name in ["demo:", "demo:other", "demo:demo", "tuned:tuned", ":tuned"] {
+        assert_eq!(chat(&app, name).await.verdict(), "404 model_not_found model", "{name}");
+    }
+}
+
+#[tokio::test]
 async fn an_adapter_is_loaded_served_replaced_rolled_back_and_unloaded() {
     let root = Root::new("life", &["all-linear", "pissa", "olora"]);
     let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
