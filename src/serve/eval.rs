@@ -162,7 +162,10 @@ impl Examiner {
         let telemetry = Arc::new(Telemetry::new("eval"));
         let ready = super::load(Source::of(ask.asked.model.as_ref()), &settings, &telemetry)?;
         check_known(&ask.asked, &ready.profile_specs)?;
-        let server = Server::new(server::Config { seed: settings.seed, ..server::Config::new(super::PAGES) }, telemetry);
+        let server = Server::new(
+            server::Config { seed: settings.seed, text_queue: super::text_queue(&settings), ..server::Config::new(super::PAGES) },
+            telemetry,
+        );
         let (summary, thread) = super::install(&server, ready)?;
         let inside = Some((server.clone(), thread));
         // A long prefill on one core may take an hour, and nobody else is waiting.

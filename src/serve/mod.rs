@@ -98,6 +98,7 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     config.api_keys = Keys::new(&settings.api_keys);
     config.admin_keys = Keys::new(&settings.admin_api_key);
     config.seed = settings.seed;
+    config.text_queue = text_queue(&settings);
     let server = Server::new(config, telemetry.clone());
     let drain_timeout = settings.shutdown_timeout;
     let serving = tokio::spawn(server::serve(listener, server.clone(), shutdown_signal(), drain_timeout));
@@ -116,6 +117,12 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     let _ = write!(out, "{}", banner(&address, is_demo, &summary)).and_then(|()| out.flush());
 
     both_ended(&server, serving, move || engine.join()).await
+}
+
+/// How many requests may wait for work on their text: all that the engine may take, so that none of these is refused on the way there.
+/// Their bodies have a limit of their own.
+fn text_queue(settings: &Settings) -> usize {
+    settings.max_num_seqs.saturating_add(settings.max_queued_requests).min(1 << 20)
 }
 
 /// Waits for the accept loop and for the engine's thread, whichever ends first.
@@ -623,6 +630,20 @@ mod tests {
 
     fn runtime() -> Runtime {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
+    }
+
+    #[test]
+    fn what_the_engine_may_take_is_not_refused_on_the_way_there() {
+        let flags = |queued| ServeFlags { max_queued_requests: queued, ..ServeFlags::default() };
+        for queued in [None, Some(1), Some(1000), Some(usize::MAX)] {
+            let settings = Settings::resolve(&flags(queued)).expect("settings");
+            let server = Server::new(
+                server::Config { text_queue: text_queue(&settings), ..server::Config::new(PAGES) },
+                Arc::new(Telemetry::new("demo")),
+            );
+            let most = settings.max_queued_requests.min(2000) + settings.max_num_seqs;
+            assert!(server.config.text_queue >= most, "{} places for {most}", server.config.text_queue);
+        }
     }
 
     #[test]
