@@ -50,7 +50,7 @@ pub trait Engine: Send + Sync {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
     /// The queue is full; `retry_after` follows from the pace at which it drains.
-    #[error("the request queue is full ({queued} requests)")]
+    #[error("the request queue is full ({queued} requests{})", in_all(.limit))]
     QueueFull { queued: usize, limit: Limit, retry_after: Duration },
     /// The request can never fit the cache, however idle the server is.
     #[error(
@@ -61,6 +61,14 @@ pub enum SubmitError {
     Draining,
     #[error("the engine has stopped")]
     Stopped,
+}
+
+/// What of the requests in a full queue leaves no room for another, where it is not their number.
+fn in_all(limit: &Limit) -> &'static str {
+    match limit {
+        Limit::Requests => "",
+        Limit::Tokens => ", with as many prompt tokens as may wait",
+    }
 }
 
 /// The events of one sequence. Dropping it cancels the sequence.
