@@ -252,9 +252,36 @@ fn lora_modules(texts: &[String]) -> Result<Vec<AdapterModule>, ConfigError> {
     Ok(out)
 }
 
-/// One key per line; `#` begins a comment.
+/// One key per line; `#` begins a comment, at the start of a line or behind white space.
 fn read_keys(path: &PathBuf) -> Result<Vec<String>, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::KeyFile { path: path.clone(), source })?;
-    let keys: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).map(Into::into).collect();
+    let keys: Vec<String> = text.lines().map(without_comment).filter(|key| !key.is_empty()).map(Into::into).collect();
     if keys.is_empty() { Err(ConfigError::NoKeys { path: path.clone() }) } else { Ok(keys) }
+}
+
+fn without_comment(line: &str) -> &str {
+    let comment = |&at: &usize| line[..at].chars().next_back().is_none_or(char::is_whitespace);
+    let end = line.match_indices('#').map(|(at, _)| at).find(comment).unwrap_or(line.len());
+    line[..end].trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comment_is_no_part_of_a_key() {
+        for (line, key) in [
+            ("sk-a", "sk-a"),
+            ("  sk-a\t", "sk-a"),
+            ("sk-a # of Ann", "sk-a"),
+            ("sk-a\t#of Ann # too", "sk-a"),
+            ("sk#a", "sk#a"),
+            ("# sk-a", ""),
+            ("  #sk-a", ""),
+            ("", ""),
+        ] {
+            assert_eq!(without_comment(line), key, "{line:?}");
+        }
+    }
 }
