@@ -17,8 +17,8 @@ pub const PROMPTS_MAX: usize = 32;
 pub const CHOICES_MAX: u32 = 8;
 /// Most sequences one request may become.
 pub const SEQUENCES_MAX: usize = 64;
-/// Most stop strings, and their longest length in bytes.
-pub const STOPS_MAX: usize = 4;
+/// Most stop strings, and their longest length in bytes. OpenAI takes 4; evaluation harnesses send more to other servers.
+pub const STOPS_MAX: usize = 32;
 pub const STOP_BYTES_MAX: usize = 256;
 /// Most stop token ids.
 pub const STOP_TOKENS_MAX: usize = 256;
@@ -80,7 +80,7 @@ pub struct Options {
     /// Any 64-bit integer; the same seed and request give the same text. Absent means a random one.
     #[schema(value_type = Option<i64>)]
     pub seed: Option<u64>,
-    /// A string or up to four, each of 1 to 256 bytes. `min_tokens` does not hold them back.
+    /// A string or up to 32, each of 1 to 256 bytes. `min_tokens` does not hold them back.
     #[schema(schema_with = text_or_texts, required = false)]
     pub stop: Vec<String>,
     #[schema(value_type = Option<Vec<u32>>)]
