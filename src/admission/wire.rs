@@ -125,6 +125,8 @@ pub struct ChatRequest {
     /// Extra variables of the chat template: scalars only.
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Map<String, Value>,
+    /// One of these variables, where OpenAI's clients send it.
+    pub reasoning_effort: Option<String>,
 }
 
 /// One message of a chat.
@@ -232,6 +234,8 @@ enum Inert {
     Never,
     Bool(bool),
     Number(f64),
+    /// Zero or below, as samplers are switched off.
+    Off,
     EmptyArray,
     EmptyText,
     Texts(&'static [&'static str]),
@@ -248,7 +252,10 @@ impl Inert {
             (_, Json::Null) => true,
             (Inert::Bool(b), Json::Bool(v)) => b == *v,
             (Inert::Number(x), Json::Unsigned(v)) => x == *v as f64,
+            (Inert::Number(x), Json::Negative(v)) => x == *v as f64,
             (Inert::Number(x), Json::Float(v)) => x == *v,
+            (Inert::Off, Json::Unsigned(0) | Json::Negative(_)) => true,
+            (Inert::Off, Json::Float(v)) => *v <= 0.0,
             (Inert::EmptyArray, Json::Array(items)) => items.is_empty(),
             (Inert::EmptyText, Json::Text(s)) => s.is_empty(),
             (Inert::Texts(list), Json::Text(s)) => list.contains(&s.as_str()),
@@ -301,12 +308,52 @@ const UNSUPPORTED: &[(&str, Inert)] = &[
     ("lora", Inert::EmptyArray),
     ("adapter", Inert::Never),
     ("adapter_id", Inert::Never),
+    ("lora_path", Inert::Never),
+    ("enable_thinking", Inert::Never),
+    ("thinking", Inert::Never),
+    ("verbosity", Inert::Texts(&["medium"])),
+    ("thinking_token_budget", Inert::Never),
+    ("include_reasoning", Inert::Bool(true)),
+    ("return_tokens_as_token_ids", Inert::Bool(false)),
+    ("logprob_token_ids", Inert::EmptyArray),
+    ("repetition_detection", Inert::Never),
+    ("structural_tag", Inert::Never),
+    ("vllm_xargs", Inert::EmptyObject),
+    ("kv_transfer_params", Inert::EmptyObject),
+    ("stop_regex", Inert::EmptyArray),
+    ("no_stop_trim", Inert::Bool(false)),
+    ("custom_logit_processor", Inert::Never),
+    ("return_hidden_states", Inert::Bool(false)),
+    ("n_predict", Inert::Number(-1.0)),
+    ("max_new_tokens", Inert::Never),
+    ("min_new_tokens", Inert::Off),
+    ("repeat_penalty", Inert::Number(1.0)),
+    ("no_repeat_ngram_size", Inert::Off),
+    ("mirostat", Inert::Off),
+    ("dynatemp_range", Inert::Off),
+    ("dry_multiplier", Inert::Off),
+    ("xtc_probability", Inert::Off),
+    ("top_n_sigma", Inert::Off),
+    ("top_a", Inert::Off),
+    ("num_beams", Inert::Number(1.0)),
 ];
+
+/// What to say to whoever sends one of them.
+fn instead(name: &str) -> &'static str {
+    match name {
+        "enable_thinking" | "thinking" => "is not read here: what chat templates read belongs in chat_template_kwargs",
+        "lora" | "lora_path" | "adapter" | "adapter_id" => "is not read: an adapter is named as the model",
+        "max_new_tokens" | "n_predict" => "is called max_tokens here",
+        "min_new_tokens" => "is called min_tokens here",
+        "repeat_penalty" => "is called repetition_penalty here",
+        _ => "is not supported by this server",
+    }
+}
 
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), Refusal> {
     for &(name, inert) in UNSUPPORTED {
         if fields.take(name).is_some_and(|value| !inert.admits(&value)) {
-            return Err(Refusal::Unsupported { param: name.to_owned(), what: "is not supported by this server" });
+            return Err(Refusal::Unsupported { param: name.to_owned(), what: instead(name) });
         }
     }
     Ok(())
@@ -470,6 +517,7 @@ impl ChatRequest {
         if fields.bool("echo")? == Some(true) {
             return Err(Refusal::Unsupported { param: "echo".to_owned(), what: "belongs to /v1/completions" });
         }
+        templates_add_special_tokens(fields.bool("add_special_tokens")?)?;
         let options = Options::read(&mut fields)?;
         if let Some((0, name)) = options.max_new_tokens() {
             return value(name, "must be at least 1");
@@ -480,6 +528,12 @@ impl ChatRequest {
             return value("top_logprobs", "needs logprobs to be true");
         }
         let (add_generation_prompt, continue_final_message) = ending(&mut fields)?;
+        let reasoning_effort = fields.text("reasoning_effort")?;
+        if reasoning_effort.as_ref().is_some_and(|effort| effort.len() > 64) {
+            return value("reasoning_effort", "is longer than 64 bytes");
+        }
+        let mut chat_template_kwargs = template_kwargs(&mut fields)?;
+        chat_template_kwargs.extend(reasoning_effort.clone().map(|effort| ("reasoning_effort".to_owned(), effort.into())));
         Ok(ChatRequest {
             messages: messages(&mut fields)?,
             options,
@@ -487,9 +541,19 @@ impl ChatRequest {
             top_logprobs: top_logprobs.map(|n| u32::try_from(n).expect("the range was checked")),
             add_generation_prompt,
             continue_final_message,
-            chat_template_kwargs: template_kwargs(&mut fields)?,
+            chat_template_kwargs,
+            reasoning_effort,
         })
     }
+}
+
+/// Those around a chat are the template's business, which would put them there twice.
+fn templates_add_special_tokens(asked: Option<bool>) -> Result<(), Refusal> {
+    if asked == Some(true) {
+        let what = "is not supported with messages: the chat template adds the special tokens";
+        return Err(Refusal::Unsupported { param: "add_special_tokens".to_owned(), what });
+    }
+    Ok(())
 }
 
 /// `(add_generation_prompt, continue_final_message)`: one excludes the other, and the second switches the first off.
@@ -643,6 +707,9 @@ impl CompletionRequest {
         {
             return value(name, "must be at least 1, unless echo is true");
         }
+        if fields.take("top_logprobs").is_some() {
+            return Err(Refusal::Unsupported { param: "top_logprobs".to_owned(), what: "belongs to chats: here logprobs is their number" });
+        }
         let logprobs = fields.integer_in("logprobs", 0..=i128::from(LOGPROBS_MAX))?;
         let prompt = prompts(&mut fields)?;
         let count = match &prompt {
@@ -693,16 +760,15 @@ fn prompts(fields: &mut Fields) -> Result<Prompts, Refusal> {
 impl TokenizeRequest {
     /// Reads a body.
     pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
+        refuse_unsupported(&mut fields)?;
         let model = fields.text("model")?;
         let return_token_strs = fields.bool("return_token_strs")?.unwrap_or(false);
         let special = fields.bool("add_special_tokens")?;
         let source = match fields.text("prompt")? {
+            Some(_) if fields.take("messages").is_some() => return value("messages", "excludes prompt"),
             Some(prompt) => Source::Text { prompt, add_special_tokens: special.unwrap_or(true) },
             None => {
-                if special == Some(true) {
-                    let what = "is not supported with messages: the chat template adds the special tokens";
-                    return Err(Refusal::Unsupported { param: "add_special_tokens".to_owned(), what });
-                }
+                templates_add_special_tokens(special)?;
                 let (add_generation_prompt, continue_final_message) = ending(&mut fields)?;
                 Source::Chat {
                     messages: messages(&mut fields)?,

@@ -79,6 +79,22 @@ async fn parameters_of_a_chat() {
         (json!({"echo": true}), "400 unsupported_parameter echo"),
         (json!({"skip_special_tokens": false}), "400 unsupported_parameter skip_special_tokens"),
         (json!({"store": true}), "400 unsupported_parameter store"),
+        (json!({"add_special_tokens": false}), ok),
+        (json!({"add_special_tokens": true}), "400 unsupported_parameter add_special_tokens"),
+        (json!({"return_tokens_as_token_ids": true}), "400 unsupported_parameter return_tokens_as_token_ids"),
+        (json!({"thinking_token_budget": 9}), "400 unsupported_parameter thinking_token_budget"),
+        (json!({"enable_thinking": false}), "400 unsupported_parameter enable_thinking"),
+        (json!({"lora_path": "a"}), "400 unsupported_parameter lora_path"),
+        (json!({"verbosity": "medium", "vllm_xargs": {}, "repeat_penalty": 1.0}), ok),
+        (json!({"verbosity": "low"}), "400 unsupported_parameter verbosity"),
+        (json!({"vllm_xargs": {"a": 1}}), "400 unsupported_parameter vllm_xargs"),
+        (json!({"repeat_penalty": 1.1}), "400 unsupported_parameter repeat_penalty"),
+        // As clients of many servers switch samplers off.
+        (json!({"mirostat": 0, "dry_multiplier": 0.0, "xtc_probability": 0, "top_n_sigma": -1, "top_a": 0, "n_predict": -1}), ok),
+        (json!({"mirostat": 2}), "400 unsupported_parameter mirostat"),
+        (json!({"xtc_probability": 0.5}), "400 unsupported_parameter xtc_probability"),
+        (json!({"n_predict": 1}), "400 unsupported_parameter n_predict"),
+        (json!({"max_new_tokens": 1}), "400 unsupported_parameter max_new_tokens"),
         // P09: stop
         (json!({"stop": []}), ok),
         (json!({"stop": null}), ok),
@@ -162,6 +178,7 @@ async fn parameters_of_a_chat() {
         (json!({"messages": [{"role": "user", "content": "raise"}]}), "400 template_error messages"),
         (json!({"chat_template": "{{ 1 }}"}), "400 unsupported_parameter chat_template"),
         (json!({"chat_template_kwargs": {"enable_thinking": false, "x": 1, "y": "s", "z": null}}), ok),
+        (json!({"reasoning_effort": "x".repeat(65)}), "400 invalid_value reasoning_effort"),
         (json!({"chat_template_kwargs": {"tokenize": true}}), "400 invalid_value chat_template_kwargs"),
         (json!({"chat_template_kwargs": {"messages": "x"}}), "400 invalid_value chat_template_kwargs"),
         (json!({"chat_template_kwargs": {"a": []}}), "400 invalid_type chat_template_kwargs"),
@@ -216,6 +233,7 @@ async fn parameters_of_a_completion() {
         (json!({"prompt": "x", "max_tokens": 0}), "400 invalid_value max_tokens"),
         (json!({"prompt": "x", "max_tokens": 0, "echo": true}), ok),
         (json!({"prompt": "x", "echo": 1}), "400 invalid_type echo"),
+        (json!({"prompt": "x", "top_logprobs": 2}), "400 unsupported_parameter top_logprobs"),
         (json!({"prompt": "x", "best_of": 2}), "400 unsupported_parameter best_of"),
         (json!({"prompt": "x", "suffix": ""}), ok),
         (json!({"prompt": "x", "suffix": "y"}), "400 unsupported_parameter suffix"),
@@ -235,7 +253,7 @@ async fn what_the_engine_gets() {
         "temperature": 1e-50, "top_p": 1e-50, "top_k": -1, "min_p": 0.25, "presence_penalty": 1, "frequency_penalty": -1,
         "repetition_penalty": 1.5, "seed": -2, "logit_bias": {"7": -100}, "stop_token_ids": [9, 3, 9], "ignore_eos": true,
         "max_completion_tokens": 17, "min_tokens": 4, "priority": -3, "cache_profile": "full", "cache_salt": "a",
-        "logprobs": true, "top_logprobs": 2, "chat_template_kwargs": {"think": false},
+        "logprobs": true, "top_logprobs": 2, "chat_template_kwargs": {"think": false}, "reasoning_effort": "low",
     });
     app.post(CHAT, &with(hello(), &extra)).await;
     app.post(CHAT, &with(hello(), &json!({"continue_final_message": true, "cache_salt": "a"}))).await;
@@ -263,7 +281,7 @@ async fn what_the_engine_gets() {
     .assert_debug_eq(&full.sampling);
     assert_eq!((full.max_new_tokens, full.min_new_tokens, full.priority, full.profile), (17, 4, -3, ProfileIndex(0)));
     assert_eq!((&full.stop_tokens[..], full.logprobs, full.prompt_logprobs), (&[3, 9][..], Some(2), None));
-    assert_eq!(Bytes.decode(&full.prompt, false), "user:hi\nassistant:[think=false]");
+    assert_eq!(Bytes.decode(&full.prompt, false), "user:hi\nassistant:[think=false][reasoning_effort=\"low\"]");
     assert_ne!(full.cache_salt, 0);
     assert_eq!(full.cache_salt, seen.requests[2].cache_salt);
     assert_eq!(Bytes.decode(&seen.requests[2].prompt, false), "user:hi");
