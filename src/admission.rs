@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::ids::{AdapterGeneration, ProfileIndex, TokenId};
 use crate::kv::layout::Profile;
 use crate::request::{GenerateRequest, Sampling};
@@ -335,8 +337,12 @@ impl Model {
     }
 
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, Refusal> {
-        let text = chat.messages.as_array().into_iter().flatten().filter_map(|m| m["content"].as_str());
-        self.bound(text.map(str::len).sum(), "messages")?;
+        let contents = chat.messages.as_array().into_iter().flatten().map(|m| &m["content"]);
+        let texts = contents.flat_map(|content| match content {
+            Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+            content => Vec::from_iter(content.as_str()),
+        });
+        self.bound(texts.map(str::len).sum(), "messages")?;
         // What a template may show beside contents; whether it does is its own business.
         self.bound_text(text_bytes(chat.messages), "messages")?;
         self.codec.render(chat).map_err(|error| Refusal::Template { message: error.message })
@@ -475,8 +481,7 @@ pub const TEXT_BYTES_PER_POSITION: usize = 32;
 pub const TEXT_BYTES: usize = 1 << 20;
 
 /// Bytes of all strings in a value.
-fn text_bytes(value: &serde_json::Value) -> usize {
-    use serde_json::Value;
+fn text_bytes(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len(),
         Value::Array(items) => items.iter().map(text_bytes).sum(),

@@ -566,7 +566,7 @@ fn ending(fields: &mut Fields) -> Result<(bool, bool), Refusal> {
     Ok((add.unwrap_or(!go_on), go_on))
 }
 
-/// Messages as templates take them: known fields only, text parts joined by newlines.
+/// Messages as templates take them: known fields only.
 fn messages(fields: &mut Fields) -> Result<Value, Refusal> {
     let Some(items) = fields.array("messages")? else { return value("messages", "is missing") };
     if items.is_empty() || items.len() > MESSAGES_MAX {
@@ -589,7 +589,7 @@ fn message(mut fields: Fields) -> Result<Map<String, Value>, Refusal> {
     let content = match fields.take("content") {
         None => Value::Null,
         Some(Json::Text(text)) => Value::String(text),
-        Some(Json::Array(parts)) => Value::String(join_parts(parts, &path)?),
+        Some(Json::Array(parts)) => text_parts(parts, &path)?,
         Some(_) => return Err(Refusal::Type { param: path, want: "a string or an array of text parts" }),
     };
     let calls = fields.array("tool_calls")?.filter(|calls| !calls.is_empty());
@@ -623,7 +623,8 @@ fn message(mut fields: Fields) -> Result<Map<String, Value>, Refusal> {
     Ok(out)
 }
 
-fn join_parts(parts: Vec<Json>, path: &str) -> Result<String, Refusal> {
+/// Content parts, each `{"type": "text", "text": ...}`.
+fn text_parts(parts: Vec<Json>, path: &str) -> Result<Value, Refusal> {
     let mut texts = Vec::with_capacity(parts.len());
     for (index, part) in parts.into_iter().enumerate() {
         let mut part = Fields::of(part, format!("{path}[{index}]"))?;
@@ -639,11 +640,11 @@ fn join_parts(parts: Vec<Json>, path: &str) -> Result<String, Refusal> {
             None => return value(part.param("type"), "is missing"),
         }
         match part.text("text")? {
-            Some(text) => texts.push(text),
+            Some(text) => texts.push(serde_json::json!({ "type": "text", "text": text })),
             None => return value(part.param("text"), "is missing"),
         }
     }
-    Ok(texts.join("\n"))
+    Ok(Value::Array(texts))
 }
 
 /// Names a template gets from the server itself.

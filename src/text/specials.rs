@@ -18,6 +18,8 @@ pub(crate) struct Controls {
 pub(crate) struct Specials {
     nodes: Vec<Node>,
     flags: Vec<Strip>,
+    /// Bytes of the longest.
+    longest: usize,
 }
 
 #[derive(Default)]
@@ -38,9 +40,10 @@ struct Strip {
 impl Specials {
     /// From `(text, lstrip, rstrip)`.
     pub(crate) fn new(tokens: impl Iterator<Item = (impl AsRef<str>, bool, bool)>) -> Specials {
-        let mut it = Specials { nodes: vec![Node::default()], flags: Vec::new() };
+        let mut it = Specials { nodes: vec![Node::default()], flags: Vec::new(), longest: 0 };
         for (text, left, right) in tokens.filter(|(t, ..)| !t.as_ref().is_empty()) {
             let mut at = 0;
+            it.longest = it.longest.max(text.as_ref().len());
             for &byte in text.as_ref().as_bytes() {
                 at = match it.nodes[at].next.binary_search_by_key(&byte, |&(b, _)| b) {
                     Ok(i) => it.nodes[at].next[i].1 as usize,
@@ -72,6 +75,18 @@ impl Specials {
                 }
             }
             found
+        })
+    }
+
+    /// Whether `text` ends with the beginning of a token, which what follows it may make whole.
+    pub(crate) fn may_begin_in(&self, text: &str) -> bool {
+        let bytes = text.as_bytes();
+        (bytes.len().saturating_sub(self.longest)..bytes.len()).any(|start| {
+            let end = bytes[start..].iter().try_fold(0, |at: usize, &byte| {
+                let next = &self.nodes[at].next;
+                next.binary_search_by_key(&byte, |&(b, _)| b).ok().map(|edge| next[edge].1 as usize)
+            });
+            end.is_some_and(|at| !self.nodes[at].next.is_empty())
         })
     }
 
@@ -137,6 +152,12 @@ mod tests {
     fn matches_are_leftmost_and_longest() {
         let found: Vec<_> = specials().matches("a<s><end>><end> <en").collect();
         assert_eq!(found, [1..4, 4..10, 10..15]);
+    }
+
+    #[test]
+    fn a_token_may_begin_at_the_end_of_a_text() {
+        let found = ["a<", "<en", "<end>", "<s><", "", "a", "<s>", "<end>>", "<e n", "< "].map(|text| specials().may_begin_in(text));
+        assert_eq!(found, [true, true, true, true, false, false, false, false, false, false]);
     }
 
     #[test]

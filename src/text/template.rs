@@ -446,7 +446,7 @@ struct Rendered {
 }
 
 /// Private-use characters that occur nowhere in the input: one before and one after each special-token string of
-/// it, and one where the last message is to be continued.
+/// it, one after a text in which such a string only begins, and one where the last message is to be continued.
 struct Marks {
     open: char,
     close: char,
@@ -466,7 +466,7 @@ impl Marks {
         Marks { open: next('\u{F5A10}'), close: next('\u{F5A11}'), end: next('\u{F5A12}') }
     }
 
-    /// Puts marks round every special-token string in the strings and keys of `value`.
+    /// Puts marks round every special-token string, and behind the beginning of one, in the strings and keys of `value`.
     fn guard(&self, value: &mut Value, specials: &Specials) {
         match value {
             Value::String(text) => {
@@ -496,7 +496,13 @@ impl Marks {
             out.push(self.close);
             done = range.end;
         }
-        (done > 0).then(|| out + &text[done..])
+        // A template may put another text behind this one.
+        let begun = specials.may_begin_in(text);
+        (done > 0 || begun).then(|| {
+            out.push_str(&text[done..]);
+            out.extend(begun.then_some(self.close));
+            out
+        })
     }
 
     /// Takes the marks out, and finds the special-token strings that touched one: a template that cut the string at

@@ -232,6 +232,24 @@ fn a_clients_special_tokens_stay_plain_in_every_place() {
 }
 
 #[test]
+fn two_texts_that_a_template_joins_become_no_control_token() {
+    let template = "{% for m in messages %}<|a|>{{ m.name }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}<|b|>";
+    let t = load(&byte_level(), json!({ "chat_template": template }));
+    for (name, parts) in [
+        ("", vec!["x<|", "b|>y"]),
+        ("", vec!["<", "|", "a|", ">"]),
+        ("<|a", vec!["|>"]),
+        ("<|", vec!["b|><|", "a|>"]),
+        ("", vec!["<|a|>", "<"]),
+    ] {
+        let content: Value = parts.iter().map(|text| json!({ "type": "text", "text": text })).collect();
+        let ids = t.render(&json!([{ "role": "user", "name": name, "content": content }]), None, false, false, no_kwargs()).unwrap();
+        let said = t.encode(&format!("{name}{}", parts.concat()), false, false).unwrap();
+        assert_eq!(ids, [&[256][..], &said, &[257]].concat(), "{name:?} {parts:?}");
+    }
+}
+
+#[test]
 fn turn_markers_are_control_tokens_whatever_their_flag_says() {
     // As DeepSeek's vocabularies have them, and those that gained ChatML's by hand; `</tool>` is no word of this template.
     let mut json = byte_level();

@@ -39,6 +39,24 @@ async fn tokens_and_back() {
 }
 
 #[tokio::test]
+async fn parts_of_a_message_are_joined_as_its_template_joins_them() {
+    let walks = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}";
+    for (template, text) in [("{{ messages[0].content }}", "ab\ncd"), (walks, "abcd")] {
+        let json = crate::text::byte_level().to_string();
+        let tokenizer = Arc::new(Tokenizer::from_json(&json, None, Some(&json!(template)), usize::MAX).expect("a tokenizer"));
+        let app = app_of(config(), Model { codec: Arc::new(ModelCodec::new(tokenizer, 300)), ..model() });
+        let parts: Value = ["ab", "cd"].iter().map(|text| json!({"type": "text", "text": text})).collect();
+        let answer = app.post("/tokenize", &json!({"messages": [{"role": "user", "content": parts}]})).await.json();
+        let back = app.post("/detokenize", &json!({"tokens": answer["tokens"]})).await.json();
+        assert_eq!(back["prompt"], text, "{template}");
+    }
+    // They are counted like any text.
+    let part = json!({"type": "text", "text": "y".repeat(1 << 19)});
+    let answer = app(vec![]).post(CHAT, &json!({"messages": [{"role": "user", "content": [part, part]}]})).await;
+    assert_eq!(answer.verdict(), "400 context_length_exceeded messages");
+}
+
+#[tokio::test]
 async fn models_and_capacity() {
     let app = app(vec![]);
     check_pretty(
