@@ -7,7 +7,12 @@
 use std::ops::Range;
 
 use super::simd::{Kernel, Lanes};
+use crate::ids::{PAGE_TOKENS, PageAddr};
+use crate::kv::Arena;
+use crate::kv::layout::SealedLayer;
 use crate::quant::{Order, levels, place, third, words};
+
+const P: usize = PAGE_TOKENS as usize;
 
 /// Codes of a tile: `[words(n, bits)][lanes]`.
 #[derive(Clone, Copy)]
@@ -35,6 +40,20 @@ impl Codes {
     pub(super) const fn pairs(&self) -> usize {
         2 * self.quads()
     }
+}
+
+/// Key codes of a sealed page, below 16 bits.
+pub(super) fn key_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let keys = &layer.keys;
+    let words = arena.slice::<u32>(page, keys.codes, keys.key_code_bytes() / 4).as_ptr();
+    Codes { words, lanes: P, n: keys.rank, bits: keys.bits, order: Order::Runs }
+}
+
+/// Value codes of a sealed page, below 16 bits.
+pub(super) fn value_codes(arena: &Arena, page: PageAddr, layer: &SealedLayer) -> Codes {
+    let values = &layer.values;
+    let words = arena.slice::<u32>(page, values.codes, values.value_code_bytes() / 4).as_ptr();
+    Codes { words, lanes: values.rank, n: P, bits: values.bits, order: Order::Strided }
 }
 
 /// [`levels`] above -128, so that they are unsigned.

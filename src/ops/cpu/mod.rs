@@ -6,6 +6,7 @@
 //! linear   matrix products, weights read in place
 //! adapted  low-rank updates of matrix products, many adapters at once
 //! tile     the register tile attention and sealing are made of
+//! softmax  running maxima, sums and outputs, and how spans of them merge
 //! attend   attention over exact and sealed pages, in spans of tiles
 //! latent   attention over sealed pages of a frequency basis, straight on their codes
 //! codes    codes of latents to numbers, and integer products with them
@@ -34,6 +35,7 @@ mod probe;
 mod rows;
 mod seal;
 mod simd;
+mod softmax;
 mod tile;
 
 pub use simd::Isa;

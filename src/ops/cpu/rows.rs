@@ -3,7 +3,10 @@
 use super::Cpu;
 use super::pool::Shares;
 use super::simd::{Kernel, Lanes, run};
+use crate::ids::PAGE_TOKENS;
 use crate::ops::RopeTable;
+
+const P: usize = PAGE_TOKENS as usize;
 
 /// Elements below which one thread does it all, and elements of a chunk above.
 const CHUNK: usize = 16 * 1024;
@@ -132,6 +135,24 @@ pub(super) unsafe fn turned<S: Lanes>(a: S::V, b: S::V, cos: S::V, sin: S::V) ->
     unsafe {
         let minus = S::sub(S::splat(0.0), sin);
         (S::fma(b, minus, S::mul(a, cos)), S::fma(a, sin, S::mul(b, cos)))
+    }
+}
+
+/// Cosines and sines of the positions from `base` on, `[half][64]`, so that lanes are positions.
+///
+/// # Safety
+/// Both outputs are valid for `half * 64`.
+pub(super) unsafe fn turn_tables(table: &RopeTable, base: usize, cos: *mut f32, sin: *mut f32) {
+    let half = table.half;
+    for p in 0..P {
+        let at = (base + p) * half;
+        for (i, (&c, &s)) in table.cos[at..at + half].iter().zip(&table.sin[at..at + half]).enumerate() {
+            // SAFETY: `i < half`.
+            unsafe {
+                *cos.add(i * P + p) = c;
+                *sin.add(i * P + p) = s;
+            }
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Cpu;
-use super::attend::turn_tables;
 use super::pool::{Shares, scratch_back, scratch_take};
+use super::rows::turn_tables;
 use super::simd::{Element, Kernel, Lanes, dispatch};
 use super::tile::{Product, Widen, by_rows};
 use crate::compress::{FrequencyMap, KeyMap, LayerCompression, Projection};

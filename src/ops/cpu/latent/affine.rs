@@ -2,9 +2,9 @@
 
 use half::f16;
 
-use super::super::attend::{State, key_codes, value_codes};
-use super::super::codes::{PairProduct, Spread};
+use super::super::codes::{PairProduct, Spread, key_codes, value_codes};
 use super::super::simd::{Kernel, Lanes};
+use super::super::softmax::State;
 use super::super::tile::{Widen, by_rows};
 use super::{CHUNK, Group, P, Room, Span, VALUE_PAIRS, WIDTH};
 use crate::kv::layout::VALUE_GROUP;

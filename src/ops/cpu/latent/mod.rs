@@ -21,10 +21,12 @@ use half::f16;
 
 use self::normal::NormalQuery;
 use super::Cpu;
-use super::attend::{Call, Phase, SPAN, State, Unit, WORTH_SHARING, group_of, tiles};
+use super::attend::rebuild::group_of;
+use super::attend::{Call, Phase, SPAN, Unit, WORTH_SHARING, tiles};
 use super::codes::Codes;
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
 use super::simd::{Kernel, Lanes, dispatch};
+use super::softmax::State;
 use super::tile::{Product, Widen, by_rows};
 use crate::compress::{FrequencyMap, KeyMap, Projection};
 use crate::ids::{PAGE_TOKENS, PageAddr};

@@ -9,8 +9,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::super::attend::{key_codes, value_codes};
-use super::super::codes::{Bytes, Codes, QuadProduct, Take};
+use super::super::codes::{Bytes, Codes, QuadProduct, Take, key_codes, value_codes};
 use super::super::simd::{Kernel, Lanes};
 use super::super::tile::Widen;
 use super::{GROUP, Group, P, Room, Span, WIDTH, codes_of};
