@@ -336,7 +336,7 @@ pub struct Asked {
 pub struct Asking {
     #[command(flatten)]
     pub asked: Asked,
-    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
+    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from the memory that weights leave free].
     #[arg(long, conflicts_with = "url")]
     pub kv_cache_memory_bytes: Option<Bytes>,
     /// Questions that are asked at once. Decode speeds are those of one request among so many.
@@ -477,7 +477,7 @@ pub struct ServeFlags {
     /// Worker threads [default: all cores].
     #[arg(long, short, env = "STRAIT_THREADS")]
     pub threads: Option<usize>,
-    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from free memory].
+    /// Bytes of the KV cache: a number, or one with KiB, MiB, GiB [default: from the memory that weights leave free].
     #[arg(long, env = "STRAIT_KV_CACHE_MEMORY_BYTES")]
     pub kv_cache_memory_bytes: Option<Bytes>,
     /// Cache profile of requests that name none: full, cskv-50, cskv-80, cskv-95, cskv-fast, or one of the config file [default: full].
@@ -514,7 +514,7 @@ pub struct ServeFlags {
     /// Serve every adapter folder in --lora-root under its name, read when it is first asked for.
     #[arg(long, env = "STRAIT_LORA_DISCOVER", num_args = 0..=1, default_missing_value = "true")]
     pub lora_discover: Option<bool>,
-    /// Bytes that adapters may take in memory together [default: an eighth of free memory].
+    /// Bytes that adapters may take in memory together [default: an eighth of what weights leave free].
     #[arg(long, env = "STRAIT_LORA_MEMORY_BYTES")]
     pub lora_memory_bytes: Option<Bytes>,
     /// Bytes that adapters may take on a device together [default: an eighth of what weights, maps and a step leave free there].

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::model::checkpoint::{Checkpoint, TensorView, cast};
 use crate::model::config::ModelConfig;
+use crate::model::delta::Site;
 use crate::model::header::Dtype;
 use crate::ops::{Matrix, MatrixData};
 
@@ -149,6 +150,14 @@ pub struct ModelWeights<'a> {
 }
 
 impl<'a> ModelWeights<'a> {
+    /// Bytes of matrices that lie in the checkpoint itself: pages of its files, that every step reads.
+    pub fn mapped_bytes(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(|l| Site::ALL.map(|site| site.of(l)));
+        let linear = layers.flat_map(|p| std::iter::once(&p.weight).chain(&p.inner));
+        let all = linear.chain([&self.embed]).chain(&self.untied_head);
+        all.filter(|w| w.is_borrowed()).map(|w| w.bytes() as u64).sum()
+    }
+
     /// The output head, tied or not.
     pub fn head(&self) -> &Weight<'a> {
         self.untied_head.as_ref().unwrap_or(&self.embed)

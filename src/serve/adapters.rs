@@ -26,21 +26,21 @@ use crate::model::weights::LoadDtype;
 use crate::serve::ready::Source;
 use crate::telemetry::{Event, Telemetry};
 
-/// The registry of a server, with what `--lora-modules` names loaded and what the root holds registered; on a device adapters may
-/// take `device_bytes`.
+/// The registry of a server, with what `--lora-modules` names loaded and what the root holds registered; of memory `free` bytes are
+/// left, and on a device adapters may take `device_bytes`.
 ///
 /// # Errors
 /// One sentence for the first adapter that cannot be loaded, or where the root cannot be listed.
 pub fn registry(
     base: &'static Checkpoint,
     held: HeldAs,
-    (settings, device_bytes): (&AdapterSettings, Option<u64>),
+    (settings, free, device_bytes): (&AdapterSettings, Option<u64>, Option<u64>),
     (names, telemetry): (&[String], &Arc<Telemetry>),
 ) -> anyhow::Result<Registry> {
     let bytes = match settings.memory_bytes {
         Some(bytes) => bytes,
         // What a few adapters take, where nobody says how much is free.
-        None => super::available_memory().map_or(1 << 30, |free| (free / 8).max(64 << 20)),
+        None => free.map_or(1 << 30, |free| (free / 8).max(64 << 20)),
     };
     let limits = Limits {
         bytes,

@@ -4,6 +4,7 @@ pub mod adapters;
 pub mod codec;
 pub mod eval;
 pub mod inspect;
+mod memory;
 pub mod offline;
 pub mod ready;
 pub mod train;
@@ -296,6 +297,8 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     if device_free.is_none() && settings.adapters.device_memory_bytes.is_some() {
         tracing::warn!("--lora-device-memory-bytes has no effect: the CPU serves");
     }
+    // A device has the weights in memory of its own.
+    let free = memory::available(if device_free.is_some() { 0 } else { decoder.weights().mapped_bytes() });
     let mut config = scheduler::Config {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
@@ -314,7 +317,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
         (Some(bytes), _) => bytes,
         (None, None) => {
-            let free = available_memory().context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
+            let free = free.context("cannot read how much memory is free; give --kv-cache-memory-bytes")?;
             default_arena(free / 2, &config)
         }
         (None, Some(free)) => {
@@ -334,7 +337,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     }
     let names = if settings.served_model_names.is_empty() { vec![opened.name.clone()] } else { settings.served_model_names.clone() };
     let held = HeldAs::of(&decoder.weights().embed);
-    let adapters = adapters::registry(checkpoint, held, (&settings.adapters, device_adapters), (&names, telemetry))?;
+    let adapters = adapters::registry(checkpoint, held, (&settings.adapters, free, device_adapters), (&names, telemetry))?;
     let runner = match placed {
         Placed::Host(profiles) => {
             let arena = Arena::new(arena_bytes)
@@ -443,18 +446,6 @@ fn left_out(name: &str, default: &str, why: &Unserved) -> anyhow::Result<()> {
     }
     tracing::warn!("leaving out cache profile {name}: {why}");
     Ok(())
-}
-
-/// `MemAvailable` of the machine, or what a memory cgroup leaves if that is less.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    let free = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
-    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    match (read("memory.max"), read("memory.current")) {
-        (Some(max), Some(current)) => Some(free.min(max.saturating_sub(current))),
-        _ => Some(free),
-    }
 }
 
 /// Random bytes that outsiders cannot guess: keys of the prefix index.
