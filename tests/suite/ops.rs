@@ -144,6 +144,34 @@ fn linear_agrees_with_the_definition_and_is_the_same_in_any_batch() {
     }
 }
 
+#[test]
+fn one_row_or_two_meet_long_weights_as_many_do() {
+    let rng = &mut Rng(5);
+    // Whole blocks in fours, alone, and a part; inputs that fit the first-level cache as two rows, as one, and not at all.
+    for inputs in [2560, 2700, 5000, 9000, 14_400] {
+        let (rows, out) = (26, 13);
+        let (x, w, before) = (rng.normals(rows * inputs), rng.normals(out * inputs), rng.normals(rows * out));
+        let halves: Vec<bf16> = w.iter().map(|&v| bf16::from_f32(v)).collect();
+        for isa in isas() {
+            let cpu = cpu(isa, 2);
+            for data in [MatrixData::F32(&w), MatrixData::Bf16(&halves)] {
+                let run = |first: usize, n: usize| {
+                    let mut y = before[first * out..(first + n) * out].to_vec();
+                    let w = Matrix { out_features: out, in_features: inputs, data };
+                    let job = Linear { w, inner: None, bias: Some(&before[..out]), accumulate: true, y: &mut y };
+                    cpu.linear(&x[first * inputs..(first + n) * inputs], n, &mut [job]);
+                    y
+                };
+                let whole = run(0, rows);
+                for (first, n) in [(0, 1), (25, 1), (0, 2), (24, 2), (7, 3)] {
+                    let want = &whole[first * out..(first + n) * out];
+                    assert_same(&run(first, n), want, format_args!("{isa} {n} of {inputs} inputs from {first}"));
+                }
+            }
+        }
+    }
+}
+
 /// Factors in both types, their `up` in tiles.
 struct Thin {
     rank: usize,

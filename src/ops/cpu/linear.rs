@@ -5,6 +5,7 @@
 //! are added to a running total in turn; bias and residual last. So a row gives the same bits alone, in a batch,
 //! and in a prompt, and the kernels differ only in how many outputs they have under way:
 //!
+//! - one row, or two short ones, on wide vectors: weights are read from memory front to back, as memory gives them fastest;
 //! - few rows: a group of weight rows is read once from memory, widened in registers, and meets all rows;
 //! - many rows: a panel of weight rows is widened once into a buffer the second-level cache holds, a tile of
 //!   input rows stays in the first level while the panel streams past it.
@@ -26,6 +27,10 @@ const PANEL: usize = 128;
 const ROWS: usize = 192;
 /// Up to so many rows, widening weights in registers beats the detour through a panel.
 const FEW: usize = 24;
+/// Bytes of inputs up to which rows meet weights that are read front to back: the inputs stay in the first-level cache meanwhile.
+const STREAM_BYTES: usize = 28 * 1024;
+/// How far ahead of what is read front to back memory is asked for: over the end of a page, where processors stop by themselves.
+const STREAM_AHEAD: usize = 4096;
 /// Floats of one tile's totals: six rows by four columns as [`Lanes::reduce_add`] lays them out.
 pub(super) const TOTALS: usize = 32;
 /// Multiplications below which waking other threads costs more than they save.
@@ -386,6 +391,94 @@ unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(Dots { x, w,
     }
 }
 
+/// The dot products of `R` inputs, no more than four, with `columns` weight rows that follow each other, no more than 8: totals as of
+/// [`Dots`]. Inputs and weight rows have `n` elements.
+struct Stream<S: Lanes, D: Dot<S>, const R: usize> {
+    x: [*const D::X; R],
+    w: *const D::W,
+    columns: usize,
+    n: usize,
+    totals: *mut f32,
+}
+
+impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Stream<T, D, R> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Stream { x, w, columns, n, totals } = self;
+        // SAFETY: blocks are within the row; `S` is `T`, as only `T::enter` runs this.
+        unsafe {
+            for c in 0..columns {
+                let w = w.add(c * n);
+                let mut total = [0.0f32; R];
+                let mut k = 0;
+                while k + 4 * BLOCK <= n {
+                    blocks::<T, D, R, 4>((x, w, k), &mut total);
+                    k += 4 * BLOCK;
+                }
+                while k + BLOCK <= n {
+                    blocks::<T, D, R, 1>((x, w, k), &mut total);
+                    k += BLOCK;
+                }
+                if k < n {
+                    let mut acc = [T::splat(0.0); R];
+                    while k + D::STEP <= n {
+                        let b = D::b(w.add(k));
+                        T::prefetch(w.add(k).cast::<u8>().wrapping_add(STREAM_AHEAD));
+                        for r in 0..R {
+                            acc[r] = D::add(acc[r], D::a(x[r].add(k)), b);
+                        }
+                        k += D::STEP;
+                    }
+                    if k < n {
+                        let b = D::b_part(w.add(k), n - k);
+                        for r in 0..R {
+                            acc[r] = D::add(acc[r], D::a_part(x[r].add(k), n - k), b);
+                        }
+                    }
+                    for r in 0..R {
+                        total[r] += T::sum(acc[r]);
+                    }
+                }
+                for r in 0..R {
+                    *totals.add(TOTALS * (c / 4) + 4 * (c % 4) + r) = total[r];
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of `B` whole blocks from `k` on, which go beside each other: one alone would wait for its own sums.
+///
+/// # Safety
+/// As for [`Lanes`]: the rows are valid for `B` blocks from `k`.
+#[inline(always)]
+unsafe fn blocks<S: Lanes, D: Dot<S>, const R: usize, const B: usize>(
+    (x, w, k): ([*const D::X; R], *const D::W, usize),
+    total: &mut [f32; R],
+) {
+    // SAFETY: whole blocks are whole steps.
+    unsafe {
+        let mut acc = [[S::splat(0.0); R]; B];
+        let mut j = k;
+        while j < k + BLOCK {
+            for i in 0..B {
+                let at = j + i * BLOCK;
+                let b = D::b(w.add(at));
+                S::prefetch(w.add(at).cast::<u8>().wrapping_add(STREAM_AHEAD));
+                for r in 0..R {
+                    acc[i][r] = D::add(acc[i][r], D::a(x[r].add(at)), b);
+                }
+            }
+            j += D::STEP;
+        }
+        for i in 0..B {
+            for r in 0..R {
+                total[r] += S::sum(acc[i][r]);
+            }
+        }
+    }
+}
+
 /// Copies `n` elements of a weight row into a panel.
 struct Pack<S: Lanes, D: Dot<S>> {
     from: *const D::W,
@@ -457,7 +550,36 @@ impl Unit<'_> {
     /// As [`Kernel::run`]; `x` and `w` are those of this unit.
     unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: (*const D::X, usize), w: *const D::W) {
         // SAFETY: passed on.
-        unsafe { if self.few { self.few::<S, D>(x, w) } else { self.many::<S, D>(x, w) } }
+        unsafe {
+            let rows = self.rows.1 - self.rows.0;
+            // Narrow vectors would have too many sums to wait for.
+            let streams = S::N >= 16 && rows * self.input.width * size_of::<D::X>() <= STREAM_BYTES;
+            match rows {
+                1 if streams => self.streamed::<S, D, 1>(x, w),
+                2 if streams => self.streamed::<S, D, 2>(x, w),
+                _ if self.few => self.few::<S, D>(x, w),
+                _ => self.many::<S, D>(x, w),
+            }
+        }
+    }
+
+    /// Reads weight rows straight from memory, one after the other.
+    unsafe fn streamed<S: Lanes, D: Dot<S>, const R: usize>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
+        // SAFETY: rows and columns are in range, and row `i` begins at `i * width` of weights, `i * step` of inputs.
+        unsafe {
+            let ((row, _), (mut column, last), n) = (self.rows, self.columns, self.input.width);
+            let mut rows = [x.add(row * step); R];
+            for r in 0..R {
+                rows[r] = rows[r].add(r * step);
+            }
+            while column < last {
+                let columns = (last - column).min(8);
+                let mut totals = [0.0f32; 2 * TOTALS];
+                S::enter(Stream::<S, D, R> { x: rows, w: w.add(column * n), columns, n, totals: totals.as_mut_ptr() });
+                self.finish((row, R), (column, columns), totals.as_ptr());
+                column += columns;
+            }
+        }
     }
 
     /// Reads groups of weight rows straight from memory.
