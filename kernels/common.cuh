@@ -167,8 +167,8 @@ template <class T> static inline T ld_once(const T* p) { return *p; }
 static inline float ld_fresh(const float* p) { return *p; }
 static inline uint4 ld_fresh(const uint4* p) { return *p; }
 static inline void prefetch(const void*) {}
-static inline void grid_wait() {}
-static inline void grid_go() {}
+static inline void grid_wait() { emu::wait_for_launches(); }
+static inline void grid_go() { emu::let_next_begin(); }
 #else
 __device__ __forceinline__ float f_of(u32 u) { return __uint_as_float(u); }
 __device__ __forceinline__ u32 u_of(float f) { return __float_as_uint(f); }

@@ -73,6 +73,7 @@ struct Fiber {
   struct Cp{ void* d; const void* s; unsigned n, grp; }; std::vector<Cp> cp; unsigned cpg=0, votes=0;   // cp.async in flight
   struct Wg{ const void* d; std::function<void()> run; unsigned grp; }; std::vector<Wg> wg; unsigned wgg=0;   // products of warpgroups in flight
   uintptr_t landed_lo=~uintptr_t(0), landed_hi=0; bool fenced=false, handed=false;   // what this thread's copies brought since it last handed shared memory over; whether registers are, and shared memory since the last barrier
+  bool waited=false;                                                                                // for the launches ahead
 };
 struct Warp {
   uint32_t ready=0, live=0, arrived=0; unsigned gen=0;   // bit sets over lanes
@@ -85,6 +86,9 @@ struct Block {
   std::vector<Fiber> f; std::vector<Warp> w; std::vector<uint32_t> atbar;
   unsigned handed=0; std::vector<uint8_t> seen;         // threads that handed shared memory over since the last barrier; what matrix units see of it
   uint8_t* stacks=nullptr; const std::function<void()>* body=nullptr;
+  std::unique_ptr<uint8_t[]> own_smem, own_stacks; unsigned lent=0;
+  // Whether its threads stop where they wait for the launches ahead, and which have; whether any let the next launch begin before it waited.
+  bool holds=false; unsigned stopped=0; std::vector<uint32_t> atgrid; bool went_first=false;
   uint64_t rng=0; bool shuffle=false; uint64_t nswitch=0;
 #if defined(__x86_64__)
   void* main_sp=nullptr;
@@ -113,8 +117,17 @@ static inline int pick(){            // next READY fiber; this warp first, or ra
   for(unsigned w=0;w<b.nwarp;w++) if(b.w[w].arrived) fprintf(stderr,"  warp %u: lanes %08x wait in %s\n",w,b.w[w].arrived,b.w[w].op);
   abort();
 }
+// Back to who runs the block: all that can go on without the launches ahead has.
+static inline void leave(){
+  Block& b=*blk; if(!b.stopped) deadlock();
+#if defined(__x86_64__)
+  emu_switch(&b.f[b.cur].sp,b.main_sp);
+#else
+  swapcontext(&b.f[b.cur].ctx,&b.main_ctx);
+#endif
+}
 static inline void switch_to(int nx){
-  Block& b=*blk; if(nx<0) deadlock(); if((unsigned)nx==b.cur) return;
+  Block& b=*blk; if(nx<0) return leave(); if((unsigned)nx==b.cur) return;
   unsigned me=b.cur; b.cur=nx; b.nswitch++;
 #if defined(__x86_64__)
   emu_switch(&b.f[me].sp,b.f[nx].sp);
@@ -135,7 +148,7 @@ static void fiber_main(){
     setcontext(&b.main_ctx);
 #endif
   }
-  int nx=pick(); if(nx<0) deadlock(); unsigned me=b.cur; b.cur=nx;
+  int nx=pick(); if(nx<0) leave(); unsigned me=b.cur; b.cur=nx;
 #if defined(__x86_64__)
   emu_switch(&b.f[me].sp,b.f[nx].sp);
 #else
@@ -170,19 +183,36 @@ static inline uint32_t (*deposit(uint32_t mask,const void* p,size_t n,const char
   else { w.ready&=~bit; switch_to(pick()); }
   return w.slot[g];
 }
-template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body, uint64_t seed=0){
-  Block b; b.grid=grid; b.bdim=bdim; b.nthr=bdim.x*bdim.y*bdim.z; b.nwarp=(b.nthr+31)/32;
-  std::unique_ptr<uint8_t[]> raw(new uint8_t[smem_bytes+1024]);
-  b.smem=(uint8_t*)(((uintptr_t)raw.get()+1023)&~uintptr_t(1023)); b.smem_bytes=smem_bytes;
-  // Kept from launch to launch, and never cleared: most of a launch would be that.
-  static thread_local std::unique_ptr<uint8_t[]> kept; static thread_local unsigned kept_for=0;
-  if(kept_for<b.nthr){ kept.reset(new uint8_t[size_t(b.nthr)*STACK]); kept_for=b.nthr; }
-  b.stacks=kept.get(); b.f.resize(b.nthr); b.w.resize(b.nwarp); b.atbar.assign(b.nwarp,0);
-  std::function<void()> fn=body; b.body=&fn; b.shuffle=seed!=0; b.rng=seed; Block* old=blk; blk=&b;
-  for(unsigned z=0;z<grid.z;z++)for(unsigned y=0;y<grid.y;y++)for(unsigned x=0;x<grid.x;x++){
-    b.bid={x,y,z}; b.handed=0; b.seen.clear(); b.done=b.barred=0; b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
+// As for launches that may begin before the one ahead has ended; see Launch.
+static inline void wait_for_launches(){
+  Block& b=*blk; Fiber& f=self(); f.waited=true; if(!b.holds) return;
+  uint32_t bit=1u<<f.lane; b.w[f.warp].ready&=~bit; b.atgrid[f.warp]|=bit; b.stopped++; switch_to(pick()); }
+static inline void let_next_begin(){ if(!self().waited) blk->went_first=true; }
+
+// A launch. Some of its blocks may be begun before what is ahead of it is done: they stop where they wait for that, and go on when all is finished.
+class Launch {
+  dim3 grid, bdim; size_t smem_bytes; std::function<void()> body; uint64_t seed; size_t blocks;
+  std::vector<std::unique_ptr<Block>> begun; std::vector<size_t> which;
+  std::unique_ptr<Block> make(){
+    std::unique_ptr<Block> made(new Block); Block& b=*made; b.grid=grid; b.bdim=bdim; b.nthr=bdim.x*bdim.y*bdim.z; b.nwarp=(b.nthr+31)/32;
+    b.own_smem.reset(new uint8_t[smem_bytes+1024]);
+    b.smem=(uint8_t*)(((uintptr_t)b.own_smem.get()+1023)&~uintptr_t(1023)); b.smem_bytes=smem_bytes;
+    b.f.resize(b.nthr); b.w.resize(b.nwarp); b.atbar.assign(b.nwarp,0); b.atgrid.assign(b.nwarp,0);
+    b.body=&body; b.shuffle=seed!=0; return made; }
+  // Stacks are kept from launch to launch, and never cleared: most of a launch would be that.
+  struct Stacks { std::unique_ptr<uint8_t[]> of; unsigned n=0; };
+  static std::vector<Stacks>& kept(){ static thread_local std::vector<Stacks> all; return all; }
+  static void lend(Block& b){
+    auto& all=kept(); for(size_t i=all.size();i--;) if(all[i].n>=b.nthr){ b.own_stacks=std::move(all[i].of); b.lent=all[i].n; all.erase(all.begin()+i); b.stacks=b.own_stacks.get(); return; }
+    if(!all.empty()) all.pop_back();
+    b.own_stacks.reset(new uint8_t[size_t(b.nthr)*STACK]); b.lent=b.nthr; b.stacks=b.own_stacks.get(); }
+  static void give_back(Block& b){ kept().push_back({std::move(b.own_stacks),b.lent}); }
+  void prepare(Block& b,size_t at){
+    b.bid={unsigned(at%grid.x),unsigned(at/grid.x%grid.y),unsigned(at/grid.x/grid.y)};
+    b.rng=seed+at*0x9e3779b97f4a7c15ull; b.handed=0; b.seen.clear(); b.done=b.barred=b.stopped=0; b.holds=b.went_first=false;
+    b.vote[0]=b.vote[1]=b.vote[2]=0; b.cur=0; memset(b.smem,0xFF,smem_bytes);   // 0xFFFF = NaN in bf16/f16/f32
     for(unsigned i=0;i<b.nthr;i++){ Fiber& f=b.f[i]; f.lin=i; f.lane=i&31; f.warp=i>>5;
-      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.landed_lo=~uintptr_t(0); f.landed_hi=0; f.fenced=f.handed=false; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
+      f.cp.clear(); f.cpg=0; f.votes=0; f.wg.clear(); f.wgg=0; f.landed_lo=~uintptr_t(0); f.landed_hi=0; f.fenced=f.handed=f.waited=false; f.tid={i%bdim.x,(i/bdim.x)%bdim.y,i/(bdim.x*bdim.y)};
       uint8_t* top=b.stacks+size_t(i+1)*STACK; top=(uint8_t*)((uintptr_t)top&~uintptr_t(15));
 #if defined(__x86_64__)
       void** sp=(void**)top; *--sp=nullptr; *--sp=(void*)&fiber_main; for(int k=0;k<6;k++) *--sp=nullptr; f.sp=sp;
@@ -190,15 +220,53 @@ template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body,
       getcontext(&f.ctx); f.ctx.uc_stack.ss_sp=b.stacks+size_t(i)*STACK; f.ctx.uc_stack.ss_size=STACK; f.ctx.uc_link=nullptr; makecontext(&f.ctx,fiber_main,0);
 #endif
     }
-    for(unsigned i=0;i<b.nwarp;i++){ Warp& w=b.w[i]; unsigned n=b.nthr-i*32; w.live=w.ready=n>=32?~0u:((1u<<n)-1); w.arrived=0; b.atbar[i]=0; }
+    for(unsigned i=0;i<b.nwarp;i++){ Warp& w=b.w[i]; unsigned n=b.nthr-i*32; w.live=w.ready=n>=32?~0u:((1u<<n)-1); w.arrived=0; b.atbar[i]=b.atgrid[i]=0; } }
+  // Until it is done, or stops.
+  static void run(Block& b){
+    Block* old=blk; blk=&b;
 #if defined(__x86_64__)
-    emu_switch(&b.main_sp,b.f[0].sp);
+    emu_switch(&b.main_sp,b.f[b.cur].sp);
 #else
-    swapcontext(&b.main_ctx,&b.f[0].ctx);
+    swapcontext(&b.main_ctx,&b.f[b.cur].ctx);
 #endif
-  }
-  blk=old; if(getenv("EMU_STAT")) fprintf(stderr,"emu: %llu switches\n",(unsigned long long)b.nswitch);
-}
+    blk=old; }
+  void ended(const Block& b){
+    if(!must_wait) return;
+    for(auto& f:b.f) if(!f.waited){ fprintf(stderr,"cuda_cpu: thread %u of block (%u,%u,%u) left and did not wait for the launches ahead: who waits for this one would not wait for those\n",f.lin,b.bid.x,b.bid.y,b.bid.z); abort(); } }
+public:
+  // Whether every thread must wait for the launches ahead, sooner or later.
+  bool must_wait=false;
+  // Whether it takes what is ahead of it for done, and does not wait.
+  bool hasty=false;
+  // Whether the next launch may begin as soon as this one does.
+  bool goes_first=false;
+  Launch(dim3 grid,dim3 bdim,size_t smem_bytes,std::function<void()> body,uint64_t seed):grid(grid),bdim(bdim),smem_bytes(smem_bytes),body(std::move(body)),seed(seed),blocks(size_t(grid.x)*grid.y*grid.z){}
+  Launch(const Launch&)=delete;
+  // The first block, the last and one between, as far as they come without the launches ahead.
+  void begin(){
+    goes_first=true;
+    for(size_t at:{size_t(0),blocks/2,blocks-1}){
+      if(!which.empty()&&at<=which.back()) continue;
+      auto b=make(); lend(*b); prepare(*b,at); b->holds=!hasty; run(*b);
+      goes_first&=b->went_first; begun.push_back(std::move(b)); which.push_back(at); } }
+  // All of it.
+  void finish(){
+    for(auto& b:begun){
+      b->holds=false; const bool all=b->done==b->nthr;
+      for(unsigned i=0;i<b->nwarp;i++){ b->w[i].ready|=b->atgrid[i]; b->atgrid[i]=0; }
+      b->stopped=0;
+      if(!all){ Block* old=blk; blk=b.get(); b->cur=unsigned(pick()); blk=old; run(*b); }
+      ended(*b); give_back(*b); }
+    begun.clear();
+    std::unique_ptr<Block> b;
+    for(size_t at=0,next=0;at<blocks;at++){
+      if(next<which.size()&&which[next]==at){ next++; continue; }
+      if(!b){ b=make(); lend(*b); }
+      prepare(*b,at); run(*b); ended(*b); }
+    if(b){ if(getenv("EMU_STAT")) fprintf(stderr,"emu: %llu switches\n",(unsigned long long)b->nswitch); give_back(*b); }
+    which.clear(); }
+};
+template<class K> void launch(dim3 grid, dim3 bdim, size_t smem_bytes, K&& body, uint64_t seed=0){ Launch(grid,bdim,smem_bytes,body,seed).finish(); }
 } // namespace emu
 // cp.async lands only when waited for (the latest moment the hardware allows), and what lay there is gone when it is asked for (the
 // soonest): a missing wait reads poison, and so does who is not through with what lay there

@@ -2,8 +2,10 @@
 // kernels of this folder run by cuda_cpu.h. Any image is accepted as a module; kernels are found by their names.
 //
 // It is strict where a device is: copies outside an allocation, freed memory, more shared memory or threads than were asked for
-// are errors. Fresh memory is 0xff. STRAIT_EMULATED_SEED shuffles the order of threads. Copies from pinned memory are made as late as
-// they may be: when their stream is waited for, or has more to do.
+// are errors, and kernels that touch what lies beyond an allocation end the program (Fence). Fresh memory is 0xff.
+// STRAIT_EMULATED_SEED shuffles the order of threads. Copies from pinned memory are made as late as they may be: when their
+// stream is waited for, or has more to do.
+// Launches overlap where they ask for it, as far as they may (Overlap).
 //
 // Device 0 is like an H200, but for 16 GiB of memory; device 1 like a small card of compute capability 8.6; device 2 is of an architecture
 // that the image has no code of, so that the driver compiles its PTX.
@@ -11,11 +13,13 @@
 #include "../strait.cu"
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
+#include <sys/mman.h>
 
 typedef int CUresult;
 typedef uint64_t CUdeviceptr;
@@ -42,7 +46,8 @@ size_t device_of(size_t context) { return context ? context - 1 : 0; }
 struct Kernel {
     const Kind* kind = KINDS;
     std::string name;
-    std::function<void(void**, dim3, dim3, unsigned)> run;
+    // A launch of it, with a copy of its parameters.
+    std::function<std::unique_ptr<emu::Launch>(const void*, dim3, dim3, unsigned)> launch;
     size_t bytes = 0;               // of its parameters
     unsigned shared = 48 * 1024;
 };
@@ -56,10 +61,10 @@ std::map<std::string, Kernel>& kernels() {
 template <class A> bool add(const char* name, void (*kernel)(A)) {
     kernels()[name].name = name;
     kernels()[name].bytes = sizeof(A);
-    kernels()[name].run = [kernel](void** p, dim3 grid, dim3 block, unsigned shared) {
-        const A args = *reinterpret_cast<A*>(p[0]);
+    kernels()[name].launch = [kernel](const void* p, dim3 grid, dim3 block, unsigned shared) {
+        const A args = *reinterpret_cast<const A*>(p);
         static const char* seed = getenv("STRAIT_EMULATED_SEED");
-        emu::launch(grid, block, shared, [&] { kernel(args); }, seed ? strtoull(seed, nullptr, 10) : 0);
+        return std::unique_ptr<emu::Launch>(new emu::Launch(grid, block, shared, [=] { kernel(args); }, seed ? strtoull(seed, nullptr, 10) : 0));
     };
     return true;
 }
@@ -79,19 +84,82 @@ bool inside(CUdeviceptr p, size_t n) {
     return p + n <= it->first + it->second;
 }
 
-// Work is done when it is asked for, unless it is being recorded.
+// A thread that does one thing after another for who waits for it: what stands still on a stack goes on only on the thread it stopped on.
+class Worker {
+    std::mutex one, at;
+    std::condition_variable changed;
+    const std::function<void()>* job = nullptr;
+    bool ends = false;
+    std::thread thread{[this] {
+        std::unique_lock<std::mutex> hold(at);
+        while (changed.wait(hold, [this] { return job || ends; }), !ends) {
+            (*job)();
+            job = nullptr;
+            changed.notify_all();
+        }
+    }};
+
+public:
+    void call(const std::function<void()>& what) {
+        std::lock_guard<std::mutex> alone(one);
+        std::unique_lock<std::mutex> hold(at);
+        job = &what;
+        changed.notify_all();
+        changed.wait(hold, [this] { return !job; });
+    }
+    ~Worker() {
+        {
+            std::lock_guard<std::mutex> hold(at);
+            ends = true;
+        }
+        changed.notify_all();
+        thread.join();
+    }
+};
+
+// Launches that may begin before the ones ahead have ended do, as early and as far as they may: some blocks, to where they wait. What is ahead
+// is done as late as that allows.
+struct Overlap {
+    std::vector<std::unique_ptr<emu::Launch>> pending;
+    std::unique_ptr<Worker> worker;
+
+    void finish() {
+        pending.front()->finish();
+        pending.erase(pending.begin());
+    }
+    void add(std::unique_ptr<emu::Launch> launch, bool overlaps) {
+        if (!worker) worker.reset(new Worker);
+        worker->call([&] {
+            // One begins when all blocks of the one ahead let it: of one that waits first, when all before that is done.
+            while (std::any_of(pending.begin() + !pending.empty(), pending.end(), [&](auto& one) { return !one->goes_first; }) || (!overlaps && !pending.empty())) finish();
+            pending.push_back(std::move(launch));
+            if (overlaps) pending.back()->begin();
+            else finish();
+        });
+    }
+    void drain() {
+        if (!worker) return;
+        worker->call([&] {
+            while (!pending.empty()) finish();
+        });
+    }
+};
+
+// Work is done when it is asked for, unless it is being recorded; launches when what follows them asks for it.
 struct Stream {
+    Overlap launches;
     std::vector<std::function<CUresult()>>* recording = nullptr;
     // Launches until the device is lost to this stream; never where negative.
     int left = -1;
     bool lost = false;
     // What was recorded is worth nothing: the stream was waited for meanwhile.
     bool spoilt_recording = false;
-    // Kernels whose names begin so are launched, and do nothing.
-    std::string spoilt;
+    // Kernels whose names begin so are launched, and do nothing; or wait for nothing.
+    std::string spoilt, hasty;
     // Copies from pinned memory that are under way.
     struct Copy { CUdeviceptr to; const void* from; size_t n; };
     std::vector<Copy> copies;
+    std::mutex copying;
 };
 struct Graph {
     std::vector<std::function<CUresult()>> nodes;
@@ -107,7 +175,10 @@ bool is_pinned(const void* p) {
 // For tests: copies from pinned memory do not end.
 std::atomic<bool> held{false};
 CUresult land(Stream& stream) {
-    while (!stream.copies.empty() && held) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stream.launches.drain();
+    auto waits = [&] { std::lock_guard<std::mutex> hold(stream.copying); return held && !stream.copies.empty(); };
+    while (waits()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::lock_guard<std::mutex> hold(stream.copying);
     std::vector<Stream::Copy> copies;
     copies.swap(stream.copies);
     for (const Stream::Copy& copy : copies) {
@@ -132,22 +203,35 @@ struct Event {
 };
 double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// What lies between pages that nobody may touch, to 16 bytes of its end.
+struct Fence {
+    char* at;
+    size_t pages;                   // bytes of whole pages between the two
+    static constexpr size_t PAGE_BYTES = 4096;
+    explicit Fence(size_t n) : pages((n + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES) {
+        at = (char*)mmap(nullptr, pages + 2 * PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) at = nullptr;
+        else if (mprotect(at + PAGE_BYTES, pages, PROT_READ | PROT_WRITE)) gone(), at = nullptr;
+    }
+    char* place(size_t n) const { return at + PAGE_BYTES + pages - (n + 15) / 16 * 16; }
+    void gone() { munmap(at, pages + 2 * PAGE_BYTES); }
+};
+std::map<CUdeviceptr, Fence> fences;
 // What was freed last is handed out first, as drivers do: an address says little about what lies there.
-std::vector<std::pair<CUdeviceptr, size_t>> freed[DEVICES];
+std::vector<Fence> freed[DEVICES];
 CUresult allocate(CUdeviceptr* p, size_t n) {
     const size_t on = device_of(context);
     std::lock_guard<std::mutex> hold(lock);
     if (taken[on] + n > KINDS[on].bytes) return 2;
-    void* q = nullptr;
-    for (size_t i = freed[on].size(); i--;)
-        if (freed[on][i].second >= n && freed[on][i].second <= 2 * n) {
-            q = (void*)freed[on][i].first;
-            freed[on].erase(freed[on].begin() + i);
-            break;
-        }
-    if (!q && posix_memalign(&q, 256, n ? n : 1)) return 2;
+    const size_t pages = (std::max(n, size_t(1)) + Fence::PAGE_BYTES - 1) / Fence::PAGE_BYTES * Fence::PAGE_BYTES;
+    auto found = std::find_if(freed[on].rbegin(), freed[on].rend(), [&](const Fence& f) { return f.pages == pages; });
+    Fence fence = found != freed[on].rend() ? *found : Fence(pages);
+    if (!fence.at) return 2;
+    if (found != freed[on].rend()) freed[on].erase(std::next(found).base());
+    char* q = fence.place(n);
     memset(q, 0xff, n);
     *p = (CUdeviceptr)q;
+    fences.insert({*p, fence});
     live[*p] = n;
     owner[*p] = on;
     taken[on] += n;
@@ -159,17 +243,19 @@ CUresult release(CUdeviceptr p) {
     auto it = live.find(p);
     if (it == live.end()) return 1;
     const size_t n = it->second, on = owner[p];
+    Fence fence = fences.at(p);
     memset((void*)p, 0xff, n);
     live.erase(it);
     owner.erase(p);
+    fences.erase(p);
     taken[on] -= n;
     if (n > size_t(4) << 20) {
-        free((void*)p);
+        fence.gone();
         return 0;
     }
-    freed[on].push_back({p, n});
+    freed[on].push_back(fence);
     if (freed[on].size() > 64) {
-        free((void*)freed[on][0].first);
+        freed[on][0].gone();
         freed[on].erase(freed[on].begin());
     }
     return 0;
@@ -213,7 +299,7 @@ API cuCtxGetCurrent(void** c) { *c = (void*)context; return 0; }
 API cuCtxSynchronize() { return 0; }
 API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
 API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
-API cuStreamDestroy_v2(void* s) { delete (Stream*)s; return 0; }
+API cuStreamDestroy_v2(void* s) { stream_of(s).launches.drain(); delete (Stream*)s; return 0; }
 API cuStreamSynchronize(void* s) {
     Stream& stream = stream_of(s);
     if (stream.recording) stream.spoilt_recording = true;
@@ -244,13 +330,14 @@ API cuGraphLaunch(void* exec, void* s) {
     if (CUresult r = land(stream_of(s))) return r;
     for (auto& node : ((Graph*)exec)->nodes)
         if (CUresult r = node()) return r;
-    return 0;
+    // What follows waits for all of it.
+    return land(stream_of(s));
 }
 API cuGraphDestroy(void* graph) { delete (Graph*)graph; return 0; }
 API cuGraphExecDestroy(void* exec) { delete (Graph*)exec; return 0; }
 API cuEventCreate(void** e, unsigned) { *e = new Event{0, nullptr}; return 0; }
 API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
-API cuEventRecord(void* e, void* s) { *(Event*)e = {now(), &stream_of(s)}; return 0; }
+API cuEventRecord(void* e, void* s) { stream_of(s).launches.drain(); *(Event*)e = {now(), &stream_of(s)}; return 0; }
 API cuEventSynchronize(void* e) { return ((Event*)e)->on ? land(*((Event*)e)->on) : 0; }
 API cuEventQuery(void*) { return 0; }
 API cuEventElapsedTime(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
@@ -276,7 +363,10 @@ API cuMemFreeHost(void* p) {
 API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* stream) {
     if (!inside(d, n)) return 1;
     if (is_pinned(s) && !stream_of(stream).recording) {
-        stream_of(stream).copies.push_back({d, s, n});
+        Stream& on = stream_of(stream);
+        on.launches.drain();
+        std::lock_guard<std::mutex> hold(on.copying);
+        on.copies.push_back({d, s, n});
         return 0;
     }
     return submit(stream, [=] { memcpy((void*)d, s, n); return 0; });
@@ -318,27 +408,34 @@ API cuFuncSetAttribute(void* f, int attribute, int v) {
     return 0;
 }
 API cuFuncGetAttribute(int* v, int attribute, void* f) { *v = attribute == 5 ? ((Kernel*)f)->kind->ptx : 0; return 0; }
-API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** args, void**) {
-    Kernel* kernel = (Kernel*)f;
+CUresult launch(Kernel* kernel, dim3 grid, dim3 block, unsigned shared, void* stream, void** args, bool overlaps) {
     Stream& on = stream_of(stream);
     if (on.left == 0) on.lost = true;
     if (on.left > 0) on.left--;
     if (on.lost) return 719;
-    if (shared > kernel->shared || bx * by * bz > 1024 || !gx || !gy || !gz || gy > 65535 || gz > 65535) return 1;
-    if (!on.spoilt.empty() && kernel->name.compare(0, on.spoilt.size(), on.spoilt) == 0) return 0;
-    if (!stream_of(stream).recording) {
-        if (CUresult r = land(on)) return r;
-        kernel->run(args, dim3(gx, gy, gz), dim3(bx, by, bz), shared);
+    if (shared > kernel->shared || block.x * block.y * block.z > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) return 1;
+    auto is = [&](const std::string& names) { return !names.empty() && kernel->name.compare(0, names.size(), names) == 0; };
+    if (is(on.spoilt)) return 0;
+    const bool hasty = is(on.hasty);
+    auto go = [=, &on](const void* parameters) -> CUresult {
+        const bool copies = (std::lock_guard<std::mutex>(on.copying), !on.copies.empty());
+        if (copies)
+            if (CUresult r = land(on)) return r;
+        auto one = kernel->launch(parameters, grid, block, shared);
+        // What only reads may end when it likes.
+        one->must_wait = overlaps && kernel->name != "probe_read";
+        one->hasty = hasty;
+        on.launches.add(std::move(one), overlaps);
         return 0;
-    }
+    };
+    if (!on.recording) return go(args[0]);
     // Parameters are copied when a launch is recorded.
-    auto copy = std::make_shared<std::vector<unsigned char>>(kernel->bytes);
-    memcpy(copy->data(), args[0], kernel->bytes);
-    return submit(stream, [=] {
-        void* one[1] = {copy->data()};
-        kernel->run(one, dim3(gx, gy, gz), dim3(bx, by, bz), shared);
-        return 0;
-    });
+    std::vector<unsigned char> copy((unsigned char*)args[0], (unsigned char*)args[0] + kernel->bytes);
+    on.recording->push_back([=] { return go(copy.data()); });
+    return 0;
+}
+API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** args, void**) {
+    return launch((Kernel*)f, dim3(gx, gy, gz), dim3(bx, by, bz), shared, stream, args, false);
 }
 // For tests: the device is lost to a stream after so many launches, as after a kernel that went wrong.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_lose(void* stream, int launches) { stream_of(stream).left = launches; }
@@ -346,16 +443,19 @@ extern "C" __attribute__((visibility("default"))) void strait_emulated_lose(void
 extern "C" __attribute__((visibility("default"))) void strait_emulated_hold(bool hold) { held = hold; }
 // For tests: kernels of these names compute nothing on a stream.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_spoil(void* stream, const char* names) { stream_of(stream).spoilt = names; }
+// For tests: kernels of these names do not wait for the launches ahead on a stream.
+extern "C" __attribute__((visibility("default"))) void strait_emulated_hurry(void* stream, const char* names) { stream_of(stream).hasty = names; }
 struct LaunchConfig {
     unsigned grid[3], block[3], shared;
     void* stream;
     void* attributes;
     unsigned n;
 };
-API cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void** extra) {
+API cuLaunchKernelEx(const LaunchConfig* c, void* f, void** args, void**) {
     // What begins before the launch ahead has ended must wait for it: code for older architectures does not.
     if (c->n && ((Kernel*)f)->kind->ptx < 90) return 1;
-    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, args, extra);
+    const auto size = [](const unsigned (&n)[3]) { return dim3(n[0], n[1], n[2]); };
+    return launch((Kernel*)f, size(c->grid), size(c->block), c->shared, c->stream, args, c->n > 0);
 }
 API cuGetErrorName(int, const char** s) { *s = "CUDA_ERROR_EMULATED"; return 0; }
 API cuGetErrorString(int code, const char** s) {

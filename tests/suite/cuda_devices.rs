@@ -1,7 +1,8 @@
 //! Devices unlike an H200, as the emulated driver has them: less shared memory, less memory, an architecture the image has no code of. And
 //! what must not depend on which device it is.
 
-use std::sync::Arc;
+use std::ffi::c_char;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use strait::model::delta::Site;
 use strait::ops::cuda::{CudaError, Device};
@@ -10,15 +11,17 @@ use crate::cuda::{device, own_device};
 use crate::cuda_adapters::{Numbers, id, on, open, step};
 use crate::emulated;
 
-/// Of the emulated driver: a small card, and a later architecture. Nothing on a real machine.
-fn others() -> Option<[Arc<Device>; 2]> {
+/// Of the emulated driver: a small card, and a later architecture. Nothing on a real machine. A test has them for itself, as what is free there
+/// is measured.
+fn others() -> Option<([Arc<Device>; 2], MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
     device();
-    emulated::EMULATED.get().map(|_| [1, 2].map(|n| Device::open(n).unwrap()))
+    emulated::EMULATED.get().map(|_| ([1, 2].map(|n| Device::open(n).unwrap()), ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
 #[test]
 fn rows_that_wear_adapters_say_the_same_on_any_device() {
-    let Some(others) = others() else { return eprintln!("a real machine has the devices it has") };
+    let Some((others, _alone)) = others() else { return eprintln!("a real machine has the devices it has") };
     let checkpoint = open("llama-bias");
     let mut numbers = Numbers(5);
     let delta = Arc::new(numbers.plain(&checkpoint.config, &Site::ALL, 9));
@@ -44,7 +47,7 @@ fn rows_that_wear_adapters_say_the_same_on_any_device() {
 #[test]
 fn a_step_takes_no_memory_that_was_not_reserved() {
     let checkpoint = open("llama-bias");
-    let Some([small, _]) = others() else { return eprintln!("others share the memory of a real device") };
+    let Some(([small, _], _alone)) = others() else { return eprintln!("others share the memory of a real device") };
     let prompt: Vec<u32> = (0..64).collect();
     let rows: Vec<(&[u32], _)> = (0..16).map(|_| (&prompt[..], id(0))).collect();
     let grown = |tokens: usize| {
@@ -88,4 +91,30 @@ fn a_recording_that_was_disturbed_is_not_a_lost_device() {
     }
     device.record(work).unwrap().launch().unwrap();
     device.wait().unwrap();
+}
+
+/// That kernels wait for those ahead of them is what these tests see: one that does not is found out.
+#[test]
+fn a_launch_that_does_not_wait_is_found_out() {
+    let Some(emulated) = emulated::EMULATED.get() else { return eprintln!("a real device need not overlap them") };
+    let norm = |hurried: bool| {
+        let device = own_device();
+        let (rows, width) = (3, 64);
+        let (from, weight) = (device.upload(&vec![2.0f32; rows * width]).unwrap(), device.upload(&vec![1.0f32; width]).unwrap());
+        let (x, out) = (device.upload(&vec![0.0f32; rows * width]).unwrap(), device.alloc::<u16>(rows * width).unwrap());
+        let all = device.upload(&[0u32, 1, 2]).unwrap();
+        if hurried {
+            let stream = device.stream().cu_stream() as usize;
+            // SAFETY: a function of the emulated driver, of this type, which copies the name.
+            unsafe {
+                emulated.get::<unsafe extern "C" fn(usize, *const c_char)>(b"strait_emulated_hurry").unwrap()(stream, c"rms_norm".as_ptr())
+            };
+        }
+        device.pick(from.all(), all.all(), width, x.all()).unwrap();
+        device.rms_norm(x.all(), rows, weight.all(), 0.0, out.all()).unwrap();
+        out.to_vec().unwrap()
+    };
+    let one = half::bf16::ONE.to_bits();
+    assert!(norm(false).iter().all(|&x| x == one));
+    assert!(norm(true).iter().any(|&x| x != one));
 }
