@@ -3,8 +3,8 @@
 //
 // It is strict where a device is: copies outside an allocation, freed memory, more shared memory or threads than were asked for
 // are errors, and kernels that touch what lies beyond an allocation end the program (Fence). Fresh memory is 0xff.
-// STRAIT_EMULATED_SEED shuffles the order of threads. Copies from pinned memory are made as late as they may be: when their
-// stream is waited for, or has more to do.
+// STRAIT_EMULATED_SEED shuffles the order of threads. Copies from the host's memory are made as late as they may be: when their
+// stream is waited for, or has more to do. (Most drivers have read what is not pinned when they return; none promises it.)
 // Launches overlap where they ask for it, as far as they may (Overlap).
 //
 // Device 0 is like an H200, but for 16 GiB of memory; device 1 like a small card of compute capability 8.6; device 2 is of an architecture
@@ -156,8 +156,8 @@ struct Stream {
     bool spoilt_recording = false;
     // Kernels whose names begin so are launched, and do nothing; or wait for nothing.
     std::string spoilt, hasty;
-    // Copies from pinned memory that are under way.
-    struct Copy { CUdeviceptr to; const void* from; size_t n; };
+    // Copies from the host that are under way.
+    struct Copy { CUdeviceptr to; const void* from; size_t n; bool pinned; };
     std::vector<Copy> copies;
     std::mutex copying;
 };
@@ -176,13 +176,13 @@ bool is_pinned(const void* p) {
 std::atomic<bool> held{false};
 CUresult land(Stream& stream) {
     stream.launches.drain();
-    auto waits = [&] { std::lock_guard<std::mutex> hold(stream.copying); return held && !stream.copies.empty(); };
+    auto waits = [&] { std::lock_guard<std::mutex> hold(stream.copying); return held && std::any_of(stream.copies.begin(), stream.copies.end(), [](const Stream::Copy& copy) { return copy.pinned; }); };
     while (waits()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     std::lock_guard<std::mutex> hold(stream.copying);
     std::vector<Stream::Copy> copies;
     copies.swap(stream.copies);
     for (const Stream::Copy& copy : copies) {
-        if (!inside(copy.to, copy.n) || !is_pinned(copy.from)) return 700;
+        if (!inside(copy.to, copy.n) || (copy.pinned && !is_pinned(copy.from))) return 700;
         memcpy((void*)copy.to, copy.from, copy.n);
     }
     return 0;
@@ -362,11 +362,12 @@ API cuMemFreeHost(void* p) {
 }
 API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* stream) {
     if (!inside(d, n)) return 1;
-    if (is_pinned(s) && !stream_of(stream).recording) {
+    if (!stream_of(stream).recording) {
         Stream& on = stream_of(stream);
         on.launches.drain();
+        const bool is = is_pinned(s);
         std::lock_guard<std::mutex> hold(on.copying);
-        on.copies.push_back({d, s, n});
+        on.copies.push_back({d, s, n, is});
         return 0;
     }
     return submit(stream, [=] { memcpy((void*)d, s, n); return 0; });
@@ -379,7 +380,10 @@ API cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void* stream) {
     if (!inside(d, n) || !inside(s, n)) return 1;
     return submit(stream, [=] { memmove((void*)d, (void*)s, n); return 0; });
 }
-API cuMemcpyHtoD_v2(CUdeviceptr d, const void* s, size_t n) { return cuMemcpyHtoDAsync_v2(d, s, n, nullptr); }
+API cuMemcpyHtoD_v2(CUdeviceptr d, const void* s, size_t n) {
+    const CUresult asked = cuMemcpyHtoDAsync_v2(d, s, n, nullptr);
+    return asked ? asked : land(legacy);
+}
 API cuMemcpyDtoH_v2(void* d, CUdeviceptr s, size_t n) { return cuMemcpyDtoHAsync_v2(d, s, n, nullptr); }
 API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* stream) {
     if (!inside(d, n)) return 1;

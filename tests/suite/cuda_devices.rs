@@ -93,6 +93,24 @@ fn a_recording_that_was_disturbed_is_not_a_lost_device() {
     device.wait().unwrap();
 }
 
+/// A driver need not have read what it is to copy when it returns.
+#[test]
+fn what_was_written_is_the_callers_again() {
+    let device = own_device();
+    let mut data = vec![1u32; 1000];
+    let mut memory = device.upload(&data).unwrap();
+    data.fill(2);
+    memory.write(500, &data[..500]).unwrap();
+    data.fill(3);
+    let there = memory.to_vec().unwrap();
+    assert!(there[..500].iter().all(|&x| x == 1) && there[500..].iter().all(|&x| x == 2));
+    // More than is kept for a driver that reads later.
+    let mut data = vec![4u8; 9 << 20];
+    let memory = device.upload(&data).unwrap();
+    data.fill(5);
+    assert!(memory.to_vec().unwrap().iter().all(|&x| x == 4));
+}
+
 /// That kernels wait for those ahead of them is what these tests see: one that does not is found out.
 #[test]
 fn a_launch_that_does_not_wait_is_found_out() {

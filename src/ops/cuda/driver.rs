@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute};
@@ -48,7 +48,18 @@ pub struct Device {
     overlaps: bool,
     /// Which kernels of its own architecture run on it.
     own: [AtomicBool; 3],
+    /// What was written since the stream was waited for last, where it is copied from.
+    sent: Mutex<Sent>,
 }
+
+#[derive(Default)]
+struct Sent {
+    kept: Vec<Box<[u8]>>,
+    bytes: usize,
+}
+
+/// Bytes that are kept for copies to read at their leisure; for more the stream is waited for.
+const KEPT: usize = 8 << 20;
 
 #[derive(Clone, Copy)]
 struct Kernel {
@@ -139,6 +150,7 @@ impl Device {
             shared,
             overlaps: compiled_for >= 90,
             own: [(); 3].map(|()| AtomicBool::new(own && capability.0 == 9)),
+            sent: Mutex::default(),
         }))
     }
 
@@ -243,7 +255,7 @@ impl Device {
 
     /// A kernel that may have so much shared memory.
     fn kernel(&self, name: &'static str, shared: u32) -> Result<CUfunction, cudarc::driver::DriverError> {
-        let mut kernels = self.kernels.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = match kernels.get_mut(name) {
             Some(kernel) => kernel,
             None => {
@@ -267,7 +279,18 @@ impl Device {
     /// # Errors
     /// Where any of it failed.
     pub fn wait(&self) -> Result<(), CudaError> {
-        Ok(self.stream.synchronize()?)
+        let before = std::mem::take(&mut *self.sent());
+        let done = self.stream.synchronize();
+        if done.is_err() {
+            let mut sent = self.sent();
+            sent.kept.extend(before.kept);
+            sent.bytes += before.bytes;
+        }
+        Ok(done?)
+    }
+
+    fn sent(&self) -> MutexGuard<'_, Sent> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Milliseconds the device takes for `work`, which is recorded once and then run `times` over, and once before.
@@ -549,11 +572,28 @@ impl<T: Pod> Memory<T> {
         assert!(first + data.len() <= self.n, "{} elements at {first} of {}", data.len(), self.n);
         self.device.context.bind_to_thread()?;
         let at = self.at + (first * size_of::<T>()) as u64;
-        if !data.is_empty() {
-            // SAFETY: inside the allocation. From pageable memory the driver stages the data before it returns.
-            unsafe { result::memcpy_htod_async(at, data, self.device.stream.cu_stream()) }?;
+        let (bytes, device): (&[u8], _) = (bytemuck::cast_slice(data), &self.device);
+        if bytes.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // A driver may stage what it copies before it returns. It need not, where the device reads the host's memory by itself.
+        if bytes.len() > KEPT {
+            // SAFETY: inside the allocation; the data is borrowed until it has been read.
+            let asked = unsafe { result::memcpy_htod_async(at, bytes, device.stream.cu_stream()) };
+            let read = device.wait();
+            asked?;
+            return read;
+        }
+        if device.sent().bytes + bytes.len() > KEPT {
+            device.wait()?;
+        }
+        let kept: Box<[u8]> = bytes.into();
+        // SAFETY: inside the allocation; what is copied is kept until the stream has been waited for.
+        let asked = unsafe { result::memcpy_htod_async(at, &kept, device.stream.cu_stream()) };
+        let mut sent = device.sent();
+        sent.bytes += kept.len();
+        sent.kept.push(kept);
+        Ok(asked?)
     }
 
     /// Reads `data.len()` elements from `first` on, once all before is done.
