@@ -114,6 +114,7 @@ fn what_was_written_is_the_callers_again() {
 /// That kernels wait for those ahead of them is what these tests see: one that does not is found out.
 #[test]
 fn a_launch_that_does_not_wait_is_found_out() {
+    device();
     let Some(emulated) = emulated::EMULATED.get() else { return eprintln!("a real device need not overlap them") };
     let norm = |hurried: bool| {
         let device = own_device();
