@@ -74,8 +74,8 @@ pub trait TextStream {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
     pub text: String,
-    /// A stop string was met; `text` ends before it (or behind it, if it is to be kept).
-    pub stopped: bool,
+    /// Which stop string was met, if one was; `text` ends before it (or behind it, if it is to be kept).
+    pub stopped: Option<usize>,
 }
 
 /// What admission must know of the loaded model.
@@ -218,6 +218,8 @@ pub struct Reply {
     /// Choices per prompt.
     pub n: usize,
     pub stop: Vec<String>,
+    /// Those the client gave, which are not all that end an answer.
+    pub stop_token_ids: Vec<TokenId>,
     pub include_stop: bool,
     pub echo: bool,
     /// Whether the answer goes on from what the client wrote, its text or the last message, rather than standing alone.
@@ -419,6 +421,7 @@ impl Model {
             model: ask.target.model,
             n: options.n as usize,
             stop: options.stop.clone(),
+            stop_token_ids: options.stop_token_ids.clone(),
             include_stop: options.include_stop_str_in_output,
             echo: ask.echo,
             continues: ask.continues,

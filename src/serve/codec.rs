@@ -74,7 +74,7 @@ impl TextStream for Stream {
         if let Some(stop) = stopped.and_then(|i| self.kept.get(i)) {
             text.push_str(stop);
         }
-        Piece { text, stopped: stopped.is_some() }
+        Piece { text, stopped }
     }
 
     fn finish(&mut self) -> String {

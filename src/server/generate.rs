@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::error::ErrorBody;
 use super::openai::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatToken, Completion, CompletionChoice,
-    CompletionLogprobs, Delta, Detokenized, KvCache, PromptTokensDetails, Timings, TokenText, Tokenized, TopLogprobs, Usage,
+    CompletionLogprobs, Delta, Detokenized, KvCache, PromptTokensDetails, StopReason, Timings, TokenText, Tokenized, TopLogprobs, Usage,
 };
 use super::{ApiError, Loaded, RequestId, Server};
 use crate::adapters::registry::Lease;
@@ -187,6 +187,13 @@ impl Answer {
         &self.prompts[choice / self.reply.n]
     }
 
+    fn stop_reason(&self, told: &Told) -> Option<StopReason> {
+        match told.stopped? {
+            Stopped::Text(stop) => self.reply.stop.get(stop).cloned().map(StopReason::Text),
+            Stopped::Token(id) => self.reply.stop_token_ids.contains(&id).then_some(StopReason::Token(id)),
+        }
+    }
+
     fn prompt_tokens(&self) -> u64 {
         self.prompts.iter().map(|p| p.tokens.len() as u64).sum()
     }
@@ -245,6 +252,15 @@ struct Part {
     text: String,
     tokens: Vec<(TokenId, Option<TokenLogprob>)>,
     finish: Option<FinishReason>,
+    stopped: Option<Stopped>,
+}
+
+/// What of a request ended a choice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stopped {
+    /// Which of its stop strings.
+    Text(usize),
+    Token(TokenId),
 }
 
 impl Choice<'_> {
@@ -274,6 +290,7 @@ impl Choice<'_> {
             Event::Done { reason, usage } => {
                 if !self.matched {
                     part.finish = Some(reason);
+                    part.stopped = self.held.filter(|_| reason == FinishReason::Stop).map(Stopped::Token);
                     if let Some(held) = self.held.take()
                         && (self.include_stop || reason == FinishReason::Length)
                     {
@@ -295,9 +312,10 @@ impl Choice<'_> {
     fn push(&mut self, id: TokenId, part: &mut Part) {
         let piece = self.text.push(id);
         part.text.push_str(&piece.text);
-        if piece.stopped {
+        if let Some(stop) = piece.stopped {
             self.matched = true;
             part.finish = Some(FinishReason::Stop);
+            part.stopped = Some(Stopped::Text(stop));
         }
     }
 }
@@ -361,6 +379,7 @@ struct Told {
     /// The prompt's share of the log-probabilities, if it is to be told and has not been.
     prompt: Option<Vec<TokenLogprob>>,
     finish: Option<FinishReason>,
+    stopped: Option<Stopped>,
     /// Characters of the choice's text before the next token.
     offset: usize,
     begun: bool,
@@ -374,6 +393,7 @@ impl Told {
             self.prompt = part.prompt;
         }
         self.finish = part.finish.or(self.finish);
+        self.stopped = part.stopped.or(self.stopped);
     }
 
     fn token_ids(&self) -> Vec<u32> {
@@ -489,6 +509,7 @@ async fn collect(loaded: &Loaded, answer: &Answer, streams: Submitted) -> Result
                 choices.push(ChatChoice {
                     index,
                     finish_reason: finish(&told)?,
+                    stop_reason: answer.stop_reason(&told),
                     logprobs: answer.reply.logprobs.map(|_| told.chat_logprobs(codec)),
                     token_ids: ids.then(|| told.token_ids()),
                     message: ChatMessage { role: "assistant", content: told.text, refusal: None },
@@ -510,6 +531,7 @@ async fn collect(loaded: &Loaded, answer: &Answer, streams: Submitted) -> Result
                     text: echo + &told.text,
                     logprobs,
                     finish_reason,
+                    stop_reason: answer.stop_reason(&told),
                     token_ids,
                     prompt_token_ids: ids.then(|| answer.prompt_of(index).tokens.to_vec()),
                 });
@@ -640,11 +662,11 @@ impl Answer {
 
 /// Role, text, end: a chunk for each that there is.
 async fn tell_chat(answer: &Answer, codec: &dyn Codec, index: usize, told: &mut Told, usage: Option<Option<Usage>>, teller: &mut Teller) {
-    let chunk = |delta, logprobs, finish_reason, token_ids| ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids };
+    let chunk = |delta, logprobs, token_ids| ChatChunkChoice { index, delta, logprobs, finish_reason: None, stop_reason: None, token_ids };
     if !told.begun {
         told.begun = true;
         let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
-        let mut first = answer.chat_chunk(vec![chunk(delta, None, None, None)], usage.clone());
+        let mut first = answer.chat_chunk(vec![chunk(delta, None, None)], usage.clone());
         first.prompt_token_ids = answer.reply.return_token_ids.then(|| answer.prompts[0].tokens.to_vec());
         teller.event(&first).await;
     }
@@ -654,10 +676,11 @@ async fn tell_chat(answer: &Answer, codec: &dyn Codec, index: usize, told: &mut 
         let token_ids = answer.reply.return_token_ids.then(|| told.token_ids());
         told.tokens.clear();
         let delta = Delta { role: None, content: Some(std::mem::take(&mut told.text)) };
-        teller.event(&answer.chat_chunk(vec![chunk(delta, logprobs, None, token_ids)], usage.clone())).await;
+        teller.event(&answer.chat_chunk(vec![chunk(delta, logprobs, token_ids)], usage.clone())).await;
     }
     if let Some(reason) = told.finish {
-        let last = chunk(Delta::default(), None, Some(reason_label(reason)), None);
+        let (finish_reason, stop_reason) = (Some(reason_label(reason)), answer.stop_reason(told));
+        let last = ChatChunkChoice { finish_reason, stop_reason, ..chunk(Delta::default(), None, None) };
         teller.event(&answer.chat_chunk(vec![last], usage)).await;
     }
 }
@@ -694,6 +717,7 @@ async fn tell_text(
         text: std::mem::take(&mut told.text),
         logprobs,
         finish_reason: told.finish.map(reason_label),
+        stop_reason: answer.stop_reason(told),
         token_ids,
         prompt_token_ids: (first && ids).then(|| answer.prompt_of(index).tokens.to_vec()),
     };

@@ -341,11 +341,11 @@ async fn minus_infinity_and_bytes_that_are_no_text_fit_json() {
 
 #[tokio::test]
 async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
-    for (say, extra, text, completion_tokens) in [
-        ("one two three", json!({"stop": "two"}), "one ", 7),
-        ("one two three", json!({"stop": ["x", "two"], "include_stop_str_in_output": true}), "one two", 7),
-        ("aaab", json!({"stop": ["aab"]}), "a", 4),
-        ("Ünd", json!({"stop": ["nd"]}), "Ü", 4),
+    for (say, extra, text, stop, completion_tokens) in [
+        ("one two three", json!({"stop": "two"}), "one ", "two", 7),
+        ("one two three", json!({"stop": ["x", "two"], "include_stop_str_in_output": true}), "one two", "two", 7),
+        ("aaab", json!({"stop": ["aab"]}), "a", "aab", 4),
+        ("Ünd", json!({"stop": ["nd", "three"]}), "Ü", "nd", 4),
     ] {
         for stream in [false, true] {
             let app = app(vec![Ok(vec![Say(say), UntilFinish])]);
@@ -354,14 +354,18 @@ async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
                 &json!({"stream_options": stream.then(|| json!({"include_usage": true}))}),
             );
             let answer = app.post(TEXT, &body).await;
-            let (told, usage) = match stream {
-                false => (answer.json()["choices"][0]["text"].as_str().expect("text").to_owned(), answer.json()["usage"].clone()),
+            let reason = |frame: &Value| frame["choices"][0]["stop_reason"].as_str().map(str::to_owned);
+            let (told, usage, stopped) = match stream {
+                false => {
+                    let answer = answer.json();
+                    (answer["choices"][0]["text"].as_str().expect("text").to_owned(), answer["usage"].clone(), reason(&answer))
+                }
                 true => {
                     let frames = frames(&answer.text);
-                    (texts(&frames), frames[frames.len() - 1]["usage"].clone())
+                    (texts(&frames), frames[frames.len() - 1]["usage"].clone(), frames.iter().find_map(reason))
                 }
             };
-            assert_eq!(told, text);
+            assert_eq!((told.as_str(), stopped.as_deref()), (text, Some(stop)));
             assert_eq!(usage["completion_tokens"], completion_tokens, "{say}");
             assert_eq!(usage["kv_cache"], json!({"profile": "cskv-80", "bytes": 4096, "sealed_tokens": 64, "window_tokens": 10}));
             assert_eq!(app.fake.seen().finished, [SeqId(1)]);
@@ -373,17 +377,21 @@ async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
 async fn a_stop_token_is_not_text_unless_generation_went_on() {
     let dot = TokenId::from(b'.');
     let token = |id| Tell(Event::Token { id, logprob: None });
-    for (steps, extra, text) in [
-        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({}), "a"),
-        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({"include_stop_str_in_output": true}), "a."),
-        (vec![Say("a"), token(dot), Say("b"), Done(FinishReason::Stop)], json!({"min_tokens": 3}), "a.b"),
-        (vec![Say("a"), token(dot), Done(FinishReason::Length)], json!({"min_tokens": 2}), "a."),
-        (vec![token(EOS), Done(FinishReason::Stop)], json!({}), ""),
+    for (steps, extra, text, stopped) in [
+        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({}), "a", Some(dot)),
+        (vec![Say("a"), token(dot), Done(FinishReason::Stop)], json!({"include_stop_str_in_output": true}), "a.", Some(dot)),
+        (vec![Say("a"), token(dot), Say("b"), Done(FinishReason::Stop)], json!({"min_tokens": 3}), "a.b", None),
+        (vec![Say("a"), token(dot), Done(FinishReason::Length)], json!({"min_tokens": 2}), "a.", None),
+        // The model's own end is none of the client's.
+        (vec![token(EOS), Done(FinishReason::Stop)], json!({}), "", None),
     ] {
-        let app = app(vec![Ok(steps)]);
-        let body = with(json!({"prompt": "x", "stop_token_ids": [dot]}), &extra);
-        let answer = app.post(TEXT, &body).await.json();
-        assert_eq!(answer["choices"][0]["text"], text, "{extra}");
+        for (path, prompt) in [(TEXT, json!({"prompt": "x"})), (CHAT, hello())] {
+            let app = app(vec![Ok(steps.clone())]);
+            let body = with(with(prompt, &json!({"stop_token_ids": [dot]})), &extra);
+            let choice = app.post(path, &body).await.json()["choices"][0].clone();
+            let told = if path == TEXT { &choice["text"] } else { &choice["message"]["content"] };
+            assert_eq!((told, choice.get("stop_reason")), (&json!(text), stopped.map(|id| json!(id)).as_ref()), "{path} {extra}");
+        }
     }
 }
 

@@ -114,13 +114,13 @@ impl TextStream for ByteStream<'_> {
         if id < 256 && !trimmed {
             self.held.extend(self.codec.token_bytes(id));
         }
-        let hit = self.stop.iter().filter_map(|s| {
+        let hit = self.stop.iter().enumerate().filter_map(|(stop, s)| {
             let at = self.held.windows(s.len()).position(|w| w == s.as_bytes())?;
-            Some((at, s.len()))
+            Some((at, s.len(), stop))
         });
-        if let Some((at, len)) = hit.min() {
+        if let Some((at, len, stop)) = hit.min() {
             let end = if self.include_stop { at + len } else { at };
-            return Piece { text: String::from_utf8_lossy(&self.held[..end]).into_owned(), stopped: true };
+            return Piece { text: String::from_utf8_lossy(&self.held[..end]).into_owned(), stopped: Some(stop) };
         }
         let whole = match std::str::from_utf8(&self.held) {
             Ok(_) => self.held.len(),
@@ -128,7 +128,7 @@ impl TextStream for ByteStream<'_> {
         };
         let open = (0..=whole).find(|&at| self.stop.iter().any(|s| s.as_bytes().starts_with(&self.held[at..]))).unwrap_or(whole);
         let text = self.held.drain(..open.min(whole)).collect();
-        Piece { text: String::from_utf8(text).expect("whole characters"), stopped: false }
+        Piece { text: String::from_utf8(text).expect("whole characters"), stopped: None }
     }
     fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.held)).into_owned()
