@@ -5,7 +5,7 @@
 // embed         (rows)                                   256    0
 // rms_norm      (rows)                                   256    32
 // rope_append_* ((rows + 15) / 16, heads + 2 kv_heads)   256    64 (d + 1)
-// silu_mul      ((width + 1023) / 1024, rows)            256    0
+// silu_mul      (rows, (width + 1023) / 1024)            256    0
 //
 // Pointers to rows are aligned to 16 bytes; widths that 4 (in embed 8) does not divide are slower, not wrong.
 #pragma once
