@@ -8,6 +8,7 @@ use crate::model::config::ModelConfig;
 use crate::quant::Rotation;
 
 pub mod artifact;
+mod replace;
 pub mod seen;
 
 /// Per layer: how keys and values become latents.
