@@ -2,7 +2,7 @@
 //! contains one of the words (all without words). `SDPA=FILE` names what `loadtest/gpu.py` measured of PyTorch on the same card;
 //! `ROW=TEXT` leaves of the tables `attention` and `decode` the rows whose "cache, context x batch" contains the text. The word `--dry`
 //! goes through all of them at small shapes on a device that this CPU emulates: times mean nothing then, and what would fail, fails. The
-//! word `--common` leaves out kernels of one architecture alone, so that a Hopper shows what devices without them run.
+//! word `--common` leaves out kernels of one architecture alone and cuBLASLt, so that a Hopper shows what devices without them run.
 //!
 //! Each row has its prediction beside it, written before it was measured: bytes over the measured ceiling, or the operations that
 //! spread codes, whichever takes longer. Work is recorded once and run many times; data is larger than the second-level cache, or
@@ -23,10 +23,11 @@ use strait::model::delta::{Delta, Factors, HeldAs, Site, SiteDelta};
 use strait::model::draw::{Answer, Ask, Draw, NotFinite};
 use strait::model::weights::{self, Data, LayerWeights, ModelWeights, Weight};
 use strait::ops::cuda::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
+use strait::ops::cuda::cublaslt::Product;
 use strait::ops::cuda::linear::{Job, Linears, MANY, Mode};
 use strait::ops::cuda::maps::DeviceMaps;
 use strait::ops::cuda::prefill::Prefill;
-use strait::ops::cuda::trial;
+use strait::ops::cuda::trial::{self, Becomes, Products};
 use strait::ops::cuda::{CudaError, Device, Memory, Own};
 use strait::ops::{AttendRow, Heads, LayerView, RopeTable};
 use strait::request::Sampling;
@@ -48,6 +49,8 @@ struct Sizes {
     /// Products: outputs and inputs; rows.
     matrices: Vec<(usize, usize)>,
     rows: Vec<usize>,
+    /// Rows of a step that the library is tried on.
+    steps: [usize; 2],
     /// Sampling: logits and rows.
     sampled: Vec<(usize, usize)>,
     /// A whole model; context and batch of exact and of compressed pages.
@@ -73,6 +76,7 @@ impl Sizes {
             chunks: vec![(2048, 1), (2048, 4), (8192, 1), (32_768, 1), (131_072, 1)],
             matrices: vec![(4096, 4096), (6144, 4096), (1024, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)],
             rows: vec![1, 4, 8, 16, 32, 64, 512, 2048],
+            steps: [512, 2048],
             sampled: vec![(128_256, 1), (128_256, 16), (128_256, 64)],
             model: model(32),
             exact: vec![(64, 1), (64, 16), (8192, 1), (8192, 16), (32_768, 1), (32_768, 16), (131_072, 1), (131_072, 4)],
@@ -92,6 +96,7 @@ impl Sizes {
             chunks: vec![(64, 2), (192, 1)],
             matrices: vec![(128, 256), (192, 512)],
             rows: vec![1, 8, 80],
+            steps: [66, 128],
             sampled: vec![(512, 2), (5000, 1)],
             model: ModelConfig { hidden: 256, intermediate: 512, vocab: 512, ..model(2) },
             exact: vec![(64, 2), (256, 1)],
@@ -123,10 +128,10 @@ fn run() -> Result<(), String> {
         emulated::load()?;
     }
     let device = if common { Device::open_common(0) } else { Device::open(0) }.map_err(|e| e.to_string())?;
-    tables(&device, &words, &if dry { Sizes::dry() } else { Sizes::full() }).map_err(|e| e.to_string())
+    tables(&device, &words, common, &if dry { Sizes::dry() } else { Sizes::full() }).map_err(|e| e.to_string())
 }
 
-fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), CudaError> {
+fn tables(device: &Arc<Device>, words: &[String], common: bool, sizes: &Sizes) -> Result<(), CudaError> {
     let ceiling = ceiling(device, sizes.ceiling)?;
     println!("{}; reads {:.0} GB/s at best\n", device.describe(), ceiling / 1e9);
     // On a device of its own, as it leaves out what does not hold, and these tables tell of what is asked for.
@@ -140,6 +145,18 @@ fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), C
         };
         for trial in trial::choose(&Device::open(device.ordinal())?, &shape)? {
             println!("trial: {trial}");
+        }
+        println!();
+    }
+    if !common {
+        // Nothing is given to it but what a row of a table is about.
+        println!("{}", device.open_library()?);
+        for &rows in &sizes.steps {
+            let tried = Device::open(device.ordinal())?;
+            tried.open_library()?;
+            for trial in trial::choose_library(&tried, &layer_products(&sizes.model), rows)? {
+                println!("trial of {rows} rows: {trial}");
+            }
         }
         println!();
     }
@@ -160,6 +177,19 @@ fn tables(device: &Arc<Device>, words: &[String], sizes: &Sizes) -> Result<(), C
         }
     }
     Ok(())
+}
+
+/// The launches of products of a layer of a model without biases.
+fn layer_products(c: &ModelConfig) -> [Products; 4] {
+    let of =
+        |what, inputs, becomes, outs: &[usize]| Products { what, inputs, becomes, outs: outs.iter().map(|&out| (out, false)).collect() };
+    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    [
+        of("queries, keys and values", c.hidden, Becomes::Outputs, &[q, kv, kv]),
+        of("outputs of attention", q, Becomes::Sum, &[c.hidden]),
+        of("gate and up", c.hidden, Becomes::Gated, &[c.intermediate; 2]),
+        of("outputs of an MLP", c.intermediate, Becomes::Sum, &[c.hidden]),
+    ]
 }
 
 struct Rng(u64);
@@ -565,7 +595,10 @@ fn fill_part(memory: &mut Memory<u8>, at: usize, bytes: usize, block: &[u8]) -> 
 
 fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaError> {
     println!("  y = x W^T in bf16, f32 sums; times in us");
-    println!("  {:>7} {:>6} {:>5} {:>9} {:>9} {:>8} {:>8} {:>6}", "out", "in", "rows", "floor", "measured", "GB/s", "TFLOP/s", "%floor");
+    println!(
+        "  {:>7} {:>6} {:>5} {:>9} {:>9} {:>8} {:>8} {:>6} | {:>8}",
+        "out", "in", "rows", "floor", "measured", "GB/s", "TFLOP/s", "%floor", "cuBLASLt"
+    );
     let block = random_bf16(8 << 20);
     for &(out, inputs) in &sizes.matrices {
         for &rows in &sizes.rows {
@@ -574,17 +607,26 @@ fn linear(device: &Arc<Device>, ceiling: f64, sizes: &Sizes) -> Result<(), CudaE
             let w = filled(device, sets * bytes, &block)?;
             let x = filled(device, 2 * rows * inputs, &block)?;
             let y = device.alloc::<f32>(rows * out)?;
-            let ms = device.time(sizes.times.min(5), || {
-                (0..sets).try_for_each(|i| {
-                    let job = Job { w: [w.ptr() + (i * bytes) as u64, 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
-                    Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None }.launch(device)
-                })
-            })?;
-            let us = ms * 1e3 / sets as f64;
+            let launch = |i: usize| {
+                let job = Job { w: [w.ptr() + (i * bytes) as u64, 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
+                Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None }.launch(device)
+            };
+            let time = || Ok::<_, CudaError>(device.time(sizes.times.min(5), || (0..sets).try_for_each(launch))? * 1e3 / sets as f64);
+            let us = time()?;
+            let its = [Product { out, inputs, wide: true, biased: false }];
+            let library = if rows >= MANY && device.give_to_library(&its, rows) {
+                // Not recorded the first time: it loads what it runs then.
+                launch(0)?;
+                let us = time()?;
+                device.take_from_library(&its);
+                format!("{us:.1}")
+            } else {
+                "-".into()
+            };
             let flops = 2.0 * (rows * out * inputs) as f64;
             let floor = (bytes as f64 / ceiling).max(flops / 790e12) * 1e6;
             println!(
-                "  {out:>7} {inputs:>6} {rows:>5} {floor:>9.1} {us:>9.1} {:>8.0} {:>8.1} {:>6.1}",
+                "  {out:>7} {inputs:>6} {rows:>5} {floor:>9.1} {us:>9.1} {:>8.0} {:>8.1} {:>6.1} | {library:>8}",
                 bytes as f64 / us / 1e3,
                 flops / us / 1e6,
                 100.0 * floor / us

@@ -340,7 +340,7 @@ API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
 API cuEventRecord(void* e, void* s) { stream_of(s).launches.drain(); *(Event*)e = {now(), &stream_of(s)}; return 0; }
 API cuEventSynchronize(void* e) { return ((Event*)e)->on ? land(*((Event*)e)->on) : 0; }
 API cuEventQuery(void*) { return 0; }
-API cuEventElapsedTime(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
+API cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)(((Event*)b)->at - ((Event*)a)->at); return 0; }
 API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return allocate(p, n); }
 API cuMemAllocAsync(CUdeviceptr* p, size_t n, void*) { return allocate(p, n); }
 API cuMemFree_v2(CUdeviceptr p) { return release(p); }
@@ -449,6 +449,16 @@ extern "C" __attribute__((visibility("default"))) void strait_emulated_hold(bool
 extern "C" __attribute__((visibility("default"))) void strait_emulated_spoil(void* stream, const char* names) { stream_of(stream).spoilt = names; }
 // For tests: kernels of these names do not wait for the launches ahead on a stream.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_hurry(void* stream, const char* names) { stream_of(stream).hasty = names; }
+// For the emulated library of products: `work` on a copy of its arguments, in the order of a stream, as a launch that waits for all before it.
+API strait_emulated_do(void* s, CUresult (*work)(const void*), const void* args, size_t bytes) {
+    Stream& on = stream_of(s);
+    if (on.left == 0) on.lost = true;
+    if (on.left > 0) on.left--;
+    if (on.lost) return 719;
+    std::vector<unsigned char> copy((const unsigned char*)args, (const unsigned char*)args + bytes);
+    return submit(s, [=, &on] { on.launches.drain(); return work(copy.data()); });
+}
+extern "C" __attribute__((visibility("default"))) bool strait_emulated_inside(CUdeviceptr p, size_t n) { return inside(p, n); }
 struct LaunchConfig {
     unsigned grid[3], block[3], shared;
     void* stream;

@@ -471,7 +471,8 @@ pub struct ServeFlags {
     /// cpu, cuda, cuda:N, or auto: a CUDA device where there is one [default: cpu].
     #[arg(long, env = "STRAIT_DEVICE")]
     pub device: Option<DeviceArg>,
-    /// Kernels of a CUDA device: auto, those of its own architecture where they hold in a trial at start; or common, those of all [default: auto].
+    /// Kernels of a CUDA device: auto, those of its own architecture, and cuBLASLt's, where they hold in a trial at start; or common, Strait's for
+    /// all architectures [default: auto].
     #[arg(long, value_enum, env = "STRAIT_DEVICE_KERNELS")]
     pub device_kernels: Option<KernelsArg>,
     /// Worker threads [default: all cores].

@@ -25,7 +25,7 @@ pub struct Settings {
     pub max_model_len: Option<u32>,
     pub dtype: LoadDtype,
     pub device: DeviceArg,
-    /// Whether a device may run kernels of its own architecture.
+    /// Whether a device may run kernels of its own architecture, and the library's.
     pub own_kernels: bool,
     pub threads: usize,
     pub kv_cache_memory_bytes: Option<u64>,

@@ -15,7 +15,7 @@ use crate::kv::layout::PageLayout;
 use crate::model::choices::Choices;
 use crate::model::config::ModelConfig;
 use crate::model::cuda::adapters::{Arrived, DeviceAdapter, DeviceAdapters, Given, head_place, place};
-use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, Normed, Worn, gate_and_up, project};
+use crate::model::cuda::linear::{DeviceProjection, Input, LinearJob, LinearLayer, Normed, Worn, gate_and_up, gates_by_library, project};
 use crate::model::cuda::placed::DeviceModel;
 use crate::model::cuda::scratch::Scratch;
 use crate::model::decoder::{LogitsSink, ReadyProfile};
@@ -36,7 +36,7 @@ mod linear;
 mod placed;
 mod scratch;
 
-pub use placed::{CudaRefusal, check_model, check_profile, try_kernels};
+pub use placed::{CudaRefusal, check_model, check_profile, layer_products, try_kernels};
 
 const P: usize = PAGE_TOKENS as usize;
 /// Rows whose logits are on the device at once.
@@ -141,7 +141,7 @@ impl CudaDecoder {
         let d = &device;
         let model = DeviceModel::new(d, config, weights, rope, profiles)?;
         let (mut scratch, mut prefill) = (Scratch::new(d)?, Prefill::new(d)?);
-        scratch.reserve(&model, tokens, adapted)?;
+        scratch.reserve(&model, tokens, (adapted, model.gates_apart(d, tokens)))?;
         scratch.reserve_heads(&model, HEADS_AT_ONCE)?;
         let layers = model.profiles.iter().flat_map(|p| &p.layout.sealed);
         if let Some(latents) = layers.map(|l| l.keys.rank + l.values.rank).max() {
@@ -409,7 +409,8 @@ impl CudaDecoder {
         let shapes = [(c.hidden, 3), (c.q_channels(), 1), (c.intermediate, 1)];
         let wearing = &self.wearing;
         self.worn.set(spans.iter().map(|span| (of_row(wearing, &plan.rows[span.row]), span.n)), &shapes)?;
-        self.scratch.reserve(&self.model, tokens, self.worn.apart(MLP, tokens) || self.worn.adapts != 0)?;
+        let adapted = self.worn.apart(MLP, tokens) || self.worn.adapts != 0;
+        self.scratch.reserve(&self.model, tokens, (adapted, self.model.gates_apart(&self.device, tokens)))?;
         self.scratch.positions.write(0, &positions)?;
         self.scratch.pages.write(0, &pages)?;
 
@@ -544,7 +545,8 @@ impl CudaDecoder {
         let x = s.x.part(0, tokens * c.hidden);
         project(&Input::Ready(s.attended.ptr()), c.q_channels(), &[LinearJob { of: w.o.layer(), place: at(Site::O), y: x, add: true }])?;
         let normed = self.normed((&s.x, tokens), &w.post_norm, &self.worn, |a| a.norm(layer, Norm::Post));
-        if w.gate.rank() + w.up.rank() > 0 || self.worn.apart(MLP, tokens) {
+        let by_library = || gates_by_library(device, (tokens, c.hidden), [&w.gate, &w.up]);
+        if w.gate.rank() + w.up.rank() > 0 || self.worn.apart(MLP, tokens) || by_library() {
             let n = tokens * c.intermediate;
             let (gate, up) = (s.gate.part(0, n), s.up.part(0, n));
             project(&normed, c.hidden, &[to(&w.gate, Site::Gate, gate), to(&w.up, Site::Up, up)])?;

@@ -38,6 +38,7 @@ use crate::model::delta::HeldAs;
 use crate::ops::Ops;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Device;
+use crate::ops::cuda::cublaslt::Found;
 use crate::ops::cuda::maps::Unserved;
 use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
@@ -243,8 +244,14 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     if let Some(device) = &device {
         // Before bases are computed, which takes long.
         cuda::check_model(model, decoder.weights())?;
-        let trials = cuda::try_kernels(device, model)
-            .context("the device failed in a trial of kernels; --device-kernels common serves without those of its own architecture")?;
+        if settings.own_kernels {
+            match device.open_library()? {
+                found @ Found::Refused(_) => tracing::warn!("{found}"),
+                found => tracing::info!("{found}"),
+            }
+        }
+        let trials = cuda::try_kernels(device, model, decoder.weights(), settings.max_num_batched_tokens as usize)
+            .context("the device failed in a trial of kernels; --device-kernels common serves without what is tried")?;
         for trial in &trials {
             if trial.holds() {
                 tracing::info!("{trial}");

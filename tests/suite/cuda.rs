@@ -473,7 +473,7 @@ pub(crate) fn in_lockstep(
     budget: u32,
     own: bool,
 ) -> Vec<f64> {
-    worn_in_lockstep(checkpoint, profiles, waves, budget, own, &Wardrobe::default())
+    worn_in_lockstep(&own_device(), checkpoint, profiles, waves, (budget, own), &Wardrobe::default())
 }
 
 /// What requests wear: the first the first of `wears`, and so on; the model alone where there are none.
@@ -485,13 +485,13 @@ pub(crate) struct Wardrobe {
     pub(crate) bytes: u64,
 }
 
-/// As [`in_lockstep`], under adapters.
+/// As [`in_lockstep`], under adapters, on a device that is the test's own.
 pub(crate) fn worn_in_lockstep(
+    device: &Arc<Device>,
     checkpoint: &'static Checkpoint,
     profiles: Vec<ReadyProfile>,
     waves: &[&[(u64, usize, u32, u8)]],
-    budget: u32,
-    own: bool,
+    (budget, own): (u32, bool),
     wardrobe: &Wardrobe,
 ) -> Vec<f64> {
     const POSITIONS: usize = 1024;
@@ -503,7 +503,7 @@ pub(crate) fn worn_in_lockstep(
     let mut arena = Arena::new(arena_bytes).unwrap();
     let rope = host.rope().clone();
     let mut on =
-        CudaDecoder::new(own_device(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, wardrobe.bytes, 64)).unwrap();
+        CudaDecoder::new(device.clone(), config, host.weights(), &rope, profiles.clone(), (arena_bytes, wardrobe.bytes, 64)).unwrap();
     // The definition, whose queries and weights are not rounded to 8 bits as the host's fast kernels round them.
     let ops = Reference;
     let worn: Vec<_> = wardrobe.adapters.iter().map(|(id, delta)| (*id, &**delta)).collect();

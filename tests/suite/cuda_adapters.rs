@@ -9,7 +9,7 @@ use strait::ids::{AdapterGeneration, PageAddr, ProfileIndex, SeqId};
 use strait::kv::layout::{ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::config::ModelConfig;
-use strait::model::cuda::CudaDecoder;
+use strait::model::cuda::{CudaDecoder, layer_products};
 use strait::model::decoder::{Decoder, ReadyProfile};
 use strait::model::delta::{Delta, EmbedDelta, EmbedFactors, Factors, HeldAs, Norm, Site, SiteDelta};
 use strait::model::weights::{LoadDtype, Projection};
@@ -18,6 +18,7 @@ use strait::request::Event;
 use strait::step::{ExactStore, Logits, Row, StepPlan};
 
 use crate::cuda::{Kept, Wardrobe, demo, engine_on, hear, own_device, request, rms, worn_in_lockstep};
+use crate::cuda_linear::with_library;
 use crate::engine::event_of;
 use crate::http::adapters::{limits, registry_of};
 use crate::{adapters, emulated, golden};
@@ -131,7 +132,7 @@ fn rows_that_wear_anything_say_the_same_on_the_device_as_on_the_host() {
         // All of them at once, and hardly one.
         for bytes in [bytes, adapters[2].1.bytes()] {
             let wardrobe = Wardrobe { adapters: adapters.clone(), wears: wears.clone(), bytes };
-            let mut off = worn_in_lockstep(checkpoint, full(c), &[first, again], 80, false, &wardrobe);
+            let mut off = worn_in_lockstep(&own_device(), checkpoint, full(c), &[first, again], (80, false), &wardrobe);
             off.sort_by(f64::total_cmp);
             let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
             println!("{name}: logits differ by {median:.1e} (median of {} rms) and {worst:.1e} at most", off.len());
@@ -147,7 +148,7 @@ fn products_of_two_matrices_say_the_same_on_the_device_as_on_the_host() {
         let (adapters, bytes) = wardrobe(&checkpoint.config);
         let wardrobe = Wardrobe { adapters, wears: [0, 1, 3].map(id).into(), bytes };
         let waves: &[(u64, usize, u32, u8)] = &[(5, 9, 4, 0), (6, 90, 3, 0), (7, 20, 3, 0)];
-        let mut off = worn_in_lockstep(checkpoint, full(&checkpoint.config), &[waves], 80, false, &wardrobe);
+        let mut off = worn_in_lockstep(&own_device(), checkpoint, full(&checkpoint.config), &[waves], (80, false), &wardrobe);
         off.sort_by(f64::total_cmp);
         let median = off[off.len() / 2];
         println!("{name}: logits differ by {median:.1e} (median of {} rms)", off.len());
@@ -231,6 +232,55 @@ fn what_a_row_wears_is_nothing_to_its_neighbours() {
         let alone = step(&mut on, &[*row], &given);
         for position in 0..row.0.len() as u32 {
             assert_eq!(all.0[&(i, position)], alone.0[&(0, position)], "row {i} at {position}");
+        }
+    }
+}
+
+/// Gives the library all that a layer of a model launches, of up to so many rows.
+fn give_layers(device: &Device, checkpoint: &'static Checkpoint, rows: usize) {
+    let weights = checkpoint.weights(LoadDtype::Bf16);
+    let launches: Vec<_> = layer_products(&checkpoint.config, &weights.layers[0]).iter().filter_map(|products| products.launch()).collect();
+    assert!(launches.len() >= 2 && launches.iter().all(|launch| device.give_to_library(launch, rows)), "{launches:?}");
+}
+
+#[test]
+fn rows_whose_products_are_the_librarys_say_the_same_on_the_device_as_on_the_host() {
+    for name in ["llama-bias", "qwen3"] {
+        let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+        let checkpoint = open(name);
+        give_layers(&device, checkpoint, 128);
+        let (adapters, bytes) = wardrobe(&checkpoint.config);
+        let wardrobe = Wardrobe { adapters, wears: [1, 0, 3, 0, 2, 4].map(id).into(), bytes };
+        // Prompts within a step and beyond it, so layer by layer.
+        let waves: &[(u64, usize, u32, u8)] = &[(5, 70, 3, 0), (6, 90, 3, 0), (7, 20, 3, 0), (8, 150, 3, 0), (9, 200, 2, 0), (4, 66, 2, 0)];
+        let mut off = worn_in_lockstep(&device, checkpoint, full(&checkpoint.config), &[waves], (120, false), &wardrobe);
+        off.sort_by(f64::total_cmp);
+        let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
+        println!("{name}: logits differ by {median:.1e} (median of {} rms) and {worst:.1e} at most", off.len());
+        assert!(median < 0.01, "{name}: {median}");
+    }
+}
+
+#[test]
+fn what_a_row_wears_is_nothing_to_its_neighbours_where_products_are_the_librarys() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    let checkpoint = open("llama-bias");
+    give_layers(&device, checkpoint, 192);
+    let (adapters, bytes) = wardrobe(&checkpoint.config);
+    let given: Vec<_> = adapters.iter().map(|(id, delta)| (*id, delta)).collect();
+    let mut by_library = on(device, checkpoint, (192, bytes));
+    let prompts: Vec<Vec<u32>> = (0..5).map(|i| (0..20 + i).map(|t| (t * 31 + i * 7) % 250).collect()).collect();
+    let wears = [3, 0, 1, 4, 2];
+    let mut step = |wears: &[u64]| {
+        let rows: Vec<(&[u32], AdapterGeneration)> = prompts.iter().zip(wears).map(|(p, &n)| (&p[..], id(n))).collect();
+        step(&mut by_library, &rows, &given)
+    };
+    let all = step(&wears);
+    for (i, &own) in wears.iter().enumerate() {
+        // As many rows beside it, which wear nothing.
+        let alone = step(&std::array::from_fn::<u64, 5, _>(|j| if i == j { own } else { 0 }));
+        for position in 0..prompts[i].len() as u32 {
+            assert_eq!(all.0[&(i, position)], alone.0[&(i, position)], "row {i} at {position}");
         }
     }
 }

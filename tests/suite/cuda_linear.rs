@@ -2,11 +2,12 @@
 //! apart: the same bits.
 
 use std::ffi::c_char;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use strait::ops::Heads;
+use strait::ops::cuda::cublaslt::{Found, Product};
 use strait::ops::cuda::linear::{Job, Linears, Mode, Norm};
-use strait::ops::cuda::trial::{self, Shape};
+use strait::ops::cuda::trial::{self, Becomes, Of, Products, Shape};
 use strait::ops::cuda::{Device, Memory, Own};
 
 use crate::cuda::{device, devices, own_device};
@@ -84,7 +85,8 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
         for trial in trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70, decoded: (1, 9) }).unwrap() {
             assert!(trial.off < 1.0, "{head_dim} channels: {trial}");
             // Times of an emulated device tell nothing.
-            assert_eq!(device.runs(trial.of), trial.holds(), "{trial}");
+            let Of::Own(own) = trial.of else { panic!("no library was opened: {trial}") };
+            assert_eq!(device.runs(own), trial.holds(), "{trial}");
         }
     }
     // More heads than fill a tile of lines, and latents of more than one: what is asked is what a model asks, and both ways give numbers.
@@ -105,7 +107,7 @@ fn a_device_runs_those_of_its_own_kernels_that_hold_in_a_trial() {
             let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64, scale: 0.125 };
             let trials = trial::choose(&device, &Shape { heads, matrix: (136, 72), rows: 80, history: 70, decoded: (1, 9) }).unwrap();
             for trial in &trials {
-                assert_eq!(trial.off.is_infinite(), trial.of == of, "{trial}");
+                assert_eq!(trial.off.is_infinite(), trial.of == Of::Own(of), "{trial}");
             }
             assert!(trials.len() == 3 && !device.runs(of));
         }
@@ -156,4 +158,127 @@ fn products_of_many_rows_are_those_of_the_definition() {
             }
         }
     }
+}
+
+/// A device of its own with the library open, which is this test's alone: what one spoils, no other meets. Nothing where a real machine has
+/// no library.
+pub(crate) fn with_library() -> Option<(Arc<Device>, MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = own_device();
+    let found = device.open_library().unwrap();
+    let version = matches!(found, Found::Version(120_000..));
+    assert!(version || emulated::CUBLASLT.get().is_none(), "{found}");
+    version.then_some((device, alone))
+}
+
+/// Has the emulated library do what a test is about until this is dropped.
+struct Spoilt;
+
+impl Spoilt {
+    fn set(how: i32) -> Option<Self> {
+        // SAFETY: a function of the emulated library, of this type.
+        emulated::CUBLASLT
+            .get()
+            .map(|lt| unsafe { lt.get::<unsafe extern "C" fn(i32)>(b"strait_emulated_spoil_library").unwrap()(how) })
+            .map(|()| Spoilt)
+    }
+}
+
+impl Drop for Spoilt {
+    fn drop(&mut self) {
+        std::mem::forget(Spoilt::set(0));
+    }
+}
+
+#[test]
+fn products_by_the_library_are_those_of_own_kernels() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    let rng = &mut Rng(13);
+    let (inputs, outs) = (136, [(72, true), (40, false), (40, true)]);
+    for (becomes, mode, biased) in [(Becomes::Outputs, Mode::F32, true), (Becomes::Sum, Mode::Add, false)] {
+        let outs = outs.map(|(out, bias)| (out, bias && biased));
+        let launch = Products { what: "", inputs, becomes, outs: outs.to_vec() }.launch().unwrap();
+        assert!(device.give_to_library(&launch, 300));
+        for rows in [64, 65, 200, 300, 301] {
+            let (x, weights) = (rng.halves(&device, rows * inputs), outs.map(|(out, _)| rng.halves(&device, out * inputs)));
+            let biases = outs.map(|(out, biased)| biased.then(|| rng.floats(&device, out)));
+            // Rows with room between them.
+            let run = |by_library: bool| {
+                let y = outs.map(|(out, _)| device.upload(&vec![0.5f32; rows * (out + 8)]).unwrap());
+                let job = |i: usize| {
+                    let bias = [biases[i].as_ref().map_or(0, Memory::ptr), 0];
+                    Job { w: [weights[i].ptr(), 0], bias, y: y[i].ptr(), out: outs[i].0, ldy: outs[i].0 + 8, mode }
+                };
+                let jobs = [job(0), job(1), job(2)];
+                let linears = Linears { jobs: &jobs, x: x.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None };
+                assert_eq!(linears.by_library(&device), by_library, "{rows} rows");
+                linears.launch(&device).unwrap();
+                y.map(|y| y.to_vec().unwrap())
+            };
+            let library = run((65..=300).contains(&rows));
+            device.take_from_library(&launch);
+            for (library, own) in library.iter().zip(&run(false)) {
+                let near = library.iter().zip(own).all(|(a, b)| (a - b).abs() < 1e-4);
+                assert!(near, "{rows} rows, {mode:?}");
+            }
+            assert!(device.give_to_library(&launch, 300));
+        }
+        // Others are not its.
+        let none =
+            |jobs: &[Job], inputs, worn| Linears { jobs, x: 0, rows: 100, inputs, ldx: inputs, worn, norm: None }.by_library(&device);
+        let job = |(out, biased): (usize, bool), mode| Job { w: [0; 2], bias: [u64::from(biased) * 256, 0], y: 0, out, ldy: out, mode };
+        // Added or not, they are the same to it; but for a bias beside what is there.
+        assert!(none(&outs.map(|out| job(out, Mode::F32)), inputs, None));
+        assert_eq!(none(&outs.map(|out| job(out, Mode::Add)), inputs, None), !biased);
+        let sum = Products { what: "", inputs, becomes: Becomes::Sum, outs: outs.to_vec() };
+        assert_eq!(sum.launch().is_some(), !biased);
+        assert!(!none(&outs.map(|out| job(out, mode)), inputs + 8, None), "other inputs");
+        assert!(!none(&outs.map(|out| job(out, Mode::Bf16)), inputs, None), "another kind");
+        assert!(!none(&[job(outs[0], mode)], inputs, None), "one of them");
+        assert!(!none(&outs.map(|(out, biased)| job((out, !biased), mode)), inputs, None), "other biases");
+    }
+    // What it does not compute it does not take.
+    let bf16 = [Product { out: 64, inputs: 64, wide: false, biased: true }];
+    assert!(!device.give_to_library(&bf16, 100));
+    let bf16 = [Product { biased: false, ..bf16[0] }];
+    assert!(device.give_to_library(&bf16, 100));
+}
+
+#[test]
+fn the_library_is_given_what_it_computes_sooner_and_in_one_order() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    let of = |what, inputs, becomes, outs: &[(usize, bool)]| Products { what, inputs, becomes, outs: outs.to_vec() };
+    let launches = [
+        of("a", 64, Becomes::Outputs, &[(128, true), (64, true), (64, false)]),
+        of("b", 128, Becomes::Sum, &[(64, false)]),
+        of("c", 64, Becomes::Gated, &[(160, true), (160, true)]),
+        of("d", 160, Becomes::Sum, &[(64, true)]),
+    ];
+    let serves = |of: &Products, rows| {
+        let mode = if of.becomes == Becomes::Sum { Mode::Add } else { Mode::F32 };
+        let jobs: Vec<Job> =
+            of.outs.iter().map(|&(out, b)| Job { w: [0; 2], bias: [u64::from(b), 0], y: 0, out, ldy: out, mode }).collect();
+        Linears { jobs: &jobs, x: 0, rows, inputs: of.inputs, ldx: of.inputs, worn: None, norm: None }.by_library(&device)
+    };
+    assert!(trial::choose_library(&device, &launches, 64).unwrap().is_empty(), "so few rows never ask");
+    let trials = trial::choose_library(&device, &launches, 192).unwrap();
+    assert_eq!(trials.len(), 3, "a bias is not added to what is there");
+    for (trial, of) in trials.iter().zip(&launches) {
+        // Times of an emulated device tell nothing.
+        assert!(trial.of == Of::Library && trial.off < 1.0 && trial.own_ms.is_finite(), "{trial}");
+        for rows in [65, 192] {
+            assert_eq!(serves(of, rows), trial.holds(), "{trial}");
+        }
+        assert!(!serves(of, 193), "so many rows were not tried");
+    }
+    // Of what it does wrong nothing is given to it: nothing computed, an order that depends on other rows, odd rows without an algorithm.
+    for how in [1, 2, 3] {
+        let Some(_spoilt) = Spoilt::set(how) else { return };
+        for (trial, of) in trial::choose_library(&device, &launches, 192).unwrap().iter().zip(&launches) {
+            assert!(!trial.holds() && !serves(of, 192), "{how}: {trial}");
+            assert_eq!(how == 3, trial.own_ms.is_infinite(), "{how}: {trial}");
+        }
+    }
+    assert!(trial::choose_library(&own_device(), &launches, 192).unwrap().is_empty(), "not open there");
 }

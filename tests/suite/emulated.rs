@@ -4,10 +4,11 @@
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The library, once it is loaded.
+/// The driver, once it is loaded, and as much of cuBLASLt as is asked for.
 pub(crate) static EMULATED: OnceLock<libloading::Library> = OnceLock::new();
+pub(crate) static CUBLASLT: OnceLock<libloading::Library> = OnceLock::new();
 
-/// Compiles the emulated driver, once for each state of its sources, and loads it, before anything asks for a driver.
+/// Compiles the emulated driver and library, once for each state of their sources, and loads them, before anything asks for either.
 ///
 /// # Errors
 /// Where there is no C++ compiler, or it fails.
@@ -22,23 +23,25 @@ pub(crate) fn load() -> Result<(), String> {
             hash.update(&std::fs::read(file).map_err(|e| e.to_string())?);
         }
     }
-    let name = format!("emulated-{}.so", &hash.finalize().to_hex()[..16]);
-    let library = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    if !library.exists() {
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-        let part = library.with_extension(format!("{}.part", std::process::id()));
-        let out = Command::new(&compiler)
-            .args(["-O2", "-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcuda.so", "-march=native", "-o"])
-            .arg(&part)
-            .arg(root.join("emulation/driver.cpp"))
-            .output()
-            .map_err(|e| format!("{compiler} does not run: {e}; the kernels' tests need a C++17 compiler (Debian: apt install g++)"))?;
-        if !out.status.success() {
-            return Err(format!("{compiler} fails:\n{}", String::from_utf8_lossy(&out.stderr)));
+    let state = &hash.finalize().to_hex()[..16];
+    for (soname, source, loaded) in [("libcuda.so", "driver", &EMULATED), ("libcublasLt.so", "cublaslt", &CUBLASLT)] {
+        let library = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{source}-{state}.so"));
+        if !library.exists() {
+            let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+            let part = library.with_extension(format!("{}.part", std::process::id()));
+            let out = Command::new(&compiler)
+                .args(["-O2", "-std=c++17", "-shared", "-fPIC", "-march=native", &format!("-Wl,-soname,{soname}"), "-o"])
+                .arg(&part)
+                .arg(root.join("emulation").join(source).with_extension("cpp"))
+                .output()
+                .map_err(|e| format!("{compiler} does not run: {e}; the kernels' tests need a C++17 compiler (Debian: apt install g++)"))?;
+            if !out.status.success() {
+                return Err(format!("{compiler} fails:\n{}", String::from_utf8_lossy(&out.stderr)));
+            }
+            std::fs::rename(part, &library).map_err(|e| e.to_string())?;
         }
-        std::fs::rename(part, &library).map_err(|e| e.to_string())?;
+        // SAFETY: our own library; it runs nothing when it is loaded but the constructors of its tables.
+        loaded.set(unsafe { libloading::Library::new(library) }.map_err(|e| e.to_string())?).map_err(|_| "loaded twice".to_owned())?;
     }
-    // SAFETY: our own library; it runs nothing when it is loaded but the constructors of its tables.
-    let loaded = unsafe { libloading::Library::new(library) }.map_err(|e| e.to_string())?;
-    EMULATED.set(loaded).map_err(|_| "loaded twice".to_owned())
+    Ok(())
 }

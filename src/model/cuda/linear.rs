@@ -313,6 +313,13 @@ pub(super) fn gate_and_up(
     Linears { jobs: &[job], x, rows, inputs, ldx: inputs, worn: fused, norm: None }.launch(device)
 }
 
+/// Whether the products of gate and up are by the library, which makes two outputs of them, for SiLU to make one of.
+pub(super) fn gates_by_library(device: &Device, (rows, inputs): (usize, usize), of: [&DeviceProjection; 2]) -> bool {
+    let jobs = of.map(|of| of.layer().job(0, Mode::F32));
+    let whole = of.iter().all(|of| of.rank() == 0);
+    whole && Linears { jobs: &jobs, x: 0, rows, inputs, ldx: inputs, worn: None, norm: None }.by_library(device)
+}
+
 /// The products with the model's own weights.
 fn products(
     device: &Device,

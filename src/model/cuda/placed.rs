@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::linear::DeviceProjection;
+use super::linear::{DeviceProjection, gates_by_library};
+use crate::ids::PAGE_TOKENS;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::ReadyProfile;
 use crate::model::weights::{LayerWeights, ModelWeights, Projection, Weight};
 use crate::ops::cuda::maps::{DeviceMaps, Unserved, serves};
 use crate::ops::cuda::sample::WIDEST;
 use crate::ops::cuda::seal::DownMaps;
-use crate::ops::cuda::trial::{self, Trial};
+use crate::ops::cuda::trial::{self, Becomes, Trial};
 use crate::ops::cuda::{CudaError, Device, Memory};
 use crate::ops::{Heads, LayerView, MatrixData, RopeTable};
 
@@ -79,6 +80,12 @@ impl DeviceModel {
             profiles,
             heads,
         })
+    }
+
+    /// Whether gate and up of that many rows are apart before SiLU makes one of them, in some layer at least: of products of two matrices, and by
+    /// the library.
+    pub(super) fn gates_apart(&self, device: &Device, rows: usize) -> bool {
+        self.ranks > 0 || self.layers.iter().any(|l| gates_by_library(device, (rows, self.config.hidden), [&l.gate, &l.up]))
     }
 
     /// The output head: `[vocab][hidden]`.
@@ -183,11 +190,12 @@ fn is_f32(w: &Weight<'_>) -> bool {
     matches!(w.matrix().data, MatrixData::F32(_))
 }
 
-/// Tries the device's own kernels on the shapes of a model; those that do not hold are left out.
+/// Tries the device's own kernels on the shapes of a model, and the library where it was opened on the products of a layer of as many rows as
+/// a step has; what does not hold is left out.
 ///
 /// # Errors
 /// Where the device fails.
-pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Trial>, CudaError> {
+pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig, weights: &ModelWeights<'_>, step: usize) -> Result<Vec<Trial>, CudaError> {
     let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: config.attention_scale() };
     let matrix = (config.intermediate.clamp(16, 4096), config.hidden);
     // What fills the device: on an H200 2048 rows, after 6336 positions.
@@ -195,7 +203,30 @@ pub fn try_kernels(device: &Arc<Device>, config: &ModelConfig) -> Result<Vec<Tri
     // As many sealed pages are three blocks of 16 a processor, of few sequences.
     let pages = 48 * device.processors;
     let decoded = (pages.div_ceil(2048), pages.min(2048));
-    trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors, decoded })
+    let mut trials = trial::choose(device, &trial::Shape { heads, matrix, rows, history: 48 * device.processors, decoded })?;
+    if let Some(layer) = weights.layers.first() {
+        // Blocks of a prompt that goes layer by layer are of whole pages.
+        trials.extend(trial::choose_library(device, &layer_products(config, layer), step.next_multiple_of(PAGE_TOKENS as usize))?);
+    }
+    Ok(trials)
+}
+
+/// The launches of products of a layer.
+pub fn layer_products(config: &ModelConfig, layer: &LayerWeights<'_>) -> [trial::Products; 4] {
+    let (hidden, q, kv, wide) = (config.hidden, config.q_channels(), config.kv_channels(), config.intermediate);
+    let (plain, add, gated) = (Becomes::Outputs, Becomes::Sum, Becomes::Gated);
+    let of = |what, inputs, becomes, outs: &[(usize, &Projection<'_>)]| trial::Products {
+        what,
+        inputs,
+        becomes,
+        outs: outs.iter().map(|(out, p)| (*out, p.bias.is_some())).collect(),
+    };
+    [
+        of("queries, keys and values", hidden, plain, &[(q, &layer.q), (kv, &layer.k), (kv, &layer.v)]),
+        of("outputs of attention", q, add, &[(hidden, &layer.o)]),
+        of("gate and up", hidden, gated, &[(wide, &layer.gate), (wide, &layer.up)]),
+        of("outputs of an MLP", wide, add, &[(hidden, &layer.down)]),
+    ]
 }
 
 /// Whether a device serves a cache profile.

@@ -61,8 +61,8 @@ impl Scratch {
         })
     }
 
-    /// Room for what passes through a layer of so many positions.
-    pub(super) fn reserve(&mut self, model: &DeviceModel, tokens: usize, adapted: bool) -> Result<(), CudaError> {
+    /// Room for what passes through a layer of so many positions; under adapters, and where gate and up are apart.
+    pub(super) fn reserve(&mut self, model: &DeviceModel, tokens: usize, (adapted, apart): (bool, bool)) -> Result<(), CudaError> {
         let (c, s) = (model.config, self);
         s.positions.reserve(tokens)?;
         s.pages.reserve(tokens)?;
@@ -73,7 +73,7 @@ impl Scratch {
         s.v.reserve(tokens * c.kv_channels())?;
         s.attended.reserve(tokens * c.q_channels())?;
         s.gated.reserve(tokens * c.intermediate)?;
-        if model.ranks > 0 || adapted {
+        if adapted || apart {
             s.gate.reserve(tokens * c.intermediate)?;
             s.up.reserve(tokens * c.intermediate)?;
         }

@@ -7,13 +7,14 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute};
 use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::CudaError;
+use super::cublaslt::{CublasLt, Found, Product};
 
 /// All kernels for all architectures: `kernels/build.py` makes it.
 static IMAGE: &[u8] = include_bytes!("../../../kernels/strait.fatbin");
@@ -35,6 +36,8 @@ pub enum Own {
 
 /// A device with its kernels loaded.
 pub struct Device {
+    /// Where it was asked for and is at hand. It goes before the context it was made in.
+    library: OnceLock<CublasLt>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     module: sys::CUmodule,
@@ -142,6 +145,7 @@ impl Device {
             result::function::get_function_attribute(function, CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
         };
         Ok(Arc::new(Device {
+            library: OnceLock::new(),
             context,
             stream,
             module,
@@ -162,6 +166,41 @@ impl Device {
     /// Runs these kernels, on a device of their architecture, or those of all architectures. What was made for launches before may go on as it was.
     pub(super) fn choose(&self, own: Own, runs: bool) {
         self.own[own as usize].store(runs, Ordering::Relaxed);
+    }
+
+    /// Starts the library of products, where it is on this machine; nothing is given to it yet. To be called once.
+    ///
+    /// Cost: some tenths of a second, its workspace, and what it takes of the device for itself.
+    ///
+    /// # Errors
+    /// Where the device fails; not where there is no library, or one that does not start.
+    pub fn open_library(&self) -> Result<Found, CudaError> {
+        self.context.bind_to_thread()?;
+        match CublasLt::open() {
+            Ok((library, found)) => {
+                assert!(self.library.set(library).is_ok(), "opened once");
+                Ok(found)
+            }
+            Err(found) => Ok(found),
+        }
+    }
+
+    /// The library, where it was opened.
+    pub(super) fn library(&self) -> Option<&CublasLt> {
+        self.library.get()
+    }
+
+    /// Gives launches of these products to the library, of many rows up to so many. Whether it takes them: not where it has no algorithm for one,
+    /// or was not opened.
+    pub fn give_to_library(&self, launch: &[Product], rows: usize) -> bool {
+        self.library.get().is_some_and(|library| library.give(launch, rows))
+    }
+
+    /// Has these launches by this program's own kernels again. What was recorded before may go on as it was.
+    pub fn take_from_library(&self, launch: &[Product]) {
+        if let Some(library) = self.library.get() {
+            library.take_back(launch);
+        }
     }
 
     /// Its number among the devices of this machine.

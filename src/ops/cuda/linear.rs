@@ -1,11 +1,12 @@
-//! Products with weights on the device: which kernel of `linear.cuh` or `linear_wg.cuh`, and how it is launched.
+//! Products with weights on the device: which kernel of `linear.cuh` or `linear_wg.cuh`, and how it is launched; or that the library has them.
 
 use super::CudaError;
+use super::cublaslt::CublasLt;
 use super::driver::{Device, Own};
 use super::lora::Fused;
 
 /// What becomes of a product.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Mode {
     /// Stored as f32.
     F32,
@@ -138,15 +139,28 @@ impl Linears<'_> {
         fit(normed_shared(self.rows, self.inputs)) >= blocks
     }
 
+    /// The library, where it was given such products of so many rows.
+    fn library<'d>(&self, device: &'d Device) -> Option<&'d CublasLt> {
+        device.library().filter(|library| self.rows >= MANY && self.worn.is_none() && self.norm.is_none() && library.has(self))
+    }
+
+    /// Whether they are by the library, as it was [given](Device::give_to_library) such products.
+    pub fn by_library(&self, device: &Device) -> bool {
+        self.library(device).is_some()
+    }
+
     /// Launches them.
     ///
     /// # Errors
-    /// Where the device refuses.
+    /// Where the device or the library refuses.
     ///
     /// # Panics
     /// For more than three jobs, inputs that 8 does not divide, adapters on [`MANY`] rows, or a norm where [`Linears::norms`] says no.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         if self.rows >= MANY {
+            if let Some(library) = self.library(device) {
+                return Ok(library.launch(device.stream().cu_stream(), self)?);
+            }
             if device.runs(Own::Linear) {
                 return self.launch_in_tiles(device, self.outputs_of_many(device.processors));
             }

@@ -2,8 +2,10 @@
 //!
 //! Nothing here needs CUDA to build. [`driver`] owns the device, its memory and its launches; [`attend`] is attention of decoded
 //! positions over every kind of page, on the very bytes the host's backend reads; [`maps`] is what a profile makes of its latents there.
+//! [`cublaslt`] is NVIDIA's library of products, for those that it computes faster.
 
 pub mod attend;
+pub mod cublaslt;
 pub mod driver;
 mod latents;
 pub mod linear;
@@ -38,6 +40,8 @@ pub enum CudaError {
     Image(cudarc::driver::DriverError),
     #[error("kernel {kernel}: {source}")]
     Launch { kernel: &'static str, source: cudarc::driver::DriverError },
+    #[error("cuBLASLt refused a product: {0}; --device-kernels common serves without it")]
+    Library(#[from] cudarc::cublaslt::result::CublasError),
     #[error("the device failed: {0}")]
     Device(#[from] cudarc::driver::DriverError),
 }

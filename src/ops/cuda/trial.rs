@@ -1,14 +1,15 @@
 //! Which kernels a device runs where it has some of its own: they are tried on the very device, before anything is served, against the kernels of
-//! all architectures, on the shapes of the model.
+//! all architectures, on the shapes of the model. And then the library of products, where it is at hand, against the kernels that were chosen.
 //!
 //! Kernels of one architecture use what no emulation shows whole: registers and memory that a matrix unit reads by itself. A device on which they
-//! give other results, or give them later, runs without them.
+//! give other results, or give them later, runs without them. The library must be faster, and sum a row in one order whatever the other rows.
 
 use std::sync::Arc;
 
 use super::attend::{ARENA_SLACK, Append, AttendLayer, DeviceWork, Work};
+use super::cublaslt::{Launch, Product};
 use super::driver::{Device, Memory, Own};
-use super::linear::{Job, Linears, Mode};
+use super::linear::{Job, Linears, MANY, Mode};
 use super::maps::DeviceMaps;
 use super::{CudaError, prefill};
 use crate::ids::{PAGE_TOKENS, PageAddr};
@@ -19,15 +20,25 @@ use crate::ops::{AttendRow, Heads, LayerView};
 const SHORT: f64 = 1e-2;
 /// And one of f32 sums; a single one of 4096 products left out is more than ten times as far.
 const LONG: f64 = 1e-3;
-/// How much longer own kernels may take: what two runs of the same differ by.
+/// How much longer own kernels may take, and how much less the library has to: what two runs of the same differ by.
 const LATER: f64 = 1.05;
+const SOONER: f64 = 0.95;
 
-/// What came of trying kernels of the device's own architecture.
+/// What is tried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Of {
+    /// Kernels of the device's own architecture, against those of all.
+    Own(Own),
+    /// The library, against the kernels that the device runs.
+    Library,
+}
+
+/// What came of trying something.
 #[derive(Clone, Debug)]
 pub struct Trial {
-    pub of: Own,
+    pub of: Of,
     what: &'static str,
-    /// Milliseconds of the kernels of all architectures, and of its own.
+    /// Milliseconds of what it was tried against, and of itself; those infinite of what the library has no algorithm for.
     pub common_ms: f64,
     pub own_ms: f64,
     /// How far the worst row of theirs is from the same row of the others, as a share of what rounding allows.
@@ -35,9 +46,10 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Whether they give the same results, and no later.
+    /// Whether it gives the same results, and soon enough.
     pub fn holds(&self) -> bool {
-        self.off <= 1.0 && self.own_ms <= LATER * self.common_ms
+        let within = if self.of == Of::Library { SOONER } else { LATER };
+        self.off <= 1.0 && self.own_ms.is_finite() && self.own_ms <= within * self.common_ms
     }
 }
 
@@ -45,10 +57,14 @@ impl std::fmt::Display for Trial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Trial { what, common_ms, own_ms, off, .. } = self;
         let verdict = if self.holds() { "in use" } else { "left out" };
-        write!(
-            f,
-            "{what}: {own_ms:.3} ms by kernels of this architecture, {common_ms:.3} by those of all, apart by {off:.2} of what rounding allows: {verdict}"
-        )
+        let (by, others) = match self.of {
+            Of::Own(_) => ("kernels of this architecture", "those of all"),
+            Of::Library => ("cuBLASLt", "Strait's own kernels"),
+        };
+        if own_ms.is_infinite() {
+            return write!(f, "{what}: {by} has no algorithm for all numbers of rows: {verdict}");
+        }
+        write!(f, "{what}: {own_ms:.3} ms by {by}, {common_ms:.3} by {others}, apart by {off:.2} of what rounding allows: {verdict}")
     }
 }
 
@@ -90,7 +106,7 @@ pub fn choose(device: &Arc<Device>, shape: &Shape) -> Result<Vec<Trial>, CudaErr
     }
     if device.runs(Own::Linear) {
         let (out, inputs) = shape.matrix;
-        let mut timed = Product::new(device, shape.rows, (out, inputs), Mode::F32)?;
+        let mut timed = One::new(device, shape.rows, (out, inputs), Mode::F32)?;
         let mut trial = compare(device, (Own::Linear, "products of many rows"), (out, LONG), || {
             timed.reset()?;
             let ms = device.time(3, || timed.launch(device, None))?;
@@ -99,7 +115,7 @@ pub fn choose(device: &Arc<Device>, shape: &Shape) -> Result<Vec<Trial>, CudaErr
         for (rows, out, mode, bound) in [(96, out - 5, Mode::Add, LONG), (200, out - 8, Mode::Gated, SHORT), (130, out, Mode::Bf16, SHORT)]
         {
             for outputs in [128, 256] {
-                let mut case = Product::new(device, rows, (out, inputs), mode)?;
+                let mut case = One::new(device, rows, (out, inputs), mode)?;
                 let run = || {
                     case.reset()?;
                     case.launch(device, Some(outputs))?;
@@ -133,9 +149,183 @@ pub fn choose(device: &Arc<Device>, shape: &Shape) -> Result<Vec<Trial>, CudaErr
         trials.push(trial);
     }
     for trial in &trials {
-        device.choose(trial.of, trial.holds());
+        if let Of::Own(own) = trial.of {
+            device.choose(own, trial.holds());
+        }
     }
     Ok(trials)
+}
+
+/// What becomes of the products of a launch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Becomes {
+    /// Outputs in f32.
+    Outputs,
+    /// They are added onto what is there.
+    Sum,
+    /// SiLU makes one of two, in bf16: own kernels at once, the library by a launch of its own.
+    Gated,
+}
+
+/// One launch of products of a model.
+#[derive(Clone, Debug)]
+pub struct Products {
+    pub what: &'static str,
+    pub inputs: usize,
+    pub becomes: Becomes,
+    /// Outputs of each, and whether it has a bias.
+    pub outs: Vec<(usize, bool)>,
+}
+
+impl Products {
+    /// As the library is asked for them; nothing where it is not to be: a bias beside what is there would be added in another order.
+    pub fn launch(&self) -> Option<Launch> {
+        let its = self.becomes != Becomes::Sum || self.outs.iter().all(|(_, biased)| !biased);
+        let product = |&(out, biased): &(usize, bool)| Product { out, inputs: self.inputs, wide: true, biased };
+        its.then(|| self.outs.iter().map(product).collect())
+    }
+}
+
+/// Tries the library on launches of so many rows, and gives it those that it computes sooner. Nothing where it is not open, or rows are few.
+///
+/// Cost: as [`choose`]; the memory of the largest of the launches, with weights for one matrix.
+///
+/// # Errors
+/// Where there is no room, or the device fails; it may be lost then.
+pub fn choose_library(device: &Arc<Device>, launches: &[Products], rows: usize) -> Result<Vec<Trial>, CudaError> {
+    if device.library().is_none() || rows < MANY {
+        return Ok(vec![]);
+    }
+    launches.iter().filter_map(|of| Some((of, of.launch()?))).map(|(of, launch)| try_library(device, of, &launch, rows)).collect()
+}
+
+fn try_library(device: &Arc<Device>, of: &Products, launch: &[Product], rows: usize) -> Result<Trial, CudaError> {
+    let mut trial = Trial { of: Of::Library, what: of.what, common_ms: f64::INFINITY, own_ms: f64::INFINITY, off: 0.0 };
+    if !device.give_to_library(launch, rows) {
+        return Ok(trial);
+    }
+    match race(device, (of, launch), rows, &mut trial) {
+        // It says no to what it has an algorithm for.
+        Err(CudaError::Library(_)) => trial.own_ms = f64::INFINITY,
+        done => done?,
+    }
+    if trial.holds() {
+        device.give_to_library(launch, rows);
+    } else {
+        device.take_from_library(launch);
+    }
+    Ok(trial)
+}
+
+/// Both ways of a launch that the library was given: times, and how far results are apart.
+fn race(device: &Arc<Device>, (of, launch): (&Products, &[Product]), rows: usize, trial: &mut Trial) -> Result<(), CudaError> {
+    let mut timed = Several::new(device, of, rows)?;
+    // Not recorded the first time: it loads what it runs then.
+    let whole = timed.run(device, rows)?;
+    // One order of sums, whatever the other rows, and whether they are added to what is there or not.
+    let same = |some: &[Vec<f32>], all: &[Vec<f32>]| {
+        some.iter().zip(all).all(|(some, all)| some.iter().zip(all).all(|(a, b)| a.to_bits() == b.to_bits()))
+    };
+    let mut one_order = true;
+    for some in [MANY, (MANY + rows) / 2] {
+        one_order &= same(&timed.run(device, some)?, &whole);
+    }
+    if of.becomes == Becomes::Sum {
+        let alone = Products { becomes: Becomes::Outputs, ..of.clone() };
+        let mut sums = Several::new(device, &alone, rows)?.run(device, rows)?;
+        sums.iter_mut().flatten().for_each(|x| *x += f32::from_ne_bytes([THERE; 4]));
+        one_order &= same(&sums, &whole);
+    }
+    if !one_order {
+        trial.off = f64::INFINITY;
+    }
+    for _ in 0..2 {
+        trial.own_ms = trial.own_ms.min(device.time(3, || timed.launch(device, rows))?);
+        device.take_from_library(launch);
+        trial.common_ms = trial.common_ms.min(device.time(3, || timed.launch(device, rows))?);
+        assert!(device.give_to_library(launch, rows), "it took them before");
+    }
+    device.take_from_library(launch);
+    let bound = if of.becomes == Becomes::Gated { SHORT } else { LONG };
+    for ((own, common), (out, _)) in whole.iter().zip(&timed.run(device, rows)?).zip(&of.outs) {
+        trial.off = trial.off.max(furthest(own, common, *out) / bound);
+    }
+    Ok(())
+}
+
+/// Every byte of what products are added to.
+const THERE: u8 = 0x3f;
+
+/// Products of the same rows at random, as a layer of a model launches them.
+struct Several<'a> {
+    of: &'a Products,
+    /// All matrices are the same one, or the beginning of it.
+    w: Memory<u16>,
+    x: Memory<u16>,
+    bias: Memory<f32>,
+    y: Vec<Memory<f32>>,
+    gated: Memory<u16>,
+}
+
+impl<'a> Several<'a> {
+    fn new(device: &Arc<Device>, of: &'a Products, rows: usize) -> Result<Self, CudaError> {
+        let widest = of.outs.iter().map(|(out, _)| *out).max().expect("some products");
+        let gated = if of.becomes == Becomes::Gated { rows * widest } else { 0 };
+        Ok(Several {
+            w: random(device, 5, widest * of.inputs)?,
+            x: random(device, 7, rows * of.inputs)?,
+            bias: device.upload(&uniform(8, widest, 1.0))?,
+            y: of.outs.iter().map(|(out, _)| device.alloc(rows * out)).collect::<Result<_, _>>()?,
+            gated: device.alloc(gated)?,
+            of,
+        })
+    }
+
+    /// By the library where it has such launches, by own kernels else.
+    fn launch(&self, device: &Device, rows: usize) -> Result<(), CudaError> {
+        let mode = if self.of.becomes == Becomes::Sum { Mode::Add } else { Mode::F32 };
+        let bias = |biased: bool| if biased { self.bias.ptr() } else { 0 };
+        let job = |(y, &(out, biased)): (&Memory<f32>, &(usize, bool))| Job {
+            w: [self.w.ptr(), 0],
+            bias: [bias(biased), 0],
+            y: y.ptr(),
+            out,
+            ldy: out,
+            mode,
+        };
+        let jobs: Vec<Job> = self.y.iter().zip(&self.of.outs).map(job).collect();
+        let of = |jobs| Linears { jobs, x: self.x.ptr(), rows, inputs: self.of.inputs, ldx: self.of.inputs, worn: None, norm: None };
+        if self.of.becomes != Becomes::Gated {
+            return of(&jobs).launch(device);
+        }
+        let (out, biases) = (self.of.outs[0].0, [0, 1].map(|i| bias(self.of.outs[i].1)));
+        if of(&jobs).by_library(device) {
+            of(&jobs).launch(device)?;
+            return device.silu_mul(self.y[0].all(), self.y[1].all(), out, self.gated.part(0, rows * out));
+        }
+        let gated = Job { w: [self.w.ptr(); 2], bias: biases, y: self.gated.ptr(), out, ldy: out, mode: Mode::Gated };
+        of(&[gated]).launch(device)
+    }
+
+    /// What comes of it: `[rows][out]` of each product, or of the one that SiLU makes.
+    fn run(&mut self, device: &Device, rows: usize) -> Result<Vec<Vec<f32>>, CudaError> {
+        // Nothing of another run is taken for this one's: NaN, or numbers where it is added to.
+        let byte = if self.of.becomes == Becomes::Sum { THERE } else { 0xff };
+        self.y.iter_mut().try_for_each(|y| y.fill(byte))?;
+        self.gated.fill(0xff)?;
+        self.launch(device, rows)?;
+        if self.of.becomes == Becomes::Gated {
+            let mut halves = self.gated.to_vec()?;
+            halves.truncate(rows * self.of.outs[0].0);
+            return Ok(vec![halves.into_iter().map(|b| half::bf16::from_bits(b).to_f32()).collect()]);
+        }
+        let of = |(y, (out, _)): (&Memory<f32>, &(usize, bool))| {
+            let mut all = y.to_vec()?;
+            all.truncate(rows * out);
+            Ok(all)
+        };
+        self.y.iter().zip(&self.of.outs).map(of).collect()
+    }
 }
 
 /// Runs `work` both ways in turns, twice: the less of the milliseconds it gives, and how far the rows of so many numbers are apart.
@@ -145,7 +335,7 @@ fn compare(
     rows: (usize, f64),
     mut work: impl FnMut() -> Result<(Vec<f32>, f64), CudaError>,
 ) -> Result<Trial, CudaError> {
-    let mut trial = Trial { of, what, common_ms: f64::INFINITY, own_ms: f64::INFINITY, off: 0.0 };
+    let mut trial = Trial { of: Of::Own(of), what, common_ms: f64::INFINITY, own_ms: f64::INFINITY, off: 0.0 };
     for _ in 0..2 {
         let off = apart(device, of, rows, || {
             let (results, ms) = work()?;
@@ -186,7 +376,7 @@ fn furthest(own: &[f32], common: &[f32], row: usize) -> f64 {
 }
 
 /// A product of rows at random with weights at random.
-struct Product {
+struct One {
     rows: usize,
     matrix: (usize, usize),
     mode: Mode,
@@ -197,12 +387,12 @@ struct Product {
     y: Memory<f32>,
 }
 
-impl Product {
+impl One {
     fn new(device: &Arc<Device>, rows: usize, (out, inputs): (usize, usize), mode: Mode) -> Result<Self, CudaError> {
         let w = |seed| random(device, seed, out * inputs);
         let (w, x) = ([w(5)?, w(6)?], random(device, 7, rows * inputs)?);
         let bias = device.upload(&uniform(8, out, 1.0))?;
-        Ok(Product { rows, matrix: (out, inputs), mode, w, x, bias, y: device.alloc(rows * out)? })
+        Ok(One { rows, matrix: (out, inputs), mode, w, x, bias, y: device.alloc(rows * out)? })
     }
 
     /// Nothing of another run is taken for the next one's: NaN, or numbers where it is added to.
@@ -362,10 +552,14 @@ mod tests {
         assert!(furthest(&own, &common, 64) > SHORT, "one of ten rows");
         own[100] = f32::NAN;
         assert_eq!(furthest(&own, &common, 64), f64::INFINITY);
-        let trial = |own_ms, off| Trial { of: Own::Prefill, what: "", common_ms: 1.0, own_ms, off };
+        let trial = |own_ms, off| Trial { of: Of::Own(Own::Prefill), what: "", common_ms: 1.0, own_ms, off };
         assert!(trial(0.9, 0.5).holds() && trial(1.04, 0.5).holds());
         assert!(!trial(1.1, 0.5).holds(), "slower");
         assert!(!trial(0.5, 1.1).holds(), "other results");
         assert!(!trial(0.5, f64::INFINITY).holds(), "no numbers");
+        let library = |own_ms, off| Trial { of: Of::Library, ..trial(own_ms, off) };
+        assert!(library(0.94, 0.5).holds() && !library(0.96, 0.5).holds(), "it has to be faster");
+        assert!(!library(0.5, 1.1).holds());
+        assert!(!Trial { common_ms: f64::INFINITY, ..library(f64::INFINITY, 0.0) }.holds(), "no algorithm");
     }
 }
