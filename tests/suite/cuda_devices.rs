@@ -93,6 +93,27 @@ fn a_recording_that_was_disturbed_is_not_a_lost_device() {
     device.wait().unwrap();
 }
 
+/// Who catches a panic goes on with the device: the stream does not record what is asked of it from then on.
+#[test]
+fn a_recording_that_panicked_has_ended() {
+    let device = own_device();
+    let ones = device.upload(&[1.0f32; 64]).unwrap();
+    let out = device.upload(&[0u16; 64]).unwrap();
+    let work = || device.silu_mul(ones.all(), ones.all(), 8, out.all());
+    let panics = || {
+        work()?;
+        panic!("in the middle of it")
+    };
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| device.record(panics)));
+    assert!(caught.is_err());
+    assert!(out.to_vec().unwrap().iter().all(|&x| x == 0), "what was recorded was not run");
+    work().unwrap();
+    let silu = half::bf16::from_f32(1.0 / (1.0 + (-1.0f32).exp())).to_bits();
+    assert!(out.to_vec().unwrap().iter().all(|&x| x == silu), "what is asked for afterwards is done");
+    device.record(work).unwrap().launch().unwrap();
+    device.wait().unwrap();
+}
+
 /// A driver need not have read what it is to copy when it returns.
 #[test]
 fn what_was_written_is_the_callers_again() {

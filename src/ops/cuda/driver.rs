@@ -353,9 +353,9 @@ impl Device {
     pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Recording, CudaError> {
         self.context.bind_to_thread()?;
         self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let capture = Capture(&self.stream);
         let done = work();
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags)?;
+        let graph = capture.end()?;
         done?;
         Ok(Recording(graph))
     }
@@ -483,6 +483,23 @@ impl Drop for Copier {
     fn drop(&mut self) {
         // The windows go after this, and the copies read them.
         let _ = self.stream.synchronize();
+    }
+}
+
+/// A stream that records what is asked of it. It does so no longer than this lives: whoever catches a panic goes on with the stream.
+struct Capture<'s>(&'s Arc<CudaStream>);
+
+impl Capture<'_> {
+    fn end(self) -> Result<Option<cudarc::driver::CudaGraph>, CudaError> {
+        let stream = self.0;
+        std::mem::forget(self);
+        Ok(stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)?)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        let _ = Capture(self.0).end();
     }
 }
 
