@@ -5,7 +5,7 @@
 //! scrape; names, labels and buckets as vLLM declares them). [`METRICS`] is the catalogue: nothing outside it is registered.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -366,6 +366,8 @@ pub struct Telemetry {
     bytes_per_token: GaugeVec,
     histograms: Histograms,
     facts: OnceLock<Facts>,
+    /// Held while gauges are set and told.
+    scrape: Mutex<()>,
 }
 
 struct Histograms {
@@ -495,6 +497,7 @@ impl Telemetry {
             },
             registry: build.registry,
             facts: OnceLock::new(),
+            scrape: Mutex::new(()),
         }
     }
 
@@ -577,8 +580,16 @@ impl Telemetry {
         }
     }
 
+    /// As [`Telemetry::render`], with these gauges: of one state of the server, whoever else asks at the same time.
+    pub fn scrape(&self, engine: &Snapshot, adapters: &AdapterSnapshot) -> String {
+        let _alone = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        self.set_snapshot(engine);
+        self.set_adapters(adapters);
+        self.render()
+    }
+
     /// Sets every gauge of the engine's state.
-    pub fn set_snapshot(&self, snapshot: &Snapshot) {
+    fn set_snapshot(&self, snapshot: &Snapshot) {
         self.gauges["vllm:num_requests_running"].set(int(snapshot.running as u64));
         self.gauges["vllm:num_requests_waiting"].set(int(snapshot.waiting as u64));
         self.gauges["strait:kv_cache_arena_bytes"].set(int(snapshot.arena_bytes));
@@ -603,7 +614,7 @@ impl Telemetry {
     }
 
     /// Sets every gauge of adapters.
-    pub fn set_adapters(&self, a: &AdapterSnapshot) {
+    fn set_adapters(&self, a: &AdapterSnapshot) {
         for (state, n) in [("registered", a.registered), ("resident", a.resident), ("pinned", a.pinned), ("retired", a.retired)] {
             self.adapters.with_label_values(&[state]).set(int(n as u64));
         }
@@ -825,6 +836,37 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
         assert!(text.lines().any(|l| l == r#"strait:adapters{state="resident"} 2"#), "{text}");
+    }
+
+    /// Two scrapers are usual, and what each reads is to be one state of the server.
+    #[test]
+    fn scrapes_at_the_same_time_do_not_mix() {
+        let telemetry = loaded();
+        let states = [("a", 100), ("b", 200), ("c", 300), ("d", 400)].map(|(name, used)| {
+            let branches = vec![(0, Branch::Window, used), (1, Branch::SealedKeys, used)];
+            let engine = Snapshot { arena_bytes: 1000, free_bytes: 1000 - 2 * used, branches, ..Snapshot::default() };
+            (engine, AdapterSnapshot { running: vec![name.into()], bytes: vec![(name.into(), used)], ..AdapterSnapshot::default() })
+        });
+        std::thread::scope(|scope| {
+            for (engine, adapters) in &states {
+                let telemetry = &telemetry;
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        let text = telemetry.scrape(engine, adapters);
+                        let of = |name: &str| -> Vec<&str> { text.lines().filter(|l| l.starts_with(name)).collect() };
+                        let bytes = of("strait:kv_cache_bytes{");
+                        let sum: u64 = bytes.iter().map(|l| l.rsplit(' ').next().expect("a value").parse::<u64>().expect("a number")).sum();
+                        assert_eq!(sum, 1000, "{bytes:?}");
+                        let name = &adapters.running[0];
+                        let named = [of("vllm:lora_requests_info{"), of("strait:adapter_bytes{")];
+                        assert!(
+                            named.iter().all(|lines| lines.len() == 1 && lines[0].contains(&format!("\"{name}\""))),
+                            "{name}: {named:?}"
+                        );
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -85,13 +85,15 @@ pub async fn version() -> Json<Version> {
 /// Metrics in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", tag = "Operations", responses((status = 200, body = String, content_type = "text/plain")))]
 pub async fn metrics(State(server): State<Arc<Server>>) -> Response {
-    if let Ok(loaded) = server.loaded() {
-        let engine = loaded.engine.snapshot();
-        server.telemetry.set_snapshot(&engine);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        server.telemetry.set_adapters(&super::adapters::snapshot(loaded, &engine.device_adapters, now));
-    }
-    let mut response = server.telemetry.render().into_response();
+    let text = match server.loaded() {
+        Ok(loaded) => {
+            let engine = loaded.engine.snapshot();
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            server.telemetry.scrape(&engine, &super::adapters::snapshot(loaded, &engine.device_adapters, now))
+        }
+        Err(_) => server.telemetry.render(),
+    };
+    let mut response = text.into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     response
 }
