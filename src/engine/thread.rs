@@ -138,7 +138,7 @@ pub fn start(parts: Parts) -> anyhow::Result<(EngineHandle, EngineThread)> {
     let scheduler = Scheduler::new(parts.scheduler.clone())?;
     let (inbox, messages) = std_mpsc::channel();
     let door = Arc::new(Door {
-        inbox: Mutex::new(inbox),
+        inbox: Mutex::new(Some(inbox)),
         fit: Fit::new(&parts.scheduler),
         queue: Mutex::new(Queue::new(&parts.scheduler)),
         draining: AtomicBool::new(false),
@@ -201,7 +201,8 @@ const IDLE: u64 = u64::MAX;
 
 /// The engine as others see it.
 struct Door {
-    inbox: Mutex<std_mpsc::Sender<Message>>,
+    /// `None` once the engine takes nothing more.
+    inbox: Mutex<Option<std_mpsc::Sender<Message>>>,
     fit: Fit,
     /// Sequences that were submitted and have not started. Nothing else is locked while this is.
     queue: Mutex<Queue>,
@@ -214,7 +215,11 @@ struct Door {
 
 impl Door {
     fn send(&self, message: Message) -> bool {
-        self.inbox.lock().expect("no holder of the inbox panics").send(message).is_ok()
+        self.inbox().as_ref().is_some_and(|inbox| inbox.send(message).is_ok())
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Option<std_mpsc::Sender<Message>>> {
+        self.inbox.lock().expect("no holder of the inbox panics")
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -336,9 +341,7 @@ impl Room {
         let mut results = Vec::new();
         loop {
             if !self.receive(messages) {
-                self.scheduler.end_all(Failure::Draining, &mut self.outcomes);
-                self.deliver(&[]);
-                self.publish();
+                self.end(messages, Failure::Draining);
                 return Ok(());
             }
             let now = self.door.born.elapsed();
@@ -356,23 +359,31 @@ impl Room {
             self.steps += 1;
             if self.lost {
                 tracing::error!("the device is lost; the engine stops");
-                self.scheduler.end_all(Failure::Internal("the server lost its device".into()), &mut self.outcomes);
-                self.deliver(&[]);
-                self.publish();
+                self.end(messages, Failure::Internal("the server lost its device".into()));
                 return Err(Broken::DeviceLost);
             }
             if self.steps.is_multiple_of(CHECK_EVERY)
                 && let Err(broken) = self.check()
             {
                 tracing::error!(%broken, "page accounting is broken; the engine stops");
-                self.scheduler.end_all(Failure::Internal("the server's page accounting failed".into()), &mut self.outcomes);
-                self.deliver(&[]);
+                self.end(messages, Failure::Internal("the server's page accounting failed".into()));
                 return Err(Broken::Accounting);
             }
             if self.snapshot_at.elapsed() > SNAPSHOT_EVERY {
                 self.publish();
             }
         }
+    }
+
+    /// Ends every sequence that is left with `failure`, and takes nothing more.
+    fn end(&mut self, messages: &std_mpsc::Receiver<Message>, failure: Failure) {
+        self.scheduler.end_all(failure, &mut self.outcomes);
+        self.deliver(&[]);
+        // Who was on the way in when this was decided is refused, and not left without an answer.
+        *self.door.inbox() = None;
+        self.scheduler.drain();
+        messages.try_iter().filter(|message| !matches!(message, Message::Stop)).for_each(|message| self.hear(message));
+        self.publish();
     }
 
     /// Checks the books, unless that took long and was lately.

@@ -450,6 +450,53 @@ fn what_cannot_fit_and_what_cannot_wait_is_refused_at_the_door() {
     assert!(matches!(long(), Err(SubmitError::Draining)));
 }
 
+/// Whoever found the door open when the engine was asked to end: what was sent behind that has an answer, too.
+#[test]
+fn a_request_that_races_with_the_end_is_told_how_it_ends() {
+    const ROUNDS: usize = 3;
+    let (mut lost, mut told) = (0, 0);
+    for _ in 0..ROUNDS {
+        let world = world("llama3", Size { queue: 1 << 20, ..ROOMY }, cpu);
+        let ask = || world.engine.submit_all((0..64).map(|i| request(&tokens(20, 1 + i, 256), 500, 0)).collect(), None);
+        let streams: Vec<TokenStream> = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut kept = vec![];
+                        loop {
+                            match ask() {
+                                Ok(streams) => kept.extend(streams),
+                                Err(SubmitError::Draining | SubmitError::Stopped) => return kept,
+                                Err(e) => panic!("{e}"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(2));
+            world.engine.stop();
+            all.into_iter().flat_map(|asks| asks.join().unwrap()).collect()
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for mut stream in streams {
+            let end = runtime.block_on(async {
+                loop {
+                    match stream.next().await {
+                        Some(Event::Failed { failure }) => break Some(failure),
+                        Some(Event::Done { .. }) => panic!("500 tokens in no time"),
+                        Some(_) => {}
+                        None => break None,
+                    }
+                }
+            });
+            assert!(end.as_ref().is_none_or(|end| *end == Failure::Draining), "{end:?}");
+            *if end.is_some() { &mut told } else { &mut lost } += 1;
+        }
+    }
+    assert!(told > 0, "nobody was on the way");
+    assert_eq!(lost, 0, "of {} sequences so many were left without an end", told + lost);
+}
+
 #[test]
 fn the_sequences_of_a_request_are_queued_all_or_none() {
     let books = Arc::new(Mutex::new(BTreeMap::<String, u32>::new()));
