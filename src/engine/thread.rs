@@ -208,7 +208,7 @@ struct Door {
     queue: Mutex<Queue>,
     draining: AtomicBool,
     born: Instant,
-    /// Milliseconds since `born` when the current step began, or [`IDLE`].
+    /// Milliseconds since `born` when the current step began, or its current layer on the host, or [`IDLE`].
     beat: AtomicU64,
     snapshot: RwLock<Arc<Snapshot>>,
 }
@@ -224,6 +224,11 @@ impl Door {
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().expect("no holder of the queue panics")
+    }
+
+    /// The engine lives at this age of it.
+    fn beat(&self, now: Duration) {
+        self.beat.store(now.as_millis() as u64, Ordering::Relaxed);
     }
 }
 
@@ -345,7 +350,7 @@ impl Room {
                 return Ok(());
             }
             let now = self.door.born.elapsed();
-            self.door.beat.store(now.as_millis() as u64, Ordering::Relaxed);
+            self.door.beat(now);
             self.scheduler.expire(now, &mut self.outcomes);
             self.scheduler.await_adapters(self.runner.coming());
             self.scheduler.plan(now, &mut plan, &mut self.outcomes);
@@ -525,7 +530,8 @@ impl Room {
         logprobs.resize(plan.rows.len(), None);
         let deltas = self.deltas(plan);
         let computed = catch_unwind(AssertUnwindSafe(|| {
-            let mut sink = Choose { plan, clients: &mut self.clients, sampler: &mut self.sampler, results, logprobs: &mut logprobs };
+            let (clients, sampler) = (&mut self.clients, &mut self.sampler);
+            let mut sink = Choose { plan, clients, sampler, results, logprobs: &mut logprobs, door: &self.door };
             self.runner.forward(plan, &deltas, &mut sink)
         }));
         drop(deltas);
@@ -661,6 +667,7 @@ struct Choose<'s> {
     sampler: &'s mut Sampler,
     results: &'s mut [RowResult],
     logprobs: &'s mut [Option<TokenLogprob>],
+    door: &'s Door,
 }
 
 impl Client {
@@ -696,6 +703,10 @@ impl LogitsSink for Choose<'_> {
             Ask::Nothing | Ask::Logits => return,
         };
         self.answer(row, position, answer);
+    }
+
+    fn layer_begins(&mut self) {
+        self.door.beat(self.door.born.elapsed());
     }
 
     fn ask(&mut self, row: usize, position: u32) -> Ask<'_> {

@@ -108,6 +108,8 @@ struct Part {
 
 /// Takes the logits a plan asked for, or what it wants to know of them.
 ///
+/// Whoever waits for it hears of each layer that begins on the host, for a step of many tokens may last minutes there.
+///
 /// The host always hands out logits. A device asks first: it hands out those of which [`Ask::Logits`] is said, and chooses and scores
 /// tokens where the logits are.
 pub trait LogitsSink {
@@ -118,6 +120,9 @@ pub trait LogitsSink {
     fn ask(&mut self, _row: usize, _position: u32) -> Ask<'_> {
         Ask::Logits
     }
+
+    /// A layer of the pass begins.
+    fn layer_begins(&mut self) {}
 
     /// What became of an ask for a token or a score.
     fn answer(&mut self, row: usize, position: u32, _answer: Result<Answer, NotFinite>) {
@@ -186,6 +191,7 @@ impl<'a> Decoder<'a> {
             }
         }
         for layer in 0..layers {
+            pass.sink.layer_begins();
             if !through.is_empty() {
                 self.layer(layer, pass, &through, &mut x, &mut scratch);
                 self.moves(layer, pass, through.iter().map(|p| p.row), &mut scratch);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use strait::calibrate::{self, Moments};
@@ -622,6 +622,30 @@ fn the_wait_for_the_step_in_flight_is_in_every_time() {
     let [(_, _, Some(_)), ("error", waited, None), ("length", e2e, Some(prefill))] = finished[..] else { panic!("{finished:?}") };
     assert!(queued[1] >= wait.as_secs_f64() && ttft[1] >= queued[1] && waited >= wait.as_secs_f64(), "{queued:?} {ttft:?} {waited}");
     assert!(prefill + queued[1] <= e2e + 1e-6, "the queue is no part of the prefill: {prefill} {} {e2e}", queued[1]);
+}
+
+/// A step of many tokens may last minutes where a model is large and the machine is not. That is no sign of death.
+#[test]
+fn an_engine_gives_signs_of_life_within_a_step() {
+    let engine = Arc::new(OnceLock::<EngineHandle>::new());
+    let ages = Arc::new(Mutex::new(Vec::<(Instant, Duration)>::new()));
+    let world = world("llama3", ROOMY, || {
+        let (engine, ages) = (engine.clone(), ages.clone());
+        let slow = move |_: &[f32]| {
+            // Not yet there while bases are computed.
+            if let Some(engine) = engine.get() {
+                ages.lock().unwrap().push((Instant::now(), engine.heartbeat_age()));
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        Box::new(Watched(Cpu::new(1), slow))
+    });
+    engine.set(world.engine.clone()).unwrap_or_else(|_| panic!("it is set once"));
+    assert!(hear(world.engine.submit(request(&tokens(20, 1, 256), 1, 0)).unwrap()).end.is_ok());
+    let ages = std::mem::take(&mut *ages.lock().unwrap());
+    let (begun, last, age) = (ages[0].0, ages[ages.len() - 1].0, ages[ages.len() - 1].1);
+    assert!(ages.len() > 3, "two norms to a layer, and one more");
+    assert!(age + Duration::from_millis(20) <= last - begun, "{age:?} without a sign of life in a step of {:?}", last - begun);
 }
 
 #[test]
