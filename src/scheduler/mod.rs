@@ -52,7 +52,7 @@ pub use self::fit::Fit;
 pub use self::profile::ProfileSizes;
 pub use self::queue::{Limit, Queue};
 pub use self::sequence::{Ended, Times};
-use self::sequence::{Lack, Rank, Running, Sequence, Start, Waiting};
+use self::sequence::{Lack, Rank, Running, Sequence, Start, Trust, Waiting};
 use crate::ids::{AdapterGeneration, PAGE_TOKENS, PageAddr, ProfileIndex, SeqId, TokenId};
 pub use crate::kv::layout::SealedSplit;
 use crate::pages::prefix::{CacheIdentity, Hit, Keys};
@@ -123,7 +123,7 @@ pub enum RowResult {
     Nothing,
     /// The token sampled from the last position's logits.
     Token(TokenId),
-    /// Ends the sequence, and only it. What it computed leaves the prefix index.
+    /// Ends the sequence, and only it. What it computed leaves the prefix index, and after [`Failure::Numerical`] what it read does, too.
     Failed(Failure),
 }
 
@@ -303,7 +303,7 @@ impl Scheduler {
         }
         let at = self.place(rank).expect("a sequence that does not wait runs");
         if self.in_flight == 0 {
-            return Some(self.remove(at, false));
+            return Some(self.remove(at, Trust::All));
         }
         let sequence = &mut self.running[at];
         sequence.state.ended = true;
@@ -499,16 +499,18 @@ impl Scheduler {
     }
 
     /// Ends a running sequence; the caller says so.
-    fn remove(&mut self, at: usize, taint: bool) -> Ended {
+    fn remove(&mut self, at: usize, trust: Trust) -> Ended {
         let sequence = self.running.remove(at);
         self.forget(sequence.id, sequence.deadline());
         let profile = &self.config.profiles[usize::from(sequence.request.profile.0)];
-        sequence.end(&mut self.pool, profile, taint)
+        sequence.end(&mut self.pool, profile, trust)
     }
 
     fn fail(&mut self, at: usize, failure: Failure, out: &mut Vec<Outcome>) {
         let seq = self.running[at].id;
-        let ended = self.remove(at, true);
+        // Others may have offered what it read, and left before anybody saw what that leads to.
+        let trust = if failure == Failure::Numerical { Trust::Nothing } else { Trust::Read };
+        let ended = self.remove(at, trust);
         out.push(Outcome::Failed { seq, failure, ended });
     }
 
@@ -518,7 +520,7 @@ impl Scheduler {
         self.now = self.now.max(now);
         self.in_flight = 0;
         while let Some(at) = self.running.iter().position(|s| s.state.ended) {
-            self.remove(at, false);
+            self.remove(at, Trust::All);
         }
     }
 
@@ -535,7 +537,7 @@ impl Scheduler {
         out.push(Outcome::Token { seq, row, id });
         if stops || full {
             let reason = if stops { FinishReason::Stop } else { FinishReason::Length };
-            let ended = self.remove(at, false);
+            let ended = self.remove(at, Trust::All);
             out.push(Outcome::Done { seq, reason, ended });
         }
     }
@@ -598,7 +600,7 @@ impl Scheduler {
             if alone && self.running[victim].compact {
                 // `enqueue` was promised otherwise; rather one sequence without an end than a server without one.
                 let seq = self.running[victim].id;
-                let ended = self.remove(victim, false);
+                let ended = self.remove(victim, Trust::All);
                 out.push(Outcome::Failed { seq, failure: Failure::OutOfPages, ended });
             } else {
                 self.running[victim].compact |= alone;

@@ -108,6 +108,15 @@ pub(super) struct Running {
     pub(super) ended: bool,
 }
 
+/// Which pages of a sequence that ends others may go on with.
+#[derive(Clone, Copy)]
+pub(super) enum Trust {
+    All,
+    /// Those it found in the prefix index.
+    Read,
+    Nothing,
+}
+
 /// What a running sequence computes next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
@@ -265,15 +274,17 @@ impl Sequence<Running> {
         self.with(Waiting::default())
     }
 
-    /// Gives everything back, for good. `taint` also takes what it computed out of the prefix index.
-    pub(super) fn end(mut self, pool: &mut PagePool, profile: &ProfileSizes, taint: bool) -> Ended {
+    /// Gives everything back, for good. What of its pages is not to be trusted leaves the prefix index.
+    pub(super) fn end(mut self, pool: &mut PagePool, profile: &ProfileSizes, trust: Trust) -> Ended {
         let ended = self.ended(self.cache_use(profile));
-        if taint {
-            let own = (self.state.reused / PAGE_TOKENS) as usize;
-            let chain = if profile.compressed { &self.state.sealed } else { &self.state.exact };
-            if let Some(&page) = chain.get(own) {
-                pool.forget(page);
-            }
+        let trusted = match trust {
+            Trust::All => usize::MAX,
+            Trust::Read => (self.state.reused / PAGE_TOKENS) as usize,
+            Trust::Nothing => 0,
+        };
+        let chain = if profile.compressed { &self.state.sealed } else { &self.state.exact };
+        if let Some(&page) = chain.get(trusted) {
+            pool.forget(page);
         }
         self.release_pages(pool);
         ended

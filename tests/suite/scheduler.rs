@@ -1295,6 +1295,38 @@ fn pages_of_a_sequence_that_failed_leave_the_index() {
     "#]]);
 }
 
+/// A prefill offers its pages as they fill, and nobody has looked at what they lead to. Whoever fails on them does not leave them to others.
+#[test]
+fn pages_that_a_sequence_read_and_failed_on_leave_the_index_too() {
+    let mut s = Script::new(config(16));
+    let left = s.enqueue(request(0, 0, 200, 1));
+    s.skip(1);
+    s.scheduler.cancel(left);
+    assert_eq!(s.scheduler.pool().indexed(), 2);
+    s.enqueue(request(0, 0, 200, 1));
+    s.plan();
+    s.commit_results(&[RowResult::Failed(Failure::Numerical)]);
+    assert_eq!((s.scheduler.pool().indexed(), s.held()), (0, 0));
+    s.enqueue(request(0, 0, 200, 1));
+    s.plan();
+    s.finish(expect![[r#"
+        ... 1 steps
+        = s1 starts after 1s, 128 cached
+        s1 p0 128..200 sealed=0 exact=4 sample
+        = s1 Numerical after 0 tokens
+        --
+        = s2 starts after 1s, 0 cached
+        s2 p0 0..128 sealed=0 exact=2
+    "#]]);
+    // A step that the backend failed says nothing of what was read.
+    s.commit(WORD);
+    s.scheduler.cancel(SeqId(2));
+    s.enqueue(request(0, 0, 200, 1));
+    s.plan();
+    s.commit_results(&[RowResult::Failed(Failure::Internal("broken".into()))]);
+    assert_eq!((s.scheduler.pool().indexed(), s.held()), (2, 0));
+}
+
 #[test]
 fn the_snapshot_accounts_for_every_byte() {
     let mut s = Script::new(Config { arena_bytes: 16 * SLAB + 100, ..config(16) });
