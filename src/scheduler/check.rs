@@ -49,6 +49,9 @@ impl Scheduler {
         if running > self.config.max_num_seqs || !self.running.is_sorted_by(|a, b| a.rank < b.rank) {
             return Err(format!("{running} sequences run, or not in order"));
         }
+        if running > 1 && self.running.iter().any(|s| s.compact) {
+            return Err(format!("{running} sequences run, and one of them is to have the arena for itself"));
+        }
         let deadline = |s: &Sequence<Running>| Some((s.deadline()?, s.id)).filter(|_| !s.state.ended);
         let waiting = self.waiting.values().filter_map(|s| Some((s.deadline()?, s.id)));
         let deadlines: BTreeMap<_, _> = self.running.iter().filter_map(deadline).chain(waiting).collect();

@@ -33,7 +33,7 @@
 //! of its prompt that it found cached and that were evicted meanwhile are computed anew, and exactly. What was preempted
 //! [`SHIELD`] times goes last among victims. The first in rank of those can always take what others hold, so there is
 //! progress. A sequence that cannot grow though it is alone holds pages scattered over slabs: it starts again in an emptied
-//! arena, and while it runs nobody else starts. There `enqueue` promised it every page it will need.
+//! arena, when nobody else runs, and while it runs nobody else starts. There `enqueue` promised it every page it will need.
 //!
 //! Priority orders who is admitted and who is preempted for want of pages; nobody who has computed anything is preempted just
 //! to let another start.
@@ -717,7 +717,8 @@ impl Scheduler {
                 }
             }
         }
-        let has_place = self.running.len() < self.config.max_num_seqs;
+        let places = if sequence.compact { 1 } else { self.config.max_num_seqs };
+        let has_place = self.running.len() < places;
         let leased = (has_place && self.lease_prompt(&sequence, &profile)) || {
             // Shared pages may be scattered so that no slab is left for a kind of page; without them all are.
             self.running.is_empty() && !self.scratch.hits.is_empty() && {

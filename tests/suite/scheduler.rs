@@ -551,6 +551,53 @@ fn what_was_preempted_three_times_is_shielded() {
     .assert_eq(&told);
 }
 
+/// Pages of an equal beginning, which others left scattered over slabs, fit when a sequence starts and leave it no room to grow. It starts again
+/// in an emptied arena, and so not beside one that came at that moment and goes before it.
+#[test]
+fn what_starts_again_to_be_alone_waits_until_it_is() {
+    // Four sealed or workspace pages to a slab.
+    let mut six_slabs = Config { max_num_batched_tokens: 1024, ..config(6) };
+    six_slabs.profiles[1].sizes = PageSizes { exact: SLAB, sealed: 1024, sinks: 0, workspace: 1024 };
+    six_slabs.profiles[1].split = SealedSplit { keys: 400, values: 400, metadata: 224 };
+    six_slabs.profiles[1].sinks = 0;
+    let mut s = Script::new(six_slabs);
+    // A document that grows, and three others between, so that each of its five pages is in another slab.
+    for pages in 1..=5 {
+        s.enqueue(request(1, 0, 64 * pages + 64, 1));
+        s.steps(1);
+        for other in 0..if pages < 5 { 3 } else { 0 } {
+            s.enqueue(request(1, 3 * pages + other, 128, 1));
+            s.steps(1);
+        }
+    }
+    s.text.clear();
+    s.enqueue(request(1, 0, 384, 60));
+    s.steps(1);
+    s.enqueue(GenerateRequest { priority: -1, ..request(0, 99, 10, 2) });
+    s.steps(4).finish(expect![[r#"
+        = s17 starts after 1s, 320 cached
+        s17 p1 320..384 layers 0..4 sealed=5 exact=1 keep(64) sample
+        = s17 says one
+        --
+        = s17 preempted
+        = s18 starts after 1s, 0 cached
+        s18 p0 0..10 sealed=0 exact=1 sample
+        = s18 says one
+        --
+        s18 p0 10..11 sealed=0 exact=1 sample
+        = s18 says one
+        = s18 Length: 10+2 tokens, 0 cached; 0 sealed, 11 exact, 4096 bytes
+        --
+        s17 p1 0..384 layers 0..4 sealed=0 exact=6 seal->@128 seal->@144 seal->@160 seal->@176 seal->@192 keep(64)
+        --
+        s17 p1 384..385 sealed=5 exact=2 sample
+        = s17 says one
+        --
+    "#]]);
+    s.skip(70);
+    assert!(s.scheduler.is_idle() && s.held() == 0);
+}
+
 #[test]
 fn a_cancel_is_complete_in_every_state() {
     // Unknown, waiting, waiting for an equal prompt, in flight (each kind of row), between steps, preempted, done.

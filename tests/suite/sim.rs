@@ -305,7 +305,14 @@ fn page_sizes(layers: u64, sealed: u64, sinks: u32) -> PageSizes {
 
 fn world(rng: &mut Rng) -> World {
     let layers = 1 + rng.below(3);
+    // Several pages of all but one kind to a slab, and few slabs: what is read of a beginning may hold so many that its reader cannot grow.
+    let scattered = rng.one_in(4);
     let profile = |rng: &mut Rng| {
+        if scattered {
+            let sizes = PageSizes { exact: 4096, sealed: 1024, sinks: 0, workspace: 1024 };
+            let split = SealedSplit { keys: 512, values: 256, metadata: 256 };
+            return ProfileSizes { sizes, window: rng.pick(&[32, 64]), sinks: 0, compressed: true, split };
+        }
         if rng.one_in(3) {
             let sizes = PageSizes { exact: layers * 512, ..PageSizes::default() };
             return ProfileSizes { sizes, ..ProfileSizes::default() };
@@ -318,8 +325,14 @@ fn world(rng: &mut Rng) -> World {
     let slab = profiles.iter().map(|p| p.sizes.exact.max(p.sizes.workspace)).max().unwrap_or(0);
     let max_num_seqs = 1 + rng.below(8) as usize;
     // Short prompts and long answers on few slabs: everybody grows, nobody can.
-    let crowded = rng.one_in(2);
-    let slabs = if crowded { 6 + rng.below(12) } else { 5 + rng.below(40) };
+    let crowded = !scattered && rng.one_in(2);
+    let slabs = if scattered {
+        3 + rng.below(3)
+    } else if crowded {
+        6 + rng.below(12)
+    } else {
+        5 + rng.below(40)
+    };
     World {
         config: Config {
             max_num_seqs,
@@ -403,6 +416,7 @@ struct Tally {
     cancelled_in_flight: u64,
     failed_steps: u64,
     passed: u64,
+    alone: u64,
 }
 
 impl Sim {
@@ -658,6 +672,7 @@ impl Sim {
                     if !std::mem::take(&mut live.running) {
                         return wrong("nothing was computed that could be lost");
                     }
+                    self.tally.alone += u64::from(self.live.values().all(|live| !live.running));
                 }
                 Outcome::Done { seq, reason, ended } => {
                     let Some(live) = self.live.remove(seq) else { return wrong("unknown sequence") };
@@ -776,6 +791,7 @@ fn every_sequence_says_what_it_would_say_alone() {
             cancelled_in_flight,
             failed_steps,
             passed,
+            alone,
         } = sim.tally;
         total = Tally {
             done: total.done + done,
@@ -789,6 +805,7 @@ fn every_sequence_says_what_it_would_say_alone() {
             cancelled_in_flight: total.cancelled_in_flight + cancelled_in_flight,
             failed_steps: total.failed_steps + failed_steps,
             passed: total.passed + passed,
+            alone: total.alone + alone,
         };
     }
     eprintln!("{steps} steps, {seed} seeds, {:.1?}: {total:?}", began.elapsed());
@@ -804,6 +821,7 @@ fn every_sequence_says_what_it_would_say_alone() {
         cancelled_in_flight,
         failed_steps,
         passed,
+        alone,
     } = total;
     for (what, n) in [
         ("sequences done", done),
@@ -817,6 +835,7 @@ fn every_sequence_says_what_it_would_say_alone() {
         ("cancels in flight", cancelled_in_flight),
         ("failed steps", failed_steps),
         ("starts while an adapter was under way", passed),
+        ("sequences that could not grow though they were alone", alone),
     ] {
         assert!(n > 0, "{steps} steps without any {what}");
     }
