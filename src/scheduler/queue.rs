@@ -42,18 +42,19 @@ impl Queue {
         }
     }
 
-    /// Takes the sequences of one request, by the lengths of their prompts: all of them or none. When nobody waits they are taken whatever
-    /// they come to, as there is nothing that a later try could wait for.
+    /// Takes the sequences of one request, by the lengths of their prompts: all of them or none. Before a limit is reached they are taken
+    /// whatever they come to. Were they to find room for all, those of a large request never would while smaller ones come and keep the
+    /// queue nearly full.
     ///
     /// # Errors
-    /// How many wait, when there is no room behind them, and by which limit.
+    /// How many wait, when as many do as may, and by which limit.
     pub fn enter(&mut self, prompts: &[usize], now: Duration) -> Result<Vec<SeqId>, (usize, Limit)> {
         let tokens = prompts.iter().map(|&n| n as u64).sum::<u64>();
         let waiting = self.waiting.len();
-        if waiting > 0 && waiting + prompts.len() > self.max_requests {
+        if waiting > 0 && waiting >= self.max_requests {
             return Err((waiting, Limit::Requests));
         }
-        if waiting > 0 && self.tokens + tokens > self.max_tokens {
+        if waiting > 0 && self.tokens >= self.max_tokens {
             return Err((waiting, Limit::Tokens));
         }
         let seqs: Vec<SeqId> = (self.next..).map(SeqId).take(prompts.len()).collect();

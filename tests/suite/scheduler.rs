@@ -1005,20 +1005,22 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
     let mut transcript = String::new();
     for (prompts, leaves) in [
         (&[10, 10, 10][..], None),
-        // Two more would be five.
+        // Three are fewer than four.
         (&[1, 1], None),
         (&[1], None),
         (&[], Some(3)),
-        // Room for one, but not for its tokens.
-        (&[71], None),
-        (&[70], None),
-        (&[], Some(0)),
-        (&[], Some(0)),
-        (&[], Some(1)),
-        (&[], Some(2)),
         (&[1], None),
         (&[], Some(4)),
+        // Thirty tokens are fewer than a hundred.
+        (&[80], None),
+        (&[], Some(0)),
+        (&[1], None),
+        (&[], Some(0)),
+        (&[], Some(1)),
+        (&[1], None),
+        (&[], Some(2)),
         (&[], Some(5)),
+        (&[], Some(6)),
         // Nobody waits: however many, and however long.
         (&[50, 50, 50, 50, 50], None),
         (&[0], None),
@@ -1034,22 +1036,49 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
     }
     expect![[r#"
         [10, 10, 10] enters: Ok([s0, s1, s2]); 3 wait
-        [1, 1] enters: Err((3, Requests)); 3 wait
-        [1] enters: Ok([s3]); 4 wait
-        s3 leaves; 3 wait
-        [71] enters: Err((3, Tokens)); 3 wait
-        [70] enters: Ok([s4]); 4 wait
+        [1, 1] enters: Ok([s3, s4]); 5 wait
+        [1] enters: Err((5, Requests)); 5 wait
+        s3 leaves; 4 wait
+        [1] enters: Err((4, Requests)); 4 wait
+        s4 leaves; 3 wait
+        [80] enters: Ok([s5]); 4 wait
         s0 leaves; 3 wait
+        [1] enters: Err((3, Tokens)); 3 wait
         s0 leaves; 3 wait
         s1 leaves; 2 wait
-        s2 leaves; 1 wait
-        [1] enters: Ok([s5]); 2 wait
-        s4 leaves; 1 wait
-        s5 leaves; 0 wait
-        [50, 50, 50, 50, 50] enters: Ok([s6, s7, s8, s9, s10]); 5 wait
+        [1] enters: Ok([s6]); 3 wait
+        s2 leaves; 2 wait
+        s5 leaves; 1 wait
+        s6 leaves; 0 wait
+        [50, 50, 50, 50, 50] enters: Ok([s7, s8, s9, s10, s11]); 5 wait
         [0] enters: Err((5, Requests)); 5 wait
     "#]]
     .assert_eq(&transcript);
+}
+
+/// A queue that single ones keep nearly full has its turn for a request of many sequences too, and for one of a long prompt.
+#[test]
+fn a_large_request_is_not_kept_out_by_small_ones() {
+    for (limits, large) in [((8, 10_000), &[1; 4][..]), ((1000, 70), &[40])] {
+        let mut queue = Queue::new(&Config { max_queued_requests: limits.0, max_queued_tokens: limits.1, ..config(4) });
+        let mut small = 0;
+        let mut fill = |queue: &mut Queue| {
+            while queue.enter(&[10], Duration::ZERO).is_ok() {
+                small += 1;
+            }
+        };
+        fill(&mut queue);
+        let full = queue.len();
+        let taken = (0..100).find_map(|seq| {
+            queue.start(SeqId(seq), Duration::ZERO);
+            let taken = queue.enter(large, Duration::ZERO);
+            fill(&mut queue);
+            taken.ok()
+        });
+        assert_eq!(taken.map(|seqs| seqs.len()), Some(large.len()), "{small} small ones were taken meanwhile");
+        assert!(queue.len() < full + large.len(), "it goes beyond the limit by itself alone");
+        assert!(queue.enter(&[1], Duration::ZERO).is_err(), "and nobody else does");
+    }
 }
 
 #[test]

@@ -492,23 +492,27 @@ impl Sim {
 
     fn enqueue(&mut self) -> Checked<()> {
         let request = self.world.request(&mut self.rng);
-        self.next_seq += 1;
-        // As the engine does: a place in the queue first.
-        let Ok(seqs) = self.queue.enter(&[request.prompt.len()], self.now) else {
-            self.tally.refused += 1;
+        let choices = if self.rng.one_in(10) { 2 + self.rng.below(3) } else { 1 };
+        // As the engine does: places in the queue first.
+        let Ok(seqs) = self.queue.enter(&vec![request.prompt.len(); choices as usize], self.now) else {
+            self.tally.refused += choices;
             return Ok(());
         };
-        let seq = seqs[0];
-        match self.scheduler.enqueue(seq, request.clone(), self.now) {
-            Ok(()) => {
-                let poison = self.world.faults && self.rng.one_in(20);
-                self.live.insert(seq, Live::new(request, poison, self.steps));
+        for (choice, seq) in (0..).zip(seqs) {
+            self.next_seq = seq.0 + 1;
+            let sampling = Sampling { seed: request.sampling.seed + choice, ..Sampling::greedy() };
+            let request = GenerateRequest { sampling, ..request.clone() };
+            match self.scheduler.enqueue(seq, request.clone(), self.now) {
+                Ok(()) => {
+                    let poison = self.world.faults && self.rng.one_in(20);
+                    self.live.insert(seq, Live::new(request, poison, self.steps));
+                }
+                Err(Refused::TooLarge { .. }) => {
+                    self.queue.leave(seq);
+                    self.tally.refused += 1;
+                }
+                Err(other) => return Err(format!("refused: {other}")),
             }
-            Err(Refused::TooLarge { .. }) => {
-                self.queue.leave(seq);
-                self.tally.refused += 1;
-            }
-            Err(other) => return Err(format!("refused: {other}")),
         }
         self.scheduler.check()
     }
