@@ -128,6 +128,9 @@ pub struct Snapshot {
     pub free_bytes: u64,
     /// Bytes of pages that only the prefix cache holds: free on demand.
     pub cached_bytes: u64,
+    /// Bytes in use, those that pages in use leave to nobody counted, of so many that pages can have.
+    pub used_bytes: u64,
+    pub usable_bytes: u64,
     /// Bytes in use by `(profile index, branch)`.
     pub branches: Vec<(u8, Branch, u64)>,
     /// Adapters that lie on a device, by generation, and the bytes of each there.
@@ -594,9 +597,7 @@ impl Telemetry {
         self.gauges["vllm:num_requests_waiting"].set(int(snapshot.waiting as u64));
         self.gauges["strait:kv_cache_arena_bytes"].set(int(snapshot.arena_bytes));
         self.gauges["strait:kv_cache_evictable_bytes"].set(int(snapshot.cached_bytes));
-        let idle = snapshot.free_bytes + snapshot.cached_bytes;
-        let used = snapshot.arena_bytes.saturating_sub(idle);
-        self.usage.set(if snapshot.arena_bytes == 0 { 0.0 } else { used as f64 / snapshot.arena_bytes as f64 });
+        self.usage.set(snapshot.used_bytes as f64 / snapshot.usable_bytes.max(1) as f64);
 
         self.cache_bytes.with_label_values(&["free", ""]).set(int(snapshot.free_bytes));
         let Some(facts) = self.facts.get() else { return };
@@ -784,6 +785,8 @@ mod tests {
             arena_bytes: 1000,
             free_bytes: 500,
             cached_bytes: 250,
+            used_bytes: 250,
+            usable_bytes: 1000,
             branches: vec![(1, Branch::SealedKeys, 128), (1, Branch::SealedKeys, 2), (0, Branch::Window, 64)],
             ..Snapshot::default()
         };

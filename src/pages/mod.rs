@@ -306,6 +306,14 @@ impl PagePool {
         Bytes { free, held, cached, lost: self.arena_bytes - free - held - cached }
     }
 
+    /// Bytes of whole slabs that are in use, and of all: held pages, and what is left over beside them, which no lease can have. Where
+    /// nobody holds a page of a slab all of it is free on demand.
+    pub fn in_use(&self) -> (u64, u64) {
+        let beside: u64 = self.classes.iter().map(|c| u64::from(c.room) * c.page_bytes).sum();
+        let all = self.slabs.len() as u64 * self.slab_bytes;
+        (all - u64::from(self.clearable) * self.slab_bytes - beside, all)
+    }
+
     /// Bytes of held pages of one tag.
     pub fn held_bytes(&self, tag: Tag) -> u64 {
         self.held_bytes[tag.index()]
@@ -539,6 +547,7 @@ impl PagePool {
         let (mut held_bytes, mut cached_bytes) = (vec![0; self.held_bytes.len()], vec![0; self.held_bytes.len()]);
         let mut classes: Vec<Class> = self.classes.iter().map(|c| Class { free: 0, room: 0, slabs: 0, ..c.clone() }).collect();
         let (mut clearable, mut lost, mut indexed_pages) = (0, self.arena_bytes - self.slabs.len() as u64 * self.slab_bytes, 0);
+        let mut used = 0;
         for (id, slab) in self.slabs.iter().enumerate() {
             clearable += u32::from(slab.held == 0);
             if slab.class == NO_CLASS {
@@ -579,6 +588,7 @@ impl PagePool {
             class.slabs += 1;
             class.free += class.per_slab - held - cached;
             class.room += if held > 0 { class.per_slab - held } else { 0 };
+            used += if held > 0 { self.slab_bytes - u64::from(class.per_slab - held) * class.page_bytes } else { 0 };
             lost += self.slab_bytes - u64::from(class.per_slab) * class.page_bytes;
             if (held, cached) != (slab.held, slab.cached) || held + cached == 0 {
                 return Err(format!("slab {id} counts {} held and {} cached, and has {held} and {cached}", slab.held, slab.cached));
@@ -594,6 +604,9 @@ impl PagePool {
         }
         if format!("{classes:?}") != format!("{:?}", self.classes) || clearable != self.clearable {
             return Err(format!("classes count {:?}, {} clearable, and are {classes:?}, {clearable}", self.classes, self.clearable));
+        }
+        if self.in_use().0 != used {
+            return Err(format!("{:?} bytes are in use, and {used} of slabs that somebody holds a page of", self.in_use()));
         }
         if (&held_bytes, &cached_bytes) != (&self.held_bytes, &self.cached_bytes) || self.bytes().lost != lost {
             return Err(format!(

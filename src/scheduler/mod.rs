@@ -443,7 +443,7 @@ impl Scheduler {
 
     /// What gauges show.
     pub fn snapshot(&self) -> Snapshot {
-        let bytes = self.pool.bytes();
+        let (bytes, (used_bytes, usable_bytes)) = (self.pool.bytes(), self.pool.in_use());
         let mut branches = Vec::new();
         for (i, profile) in self.config.profiles.iter().enumerate() {
             let index = i as u8;
@@ -466,6 +466,8 @@ impl Scheduler {
             arena_bytes: bytes.free + bytes.held + bytes.cached + bytes.lost,
             free_bytes: bytes.free,
             cached_bytes: bytes.cached,
+            used_bytes,
+            usable_bytes,
             branches,
             device_adapters: Vec::new(),
         }

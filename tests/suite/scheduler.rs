@@ -1434,6 +1434,30 @@ fn the_snapshot_accounts_for_every_byte() {
     .assert_eq(&seen);
 }
 
+/// What slabs leave over beside pages that only the prefix index holds goes with these to whoever wants it: an idle server is empty.
+#[test]
+fn what_nobody_holds_is_no_use_of_the_cache() {
+    // Two sealed pages to a slab, and a quarter of it left over.
+    let mut config = Config { arena_bytes: 16 * SLAB + 100, max_num_batched_tokens: 1024, ..config(16) };
+    config.profiles[1].sizes.sealed = 1536;
+    config.profiles[1].split = SealedSplit { keys: 600, values: 600, metadata: 336 };
+    let mut s = Script::new(config);
+    let used = |s: &Script| {
+        let now = s.scheduler.snapshot();
+        (now.used_bytes, now.usable_bytes, now.cached_bytes)
+    };
+    assert_eq!(used(&s), (0, 16 * SLAB, 0));
+    s.enqueue(request(1, 0, 320, 3));
+    s.steps(2);
+    // Four sealed pages with what is left over, the sinks block, and two exact pages.
+    assert_eq!(used(&s), (2 * SLAB + 256 + 2 * SLAB, 16 * SLAB, 0));
+    s.steps(1);
+    assert_eq!(used(&s), (0, 16 * SLAB, 4 * 1536 + 256));
+    s.enqueue(request(0, 1, 16 * 64, 1));
+    s.plan();
+    assert_eq!(used(&s), (16 * SLAB, 16 * SLAB, 0));
+}
+
 #[test]
 fn a_configuration_that_could_starve_is_refused() {
     let tokens = |max_num_batched_tokens, max_num_seqs| Scheduler::new(Config { max_num_batched_tokens, max_num_seqs, ..config(4) }).err();
