@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::ids::{AdapterGeneration, ProfileIndex, TokenId};
 use crate::kv::layout::Profile;
 use crate::request::{GenerateRequest, Sampling};
-use crate::text::Start;
 pub use crate::text::template::Chat;
+use crate::text::{Start, Stops};
 
 pub mod json;
 pub mod wire;
@@ -46,7 +46,7 @@ pub trait Codec: Send + Sync {
     /// The chat template's own complaint.
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, TemplateError>;
     /// Turns the tokens of one choice into text, cut at the first of `stop`.
-    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a>;
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a>;
 }
 
 /// Text that the model's vocabulary cannot spell.
@@ -94,7 +94,7 @@ pub struct Model {
     pub profiles: Vec<ServedProfile>,
     pub default_profile: ProfileIndex,
     pub defaults: Defaults,
-    /// Longest wait for a first token.
+    /// Longest wait of a request for the first token of its first sequence.
     pub queue_timeout: Duration,
     /// Where adapters are served.
     pub adapters: Option<Arc<dyn Adapters>>,
@@ -393,11 +393,20 @@ impl Model {
         let stop_tokens = self.stop_tokens(options);
         let cache_salt = options.cache_salt.as_deref().map_or(0, salt);
         let mut requests = Vec::with_capacity(ask.prompts.len() * options.n as usize);
+        let mut numbers = 0;
         for prompt in &ask.prompts {
             let max_new_tokens = self.room(options, prompt.tokens.len(), ask.param)?;
             if options.min_tokens > max_new_tokens {
                 let rule = format!("must not exceed the {max_new_tokens} tokens this request may generate");
                 return Err(Refusal::Value { param: "min_tokens".to_owned(), rule });
+            }
+            numbers += u64::from(options.n) * numbers_of(options, &ask, prompt.tokens.len() as u64, u64::from(max_new_tokens));
+            if numbers > NUMBERS_MAX {
+                let rule = format!(
+                    "over all choices may come to more than the {NUMBERS_MAX} numbers of one answer; ask for fewer choices or alternatives, or give max_tokens"
+                );
+                let param = if ask.logprobs.is_some() { "logprobs" } else { "return_token_ids" };
+                return Err(Refusal::Value { param: param.to_owned(), rule });
             }
             for choice in 0..options.n {
                 requests.push(GenerateRequest {
@@ -412,7 +421,8 @@ impl Model {
                     adapter: AdapterGeneration::default(),
                     priority: options.priority,
                     cache_salt,
-                    queue_timeout: self.queue_timeout,
+                    // A request that was begun is not given up for those of its sequences that wait behind the others.
+                    queue_timeout: if requests.is_empty() { self.queue_timeout } else { Duration::MAX },
                 });
             }
         }
@@ -482,6 +492,17 @@ impl Model {
 pub const TEXT_BYTES_PER_POSITION: usize = 32;
 /// See [`TEXT_BYTES_PER_POSITION`].
 pub const TEXT_BYTES: usize = 1 << 20;
+
+/// Most numbers of one answer, over all of its choices: log-probabilities of tokens and of the alternatives beside them, and ids of a prompt
+/// that is told again with each choice. While they are gathered each takes 8 bytes, and as JSON some 70.
+pub const NUMBERS_MAX: u64 = 1 << 25;
+
+/// The numbers that one choice may come to.
+fn numbers_of(options: &Options, ask: &Ask, prompt: u64, new: u64) -> u64 {
+    let told = if options.return_token_ids { prompt } else { 0 };
+    let scored = if ask.echo { prompt + new } else { new };
+    told + ask.logprobs.map_or(0, |alternatives| scored * (1 + u64::from(alternatives)))
+}
 
 /// Bytes of all strings in a value.
 fn text_bytes(value: &Value) -> usize {

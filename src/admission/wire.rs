@@ -12,11 +12,11 @@ use super::json::{Fields, Json};
 /// Most messages of a chat.
 pub const MESSAGES_MAX: usize = 4096;
 /// Most prompts of one completions request.
-pub const PROMPTS_MAX: usize = 32;
-/// Most choices per prompt.
-pub const CHOICES_MAX: u32 = 8;
+pub const PROMPTS_MAX: usize = 1024;
+/// Most choices per prompt, as OpenAI has it.
+pub const CHOICES_MAX: u32 = 128;
 /// Most sequences one request may become.
-pub const SEQUENCES_MAX: usize = 64;
+pub const SEQUENCES_MAX: usize = 1024;
 /// Most stop strings, and their longest length in bytes. OpenAI takes 4; evaluation harnesses send more to other servers.
 pub const STOPS_MAX: usize = 32;
 pub const STOP_BYTES_MAX: usize = 256;
@@ -49,7 +49,7 @@ pub struct Options {
     pub stream: bool,
     pub stream_options: Option<StreamOptions>,
     /// Choices per prompt.
-    #[schema(minimum = 1, maximum = 8, default = 1, required = false)]
+    #[schema(minimum = 1, maximum = 128, default = 1, required = false)]
     pub n: u32,
     /// Most tokens to generate. Absent means as many as the context leaves room for, or the model's own default.
     pub max_tokens: Option<u32>,
@@ -142,7 +142,7 @@ pub struct Message {
 /// `POST /v1/completions`.
 #[derive(Clone, Debug, PartialEq, ToSchema)]
 pub struct CompletionRequest {
-    /// A string, up to 32 strings, a list of token ids, or a list of such lists.
+    /// A string, up to 1024 strings, a list of token ids, or a list of such lists.
     #[schema(schema_with = any_prompt)]
     pub prompt: Prompts,
     #[serde(flatten)]

@@ -28,8 +28,11 @@ use crate::scheduler::{self, Fit, Outcome, Queue, RowResult, Scheduler};
 use crate::step::StepPlan;
 use crate::telemetry::{self, Snapshot};
 
-/// Events a client may leave unread before its sequence is cancelled: it stopped reading.
+/// Events a client may leave unread of one sequence before that is cancelled: it stopped reading.
 const UNREAD_EVENTS: usize = 4096;
+
+/// The same of all sequences of a request together, each of which has an equal share: an event may hold some hundred bytes.
+const UNREAD_OF_A_REQUEST: usize = 64 * UNREAD_EVENTS;
 
 /// Steps between two full checks of the scheduler's books, at least.
 const CHECK_EVERY: u64 = 256;
@@ -252,10 +255,11 @@ impl Engine for Arc<Door> {
             let entered = queue.enter(&prompts, arrived);
             entered.map_err(|(queued, limit)| SubmitError::QueueFull { queued, limit, retry_after: queue.retry_after(arrived) })?
         };
+        let unread = (UNREAD_OF_A_REQUEST / seqs.len().max(1)).clamp(1, UNREAD_EVENTS);
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {
             // And its end, which always has a place.
-            let (events, receiver) = mpsc::channel(UNREAD_EVENTS + 1);
+            let (events, receiver) = mpsc::channel(unread + 1);
             submitted.push(Submitted { seq, request, adapter: adapter.clone(), events });
             receivers.push(receiver);
         }
@@ -306,8 +310,9 @@ struct Client {
     /// On the adapter it names.
     adapter: Option<Lease>,
     generated: u32,
+    /// From its start on, where a penalty needs it: what waits takes no memory for that, however many choices of a long prompt there are.
     occurrences: Option<Occurrences>,
-    /// By position minus one; complete when the first token comes.
+    /// By position minus one, from its start on; complete when the first token comes.
     prompt_logprobs: Vec<Option<TokenLogprob>>,
     /// No token was asked for: only the prompt is scored.
     scoring: bool,
@@ -469,10 +474,10 @@ impl Room {
         let scoring = max_new == 0;
         request.max_new_tokens = max_new.max(1);
         let client = Client {
-            occurrences: has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt)),
+            occurrences: None,
             events,
             generated: 0,
-            prompt_logprobs: if request.prompt_logprobs.is_some() { vec![None; prompt - 1] } else { Vec::new() },
+            prompt_logprobs: Vec::new(),
             scoring,
             arrived: self.door.born + arrived,
             started: None,
@@ -566,7 +571,7 @@ impl Room {
                 Outcome::Started { seq, queued, looked_up, cached_tokens, prompt_tokens } => {
                     self.door.queue().start(seq, now);
                     if let Some(client) = self.clients.get_mut(&seq) {
-                        client.started = Some(client.arrived + queued);
+                        client.start(queued);
                     }
                     (self.emit)(telemetry::Event::Started { queue_s: queued.as_secs_f64(), cached_tokens, prompt_tokens });
                     if looked_up {
@@ -633,7 +638,8 @@ impl Room {
         // A client that has gone is told nothing; its cancellation is under way.
         let _ = client.events.try_send(if unread { Event::Failed { failure: Failure::Unread } } else { event });
         if unread {
-            tracing::warn!(?seq, "a client left {UNREAD_EVENTS} events unread; its request is cancelled");
+            let events = client.events.max_capacity() - 1;
+            tracing::warn!(?seq, events, "a client left as many events unread as are kept for it; its request is cancelled");
             if let Some(ended) = self.scheduler.cancel(seq) {
                 self.forget(seq, "abort", ended.preemptions);
             }
@@ -671,6 +677,14 @@ struct Choose<'s> {
 }
 
 impl Client {
+    /// Its first row is planned, so long after it came.
+    fn start(&mut self, queued: Duration) {
+        let request = &self.request;
+        self.started = Some(self.arrived + queued);
+        self.occurrences = has_penalties(&request.sampling).then(|| Occurrences::of_prompt(&request.prompt));
+        self.prompt_logprobs = if request.prompt_logprobs.is_some() { vec![None; request.prompt.len() - 1] } else { Vec::new() };
+    }
+
     /// What it wants of the logits that follow `position`.
     fn ask(&self, position: u32) -> Ask<'_> {
         let request = &self.request;

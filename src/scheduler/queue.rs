@@ -51,17 +51,23 @@ impl Queue {
     pub fn enter(&mut self, prompts: &[usize], now: Duration) -> Result<Vec<SeqId>, (usize, Limit)> {
         let tokens = prompts.iter().map(|&n| n as u64).sum::<u64>();
         let waiting = self.waiting.len();
-        if waiting > 0 && waiting >= self.max_requests {
-            return Err((waiting, Limit::Requests));
-        }
-        if waiting > 0 && self.tokens >= self.max_tokens {
-            return Err((waiting, Limit::Tokens));
+        if let Some(limit) = self.full((waiting, self.tokens)) {
+            return Err((waiting, limit));
         }
         let seqs: Vec<SeqId> = (self.next..).map(SeqId).take(prompts.len()).collect();
         self.next += seqs.len() as u64;
         self.tokens += tokens;
         self.waiting.extend(seqs.iter().copied().zip(prompts.iter().map(|&n| (now, n as u64))));
         Ok(seqs)
+    }
+
+    /// Which limit is reached where so many wait, with so many tokens of prompts.
+    fn full(&self, (waiting, tokens): (usize, u64)) -> Option<Limit> {
+        match waiting {
+            0 => None,
+            n if n >= self.max_requests => Some(Limit::Requests),
+            _ => (tokens >= self.max_tokens).then_some(Limit::Tokens),
+        }
     }
 
     /// A sequence started. One that does not wait is left alone, here and by [`Queue::leave`].
@@ -80,11 +86,19 @@ impl Queue {
         }
     }
 
-    /// When to try again after a refusal: about when one more has started, from a second to ten minutes.
+    /// When to try again after a refusal: about when so many more have started that no limit is reached, from a second to ten minutes.
     pub fn retry_after(&self, now: Duration) -> Duration {
+        let (mut waiting, mut starts) = ((self.waiting.len(), self.tokens), 0);
+        for (_, tokens) in self.waiting.values() {
+            if starts > 0 && self.full(waiting).is_none() {
+                break;
+            }
+            waiting = (waiting.0 - 1, waiting.1 - tokens);
+            starts += 1;
+        }
         // Without a pace: as long as the oldest has waited. What it waits for began before it, and has yet to end.
         let oldest = || self.waiting.first_key_value().map_or(Duration::ZERO, |(_, (came, _))| now.saturating_sub(*came));
-        self.pace.at(now).unwrap_or_else(oldest).clamp(Duration::from_secs(1), Duration::from_secs(600))
+        self.pace.at(now, starts.max(1)).unwrap_or_else(oldest).clamp(Duration::from_secs(1), Duration::from_secs(600))
     }
 
     /// How many wait.
@@ -112,12 +126,12 @@ impl Pace {
         self.starts.push_back(now);
     }
 
-    /// The mean of what is remembered, or the time since the last start if that has grown longer. Those that started together, as into
-    /// places that were free, took no time from each other: the first of them only say when the clock began.
-    fn at(&self, now: Duration) -> Option<Duration> {
+    /// So many times the mean of what is remembered, the next of them the time since the last start if that has grown longer. Those that
+    /// started together, as into places that were free, took no time from each other: the first of them only say when the clock began.
+    fn at(&self, now: Duration, starts: u32) -> Option<Duration> {
         let (first, last) = (*self.starts.front()?, *self.starts.back()?);
         let later = self.starts.iter().filter(|&&at| at > first).count() as u32;
         let mean = last.saturating_sub(first).checked_div(later)?;
-        Some(mean.max(now.saturating_sub(last)))
+        Some(mean.saturating_mul(starts - 1).saturating_add(mean.max(now.saturating_sub(last))))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::admission::{Chat, Codec, EncodeError, Piece, TemplateError, TextStream};
 use crate::ids::TokenId;
-use crate::text::{self, Start, StreamOptions, Tokenizer};
+use crate::text::{self, Start, Stops, StreamOptions, Tokenizer};
 
 /// Tokenizer and chat template of the served model.
 pub struct ModelCodec {
@@ -53,9 +53,9 @@ impl Codec for ModelCodec {
             .map_err(|error| TemplateError { message: error.to_string() })
     }
 
-    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        let options = StreamOptions { skip_special: true, start, stops: stop.to_vec() };
-        let kept = if include_stop { stop.to_vec() } else { Vec::new() };
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+        let options = StreamOptions { skip_special: true, start, stops: stop.clone() };
+        let kept = if include_stop { stop.clone() } else { Stops::default() };
         Box::new(Stream { text: Some(text::TextStream::new(self.tokenizer.clone(), options)), kept })
     }
 }
@@ -64,14 +64,14 @@ struct Stream {
     /// Gone once it is finished.
     text: Option<text::TextStream>,
     /// The stop strings, when they are part of the answer.
-    kept: Vec<String>,
+    kept: Stops,
 }
 
 impl TextStream for Stream {
     fn push(&mut self, id: TokenId) -> Piece {
         let Some(stream) = &mut self.text else { return Piece::default() };
         let text::Piece { mut text, stopped } = stream.push(id);
-        if let Some(stop) = stopped.and_then(|i| self.kept.get(i)) {
+        if let Some(stop) = stopped.and_then(|i| self.kept.texts().nth(i)) {
             text.push_str(stop);
         }
         Piece { text, stopped }

@@ -36,7 +36,7 @@ use crate::engine::{EngineHandle, TokenStream};
 use crate::ids::{AdapterGeneration, TokenId};
 use crate::request::{self, Event, Failure, FinishReason, GenerateRequest, TokenLogprob};
 use crate::telemetry;
-use crate::text::Start;
+use crate::text::{Start, Stops};
 
 /// What JSON can carry in place of minus infinity, as OpenAI and vLLM write it.
 const LOGPROB_MIN: f32 = -9999.0;
@@ -330,11 +330,11 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(loaded: &'a Loaded, answer: &Answer, streams: Submitted) -> Self {
-        let (stop, include_stop) = (&answer.reply.stop, answer.reply.include_stop);
+        let (stop, include_stop) = (Stops::new(&answer.reply.stop), answer.reply.include_stop);
         let start = if answer.reply.continues { Start::Continues } else { Start::Alone };
         let choice = |(stream, stop_tokens)| Choice {
             stream,
-            text: loaded.model.codec.stream(start, stop, include_stop),
+            text: loaded.model.codec.stream(start, &stop, include_stop),
             stop_tokens,
             include_stop,
             held: None,

@@ -24,7 +24,7 @@ mod specials;
 pub mod stream;
 pub mod template;
 
-pub use stream::{Piece, Start, StreamOptions, TextStream};
+pub use stream::{Piece, Start, Stops, StreamOptions, TextStream};
 
 /// Why a tokenizer or template cannot be used. Each is one sentence with cause and mend.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

@@ -21,8 +21,32 @@ pub struct StreamOptions {
     /// Control tokens have no text.
     pub skip_special: bool,
     pub start: Start,
-    /// The text ends before the first of these; empty ones never match.
-    pub stops: Vec<String>,
+    /// The text ends before the first of these.
+    pub stops: Stops,
+}
+
+/// Stop strings, made ready for search. Cloning shares them, as all choices of a request do.
+#[derive(Clone, Debug, Default)]
+pub struct Stops(Arc<[Stop]>);
+
+/// One of them, for Knuth's, Morris' and Pratt's search.
+#[derive(Debug)]
+struct Stop {
+    pattern: String,
+    /// `fall[i]`: length of the longest proper border of `pattern[..=i]`.
+    fall: Vec<usize>,
+}
+
+impl Stops {
+    /// In this order; empty ones never match.
+    pub fn new(texts: &[String]) -> Stops {
+        Stops(texts.iter().map(|text| Stop::new(text)).collect())
+    }
+
+    /// The texts, in order.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|stop| stop.pattern.as_str())
+    }
 }
 
 /// What one id added to the text.
@@ -42,23 +66,17 @@ pub struct Piece {
 pub struct TextStream {
     tokenizer: Arc<Tokenizer>,
     start: StartState,
-    stops: Vec<Stop>,
+    stops: Stops,
+    /// How much of each stop string the text ends with just now.
+    matched: Vec<usize>,
     /// Bytes that came and are not said yet.
     held: Vec<u8>,
     ended: bool,
 }
 
-/// A stop string and how much of it the text ends with just now (Knuth, Morris and Pratt).
-struct Stop {
-    pattern: Vec<u8>,
-    /// `fall[i]`: length of the longest proper border of `pattern[..=i]`.
-    fall: Vec<usize>,
-    matched: usize,
-}
-
 impl Stop {
-    fn new(pattern: &str) -> Stop {
-        let pattern = pattern.as_bytes().to_vec();
+    fn new(text: &str) -> Stop {
+        let pattern = text.as_bytes();
         let mut fall = vec![0; pattern.len()];
         let mut k = 0;
         for i in 1..pattern.len() {
@@ -68,19 +86,20 @@ impl Stop {
             k += usize::from(pattern[i] == pattern[k]);
             fall[i] = k;
         }
-        Stop { pattern, fall, matched: 0 }
+        Stop { pattern: text.to_owned(), fall }
     }
 
-    /// Takes one more byte; whether the text now ends with the whole pattern.
-    fn step(&mut self, byte: u8) -> bool {
-        if self.pattern.is_empty() {
+    /// Takes one more byte of a text that ends with `matched` bytes of the pattern; whether it now ends with the whole of it.
+    fn step(&self, matched: &mut usize, byte: u8) -> bool {
+        let pattern = self.pattern.as_bytes();
+        if pattern.is_empty() {
             return false;
         }
-        while self.matched > 0 && self.pattern[self.matched] != byte {
-            self.matched = self.fall[self.matched - 1];
+        while *matched > 0 && pattern[*matched] != byte {
+            *matched = self.fall[*matched - 1];
         }
-        self.matched += usize::from(self.pattern[self.matched] == byte);
-        self.matched == self.pattern.len()
+        *matched += usize::from(pattern[*matched] == byte);
+        *matched == pattern.len()
     }
 }
 
@@ -91,8 +110,8 @@ impl TextStream {
         if options.start == Start::Continues {
             start.forget();
         }
-        let stops = options.stops.iter().map(|s| Stop::new(s)).collect();
-        TextStream { tokenizer, start, stops, held: Vec::new(), ended: false }
+        let matched = vec![0; options.stops.0.len()];
+        TextStream { tokenizer, start, stops: options.stops, matched, held: Vec::new(), ended: false }
     }
 
     /// Takes one more id.
@@ -104,7 +123,8 @@ impl TextStream {
         self.tokenizer.push_bytes(&mut self.start, id, &mut self.held);
         for at in old..self.held.len() {
             let byte = self.held[at];
-            let hit = self.stops.iter_mut().enumerate().filter_map(|(i, stop)| stop.step(byte).then_some((stop.pattern.len(), i)));
+            let stops = self.stops.0.iter().zip(&mut self.matched).enumerate();
+            let hit = stops.filter_map(|(i, (stop, matched))| stop.step(matched, byte).then_some((stop.pattern.len(), i)));
             // Every stop must take the byte, so the longest is chosen only after all have.
             if let Some((length, i)) = hit.max_by_key(|&(length, i)| (length, std::cmp::Reverse(i))) {
                 // Its beginning was held back since it might have become this.
@@ -114,7 +134,7 @@ impl TextStream {
                 return Piece { text, stopped: Some(i) };
             }
         }
-        let may_stop = self.stops.iter().map(|s| s.matched).max().unwrap_or(0);
+        let may_stop = self.matched.iter().copied().max().unwrap_or(0);
         let text = self.say(self.held.len() - may_stop, false);
         Piece { text, stopped: None }
     }

@@ -498,6 +498,18 @@ fn a_request_that_races_with_the_end_is_told_how_it_ends() {
 }
 
 #[test]
+fn a_request_of_many_sequences_keeps_no_more_events_than_one_of_64() {
+    let world = world("llama3", ROOMY, cpu);
+    let kept = |n: u64| {
+        let streams = world.engine.submit_all((0..n).map(|i| request(&tokens(20, 1 + i, 256), 3, 0)).collect(), None).unwrap();
+        let kept = streams.iter().map(|stream| stream.events.max_capacity() - 1).sum::<usize>();
+        assert!(streams.into_iter().map(hear).all(|said| said.tokens.len() == 3));
+        kept
+    };
+    assert_eq!([1, 64, 1024].map(kept), [4096, 64 * 4096, 64 * 4096]);
+}
+
+#[test]
 fn the_sequences_of_a_request_are_queued_all_or_none() {
     let books = Arc::new(Mutex::new(BTreeMap::<String, u32>::new()));
     let world = watched("llama3", Size { seqs: 1, queue: 2, ..ROOMY }, cpu, {

@@ -1133,6 +1133,23 @@ fn a_refusal_says_how_fast_the_queue_drains_not_how_rarely_anybody_comes() {
 }
 
 #[test]
+fn a_refusal_counts_the_starts_that_make_room() {
+    // Two seconds from start to start; eight wait for theirs, with 80 tokens.
+    let waits = |requests: usize, tokens: u64| {
+        let at = Duration::from_secs;
+        let mut queue = Queue::new(&Config { max_queued_requests: requests, max_queued_tokens: tokens, ..config(4) });
+        queue.enter(&[10; 10], at(0)).expect("nobody waits");
+        queue.start(SeqId(0), at(2));
+        queue.start(SeqId(1), at(4));
+        let refused = queue.enter(&[1], at(4)).is_err();
+        (refused, queue.retry_after(at(4)).as_secs())
+    };
+    // One more start, or as many as bring either number below its limit; the last of them where only an empty queue takes more.
+    assert_eq!([waits(8, 100), waits(6, 100), waits(8, 60), waits(1, 100), waits(8, 1)], [2, 6, 6, 16, 16].map(|s| (true, s)));
+    assert_eq!(waits(9, 100), (false, 2), "there is room");
+}
+
+#[test]
 fn what_can_never_fit_is_refused() {
     let mut s = Script::new(config(4));
     let mut refused = |request| s.scheduler.enqueue(SeqId(9), request, Duration::ZERO).err();

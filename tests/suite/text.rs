@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use strait::serve::ready::Source;
 use strait::text::template::TemplateError;
-use strait::text::{Start, StreamOptions, TextError, TextStream, Tokenizer};
+use strait::text::{Start, Stops, StreamOptions, TextError, TextStream, Tokenizer};
 
 /// A byte-level vocabulary without merges: every byte is a token, then `<|a|>`, `<|b|>` special and `<think>` not.
 pub(crate) fn byte_level() -> Value {
@@ -332,7 +332,7 @@ fn pieces(stream: &mut TextStream, ids: &[u32]) -> (String, Option<usize>) {
 }
 
 fn stream(t: &Arc<Tokenizer>, stops: &[&str]) -> TextStream {
-    let stops = stops.iter().map(|s| (*s).to_owned()).collect();
+    let stops = Stops::new(&stops.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
     TextStream::new(t.clone(), StreamOptions { skip_special: true, start: Start::Alone, stops })
 }
 
@@ -370,7 +370,7 @@ fn a_stream_begins_as_its_text_does() {
         let t = Arc::new(load(&sentencepiece(legacy), json!({})));
         let ids = t.encode("hello hello", false, true).unwrap();
         let run = |start| {
-            let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: true, start, stops: vec![] });
+            let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: true, start, stops: Stops::default() });
             let text = pieces(&mut s, &ids).0;
             text + &s.finish()
         };
@@ -385,7 +385,7 @@ proptest! {
     #[test]
     fn a_stream_says_what_decode_says(kind in 0..3usize, ids in prop::collection::vec(0..290u32, 0..40), skip in any::<bool>()) {
         let t = Arc::new(load(&[byte_level, || sentencepiece(true), || sentencepiece(false)][kind](), json!({})));
-        let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: skip, start: Start::Alone, stops: vec![] });
+        let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: skip, start: Start::Alone, stops: Stops::default() });
         let mut text = pieces(&mut s, &ids).0;
         text.push_str(&s.finish());
         prop_assert_eq!(text, t.decode(&ids, skip));

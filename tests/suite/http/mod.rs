@@ -21,7 +21,7 @@ use strait::scheduler::Limit;
 use strait::serve::codec::ModelCodec;
 use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
-use strait::text::{Start, Tokenizer};
+use strait::text::{Start, Stops, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Barrier, mpsc, watch};
@@ -93,8 +93,14 @@ impl Codec for Bytes {
         Ok(self.encode(&text, false, true).expect("bytes always encode"))
     }
     /// An answer that stands alone loses the space it begins with, as with a tokenizer of the sentencepiece kind.
-    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        Box::new(ByteStream { codec: self, trims: start == Start::Alone, stop: stop.to_vec(), include_stop, held: Vec::new() })
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+        Box::new(ByteStream {
+            codec: self,
+            trims: start == Start::Alone,
+            stop: stop.texts().map(str::to_owned).collect(),
+            include_stop,
+            held: Vec::new(),
+        })
     }
 }
 

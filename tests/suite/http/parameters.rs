@@ -55,9 +55,9 @@ async fn parameters_of_a_chat() {
         (json!({"min_tokens": 6, "max_tokens": 5}), "400 invalid_value min_tokens"),
         (json!({"min_tokens": 1000, "max_tokens": null}), "400 invalid_value min_tokens"),
         // P05 and P06
-        (json!({"n": 8}), ok),
+        (json!({"n": 128}), ok),
         (json!({"n": 0}), "400 invalid_value n"),
-        (json!({"n": 9}), "400 invalid_value n"),
+        (json!({"n": 129}), "400 invalid_value n"),
         (json!({"n": u64::MAX}), "400 invalid_value n"),
         (json!({"best_of": 1}), ok),
         (json!({"best_of": 2}), "400 unsupported_parameter best_of"),
@@ -222,10 +222,10 @@ async fn parameters_of_a_completion() {
         (json!({"prompt": [[["x"]]]}), "400 invalid_type prompt"),
         (json!({"prompt": [VOCAB]}), "400 invalid_value prompt"),
         (json!({"prompt": [1, 4_294_967_296_u64]}), "400 invalid_type prompt"),
-        (json!({"prompt": vec!["x"; 32]}), ok),
-        (json!({"prompt": vec!["x"; 33]}), "400 invalid_value prompt"),
-        (json!({"prompt": vec!["x"; 32], "n": 2}), ok),
-        (json!({"prompt": vec!["x"; 32], "n": 3}), "400 invalid_value n"),
+        (json!({"prompt": vec!["x"; 1024]}), ok),
+        (json!({"prompt": vec!["x"; 1025]}), "400 invalid_value prompt"),
+        (json!({"prompt": vec!["x"; 8], "n": 128}), ok),
+        (json!({"prompt": vec!["x"; 9], "n": 128}), "400 invalid_value n"),
         (json!({"prompt": "x", "logprobs": 0}), ok),
         (json!({"prompt": "x", "logprobs": 20}), ok),
         (json!({"prompt": "x", "logprobs": 21}), "400 invalid_value logprobs"),
@@ -286,6 +286,35 @@ async fn what_the_engine_gets() {
     assert_eq!(full.cache_salt, seen.requests[2].cache_salt);
     assert_eq!(Bytes.decode(&seen.requests[2].prompt, false), "user:hi");
     assert_ne!(plain.sampling.seed, seen.requests[2].sampling.seed, "absent seeds differ");
+}
+
+#[test]
+fn what_an_answer_may_come_to_is_bounded() {
+    let refused = |context: u32, prompt: usize, extra: Value| {
+        let body = with(json!({"prompt": vec![vec![7; prompt]; 8], "n": 128}), &extra).to_string();
+        let refusal = Model { context, ..model() }.admit_completion(body.as_bytes(), 0).err();
+        refusal.map(|refusal| refusal.to_string().chars().take(40).collect::<String>())
+    };
+    let many = |param| Some(format!("{param} over all choices may come to more than the").chars().take(40).collect::<String>());
+    // 1024 choices: of 500 tokens with 20 alternatives each, and as much for each token of a prompt that is scored.
+    assert_eq!(refused(2000, 1000, json!({"max_tokens": 500, "logprobs": 20})), None);
+    assert_eq!(refused(2000, 1000, json!({"max_tokens": 500, "logprobs": 20, "echo": true})), None);
+    assert_eq!(refused(2000, 1100, json!({"max_tokens": 500, "logprobs": 20, "echo": true})), many("logprobs"));
+    assert_eq!(refused(2000, 100, json!({"max_tokens": 1900, "logprobs": 20})), many("logprobs"));
+    assert_eq!(refused(2000, 100, json!({"max_tokens": 1900, "logprobs": 1})), None);
+    assert_eq!(refused(40_000, 32_768, json!({"max_tokens": 1, "return_token_ids": true})), None);
+    assert_eq!(refused(40_000, 32_769, json!({"max_tokens": 1, "return_token_ids": true})), many("return_token_ids"));
+}
+
+#[tokio::test]
+async fn a_request_that_was_begun_does_not_wait_in_vain() {
+    let app = app(vec![]);
+    let answer = app.post(TEXT, &json!({"prompt": vec!["x"; 512], "n": 2})).await.json();
+    let choices = answer["choices"].as_array().expect("choices");
+    assert_eq!(choices.iter().map(|c| c["index"].as_u64()).collect::<Vec<_>>(), (0..1024).map(Some).collect::<Vec<_>>());
+    let waits: Vec<_> = app.fake.seen().requests.iter().map(|request| request.queue_timeout).collect();
+    assert_eq!(waits[0], Duration::from_secs(30));
+    assert!(waits[1..].iter().all(|&wait| wait == Duration::MAX));
 }
 
 #[tokio::test]

@@ -77,8 +77,14 @@ impl Codec for Counting {
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, TemplateError> {
         Ok(self.encode(&chat.messages.to_string(), false, true).expect("bytes always encode"))
     }
-    fn stream<'a>(&'a self, start: Start, stop: &[String], include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        Box::new(ByteStream { codec: &Bytes, trims: start == Start::Alone, stop: stop.to_vec(), include_stop, held: Vec::new() })
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+        Box::new(ByteStream {
+            codec: &Bytes,
+            trims: start == Start::Alone,
+            stop: stop.texts().map(str::to_owned).collect(),
+            include_stop,
+            held: Vec::new(),
+        })
     }
 }
 
