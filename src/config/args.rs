@@ -459,6 +459,9 @@ pub struct ServeFlags {
     /// Key for /admin routes, and for loading and unloading adapters [default: none; callers on this machine may].
     #[arg(long, env = "STRAIT_ADMIN_API_KEY", hide_env_values = true)]
     pub admin_api_key: Option<String>,
+    /// Origin whose web pages may use the server (scheme://host:port), or * for any; may be repeated [default: none but its own pages].
+    #[arg(long, env = "STRAIT_ALLOWED_ORIGINS")]
+    pub allowed_origins: Vec<String>,
     /// Name of the model in the API; may be repeated [default: the folder's name].
     #[arg(long, alias = "alias", env = "STRAIT_SERVED_MODEL_NAME", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -550,6 +553,7 @@ impl ServeFlags {
             api_key: list(self.api_key, other.api_key),
             api_key_file: self.api_key_file.or(other.api_key_file),
             admin_api_key: self.admin_api_key.or(other.admin_api_key),
+            allowed_origins: list(self.allowed_origins, other.allowed_origins),
             served_model_name: list(self.served_model_name, other.served_model_name),
             max_model_len: self.max_model_len.or(other.max_model_len),
             dtype: self.dtype.or(other.dtype),

@@ -21,6 +21,8 @@ pub struct Settings {
     pub port: u16,
     pub api_keys: Vec<String>,
     pub admin_api_key: Option<String>,
+    /// Origins as browsers send them, or `*`.
+    pub allowed_origins: Vec<String>,
     pub served_model_names: Vec<String>,
     pub max_model_len: Option<u32>,
     pub dtype: LoadDtype,
@@ -86,6 +88,8 @@ pub enum ConfigError {
     NoKeys { path: PathBuf },
     #[error("an API key is empty; give a key of at least one character")]
     EmptyKey,
+    #[error("--allowed-origins has {text:?}, which {fault}")]
+    Origin { text: String, fault: &'static str },
     #[error("there is no cache profile {name:?}; choose one of {known}, or define it under [profiles] in the config file")]
     UnknownProfile { name: String, known: String },
     #[error("cache profile {name:?}: {fault}")]
@@ -188,6 +192,7 @@ impl Settings {
             port: flags.port.unwrap_or(8000),
             api_keys,
             admin_api_key: flags.admin_api_key,
+            allowed_origins: allowed_origins(&flags.allowed_origins)?,
             served_model_names: flags.served_model_name,
             max_model_len: flags.max_model_len,
             dtype: match flags.dtype.unwrap_or(DtypeArg::Auto) {
@@ -224,6 +229,45 @@ pub fn names(profiles: &[Profile]) -> String {
 pub fn cache_dir() -> Option<PathBuf> {
     let dir = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|h| h.join(".cache"))).map(|d| d.join("strait"))
+}
+
+/// `--allowed-origins`: one each, several in one value, or vLLM's JSON list.
+fn allowed_origins(texts: &[String]) -> Result<Vec<String>, ConfigError> {
+    let mut out = Vec::new();
+    for text in texts {
+        let fault = |fault| ConfigError::Origin { text: text.clone(), fault };
+        let items: Vec<String> = if text.trim_start().starts_with('[') {
+            serde_json::from_str(text).map_err(|_| fault("is no JSON list of origins"))?
+        } else {
+            text.split([',', ' ']).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+        };
+        out.extend(items.iter().map(|item| origin(item).map_err(fault)).collect::<Result<Vec<_>, _>>()?);
+    }
+    Ok(out)
+}
+
+/// An origin as browsers send it: in lower case, without the port that its scheme has anyway.
+fn origin(text: &str) -> Result<String, &'static str> {
+    let text = text.to_ascii_lowercase();
+    if text == "*" {
+        return Ok(text);
+    }
+    if text == "null" {
+        return Err(
+            "is what every local file and every sandboxed frame is called, whoever wrote it; serve the page from an origin of its own, or allow *",
+        );
+    }
+    let (scheme, host) = text.split_once("://").ok_or("names no scheme; write it as https://app.example or http://localhost:3000")?;
+    let fits = |part: &str, also: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || also.contains(c));
+    if !fits(scheme, "+-.") || !fits(host, "-._:[]") {
+        return Err("is no origin: those end with the host or its port, without a path, and have no wildcards");
+    }
+    let default = match scheme {
+        "http" => ":80",
+        "https" => ":443",
+        _ => "",
+    };
+    Ok(format!("{scheme}://{}", host.strip_suffix(default).unwrap_or(host)))
 }
 
 /// `--lora-modules`: vLLM's two spellings, and several in one value, as an environment variable has them.
@@ -268,6 +312,38 @@ fn without_comment(line: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn origins_are_written_as_browsers_send_them() {
+        let read = |texts: &[&str]| allowed_origins(&texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>()).map_err(|e| e.to_string());
+        for (texts, want) in [
+            (&["*"][..], &["*"][..]),
+            (&["https://App.example", "http://localhost:3000"], &["https://app.example", "http://localhost:3000"]),
+            (
+                &["https://a.example:443,http://b.example:80 http://c.example:8080"],
+                &["https://a.example", "http://b.example", "http://c.example:8080"],
+            ),
+            (&[r#"["https://a.example", "*"]"#], &["https://a.example", "*"]),
+            (&["app://obsidian.md", "http://[::1]:3000"], &["app://obsidian.md", "http://[::1]:3000"]),
+            (&[], &[]),
+        ] {
+            assert_eq!(read(texts), Ok(want.iter().map(|w| (*w).to_owned()).collect()), "{texts:?}");
+        }
+        for bad in [
+            "null",
+            "localhost:3000",
+            "https://",
+            "://a",
+            "https://a.example/",
+            "https://a.example/app",
+            "https://*.example",
+            "[1]",
+            "https://a@b",
+        ] {
+            let said = read(&[bad]).expect_err(bad);
+            assert!(said.starts_with("--allowed-origins has ") && said.contains(&format!("{bad:?}")), "{said}");
+        }
+    }
 
     #[test]
     fn a_comment_is_no_part_of_a_key() {

@@ -44,7 +44,7 @@ use crate::scheduler::{self, Fit, ProfileSizes};
 use crate::serve::codec::ModelCodec;
 use crate::serve::ready::{Bases, Computed, Opened, Source};
 use crate::server::listen::Drained;
-use crate::server::{self, Keys, Loaded, Pages, Server};
+use crate::server::{self, Keys, Loaded, Origins, Pages, Server};
 use crate::telemetry::{Facts, Telemetry};
 
 const PAGES: Pages = Pages { chat: include_str!("../server/web/chat.html"), dashboard: include_str!("../server/web/dashboard.html") };
@@ -89,6 +89,10 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
         tracing::warn!("listening on {address} without an API key: whoever reaches it can use it; see --api-key-file");
     }
 
+    if settings.api_keys.is_empty() && settings.allowed_origins.iter().any(|origin| origin == "*") {
+        tracing::warn!("any web page that a browser shows may use the server, without a key: see --api-key-file, or name origins");
+    }
+
     let is_demo = matches!(source, Source::Demo);
     let telemetry_name = match (&source, settings.served_model_names.first()) {
         (_, Some(name)) => name.clone(),
@@ -99,6 +103,7 @@ async fn run(source: Source, settings: Settings) -> anyhow::Result<()> {
     let mut config = server::Config::new(PAGES);
     config.api_keys = Keys::new(&settings.api_keys);
     config.admin_keys = Keys::new(&settings.admin_api_key);
+    config.origins = Origins::new(&settings.allowed_origins);
     config.seed = settings.seed;
     config.text_queue = text_queue(&settings);
     let server = Server::new(config, telemetry.clone());

@@ -36,10 +36,12 @@ pub mod error;
 pub mod generate;
 pub mod listen;
 pub mod openai;
+pub mod origins;
 pub mod socket;
 
 pub use error::ApiError;
 pub use listen::{Peer, serve};
+pub use origins::Origins;
 
 /// What the edge needs to know before any model is loaded.
 #[derive(Clone, Debug)]
@@ -49,6 +51,8 @@ pub struct Config {
     /// Keys for `/admin/*` and for changing adapters, which without any are for this machine's own callers; they open everything
     /// else, too.
     pub admin_keys: Keys,
+    /// Whose pages may use the server, beside its own.
+    pub origins: Origins,
     pub limits: Limits,
     /// Longest silence of a stream before a keep-alive comment.
     pub keep_alive: Duration,
@@ -119,6 +123,7 @@ impl Config {
         Config {
             api_keys: Keys::default(),
             admin_keys: Keys::default(),
+            origins: Origins::default(),
             limits: Limits::default(),
             keep_alive: Duration::from_secs(10),
             heartbeat_limit: Duration::from_secs(60),
@@ -499,8 +504,11 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
     let id = RequestId(request_id(&server, request.headers()));
     request.extensions_mut().insert(id.clone());
 
-    let mut response = match admit(&server, path, &request) {
+    let origin = server.config.origins.admit(request.headers());
+    let preflight = origin.is_some() && origins::is_preflight(request.method(), request.headers());
+    let mut response = match admit(&server, path, &request, preflight) {
         Err(error) => error.into_response(),
+        Ok(()) if preflight => origins::preflight(request.headers()),
         // No route of ours is an authority, so the router has no `Allow` for it.
         Ok(()) if *request.method() == Method::CONNECT => {
             ([(ALLOW, "GET, HEAD, POST")], ApiError { close: true, ..ApiError::method_not_allowed() }).into_response()
@@ -520,15 +528,17 @@ async fn edge(State(server): State<Arc<Server>>, mut request: Request, next: Nex
     }
     let value = HeaderValue::from_str(&id.0).expect("request ids are of [A-Za-z0-9_-]");
     response.headers_mut().insert(HeaderName::from_static("x-request-id"), value);
+    server.config.origins.mark(origin, response.headers_mut());
     server.telemetry.emit(Event::Http { path, method, status: response.status().as_u16() });
     response
 }
 
-fn admit(server: &Server, path: &'static str, request: &Request) -> Result<(), ApiError> {
+/// A browser sends no key with a preflight, which does nothing.
+fn admit(server: &Server, path: &'static str, request: &Request, preflight: bool) -> Result<(), ApiError> {
     if !listen::host_is_valid(request.uri(), request.headers()) {
         return Err(ApiError::bad_host());
     }
-    if !PUBLIC.contains(&path) {
+    if !PUBLIC.contains(&path) && !preflight {
         let role = authenticate(server, request.headers())?;
         // By what was asked for as well as by what matched: nothing below /admin/ is ever open by accident.
         if path.starts_with("/admin/") || ADMIN.contains(&path) || request.uri().path().starts_with("/admin/") {

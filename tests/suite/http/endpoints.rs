@@ -275,6 +275,61 @@ async fn keys_open_what_they_should() {
 }
 
 #[tokio::test]
+async fn pages_of_other_origins_may_use_the_server_if_they_are_allowed() {
+    let none: &[&str] = &[];
+    let (app_origin, other) = ("https://app.example", "https://other.example");
+    let ask = [("access-control-request-method", "POST"), ("access-control-request-headers", "authorization,content-type,x-stainless-os")];
+    let key = [("authorization", "Bearer sk-one")];
+    // Who is allowed, the method and what is sent with it; then the answer, and whose page may read it.
+    for (allowed, method, path, origin, headers, verdict, readable) in [
+        (none, "OPTIONS", CHAT, Some(app_origin), &ask[..], "401 invalid_api_key -", None),
+        (none, "GET", "/v1/models", Some(app_origin), &key, "200", None),
+        (&[app_origin], "OPTIONS", CHAT, Some(app_origin), &ask, "204", Some(app_origin)),
+        (&[app_origin], "OPTIONS", CHAT, Some(other), &ask, "401 invalid_api_key -", None),
+        (&[app_origin], "OPTIONS", CHAT, None, &ask, "401 invalid_api_key -", None),
+        (&[app_origin], "OPTIONS", CHAT, Some(app_origin), &key, "405 method_not_allowed -", Some(app_origin)),
+        (&[app_origin], "GET", "/v1/models", Some(app_origin), &key, "200", Some(app_origin)),
+        (&[app_origin], "GET", "/v1/models", Some(app_origin), &[], "401 invalid_api_key -", Some(app_origin)),
+        (&[app_origin], "GET", "/v1/models", Some(other), &key, "200", None),
+        (&[app_origin], "GET", "/v1/models", None, &key, "200", None),
+        (&[app_origin], "GET", "/nope", Some(app_origin), &key, "404 not_found -", Some(app_origin)),
+        (&["*"], "OPTIONS", CHAT, Some("null"), &ask, "204", Some("*")),
+        (&["*"], "GET", "/v1/models", Some(other), &key, "200", Some("*")),
+        // Being allowed opens no admin route.
+        (&["*"], "POST", "/admin/drain", Some(other), &key, "403 not_allowed -", Some("*")),
+        (&[app_origin], "POST", "/admin/drain", Some(app_origin), &key, "403 not_allowed -", Some(app_origin)),
+    ] {
+        let app = app_with(Config { api_keys: Keys::new(["sk-one"]), origins: Origins::new(allowed), ..config() }, vec![]);
+        let mut request = Request::builder().method(method).uri(path).header("host", "localhost");
+        for (name, value) in origin.map(|origin| ("origin", origin)).iter().chain(headers) {
+            request = request.header(*name, *value);
+        }
+        let mut request = request.body(Body::empty()).expect("a request");
+        request.extensions_mut().insert(Peer("127.0.0.1:5000".parse().expect("an address")));
+        let answer = app.send(request).await;
+        let shown = format!("{allowed:?} {method} {path} {origin:?}");
+        assert_eq!(answer.verdict(), verdict, "{shown}");
+        let header = |name: &str| answer.headers.get(name).map(|v| v.to_str().expect("text"));
+        assert_eq!(header("access-control-allow-origin"), readable, "{shown}");
+        assert_eq!(header("access-control-expose-headers").is_some(), readable.is_some(), "{shown}");
+        assert_eq!(header("vary"), (allowed == [app_origin]).then_some("origin"), "{shown}");
+        let permits = (header("access-control-allow-methods"), header("access-control-allow-headers"), header("access-control-max-age"));
+        let want = (Some("GET, HEAD, POST"), Some("authorization,content-type,x-stainless-os"), Some("600"));
+        assert_eq!(permits, if verdict == "204" { want } else { (None, None, None) }, "{shown}");
+        assert_eq!(header("access-control-allow-credentials"), None);
+    }
+    // A page of the internet that is to reach this machine.
+    let app = app_with(Config { origins: Origins::new([app_origin]), ..config() }, vec![]);
+    let request =
+        Request::options(CHAT).header("host", "localhost").header("origin", app_origin).header("access-control-request-method", "POST");
+    let request = request.header("access-control-request-private-network", "true").body(Body::empty()).expect("a request");
+    assert_eq!(app.send(request).await.headers["access-control-allow-private-network"], "true");
+    // Nor does it say which hosts there are.
+    let request = Request::options(CHAT).header("host", "a b").header("origin", app_origin).header("access-control-request-method", "POST");
+    assert_eq!(app.send(request.body(Body::empty()).expect("a request")).await.verdict(), "400 bad_host -");
+}
+
+#[tokio::test]
 async fn draining_is_for_the_machine_itself_and_the_admin_key() {
     let local = Some("127.0.0.1:5000");
     let remote = Some("10.0.0.9:5000");

@@ -19,7 +19,7 @@ use strait::kv::layout::{BasisKind, Cskv, Profile};
 use strait::request::{CacheUse, Event, Failure, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage};
 use strait::scheduler::Limit;
 use strait::serve::codec::ModelCodec;
-use strait::server::{Config, Keys, Loaded, Pages, Peer, Phase, ROUTES, Server, serve};
+use strait::server::{Config, Keys, Loaded, Origins, Pages, Peer, Phase, ROUTES, Server, serve};
 use strait::telemetry::{Branch, Facts, Snapshot, Telemetry};
 use strait::text::{Start, Stops, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
