@@ -39,6 +39,7 @@ use crate::kv::layout::Size;
         capacity,
         health,
         ready,
+        ping,
         version,
         metrics,
         super::adapters::list,
@@ -64,6 +65,12 @@ pub async fn ready(State(server): State<Arc<Server>>) -> Result<Json<Status>, Ap
     server.accepting()?;
     alive(&server)?;
     Ok(Json(Status { status: "ready" }))
+}
+
+/// The same, under the name and by the methods that SageMaker asks: it sends requests from the first 200 on.
+#[utoipa::path(method(get, post), path = "/ping", tag = "vLLM", responses((status = 200, body = Status), (status = 503, body = ErrorBody)))]
+pub async fn ping(server: State<Arc<Server>>) -> Result<Json<Status>, ApiError> {
+    ready(server).await
 }
 
 fn alive(server: &Server) -> Result<(), ApiError> {

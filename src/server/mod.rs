@@ -396,6 +396,7 @@ impl Server {
             .route("/openapi.json", get(admin::openapi))
             .route("/health", get(admin::health))
             .route("/ready", get(admin::ready))
+            .route("/ping", get(admin::ping).post(admin::ping))
             .route("/version", get(admin::version))
             .route("/metrics", get(admin::metrics))
             .route("/tokenize", post(generate::tokenize))
@@ -427,6 +428,7 @@ pub const ROUTES: &[&str] = &[
     "/openapi.json",
     "/health",
     "/ready",
+    "/ping",
     "/version",
     "/metrics",
     "/tokenize",
@@ -446,7 +448,7 @@ pub const ROUTES: &[&str] = &[
 ];
 
 /// Paths that need no key: probes, and pages whose own calls need one.
-const PUBLIC: &[&str] = &["/health", "/ready", "/", "/dashboard", "/docs"];
+const PUBLIC: &[&str] = &["/health", "/ready", "/ping", "/", "/dashboard", "/docs"];
 
 /// Paths outside `/admin/` that change what is served to everybody.
 const ADMIN: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/rollback_lora_adapter"];

@@ -163,6 +163,9 @@ async fn paths_and_methods() {
         ("GET", "/v1/lora_adapters", "200", None),
         ("GET", "/health", "200", None),
         ("GET", "/ready", "200", None),
+        ("GET", "/ping", "200", None),
+        ("POST", "/ping", "200", None),
+        ("PUT", "/ping", "405 method_not_allowed -", Some("GET,HEAD,POST")),
         ("GET", "/version", "200", None),
     ] {
         let request = Request::builder().method(method).uri(path).header("host", "localhost");
@@ -242,6 +245,7 @@ async fn keys_open_what_they_should() {
     for (path, headers, verdict) in [
         ("/health", &[][..], "200"),
         ("/ready", &[], "200"),
+        ("/ping", &[], "200"),
         ("/", &[], "200"),
         ("/dashboard", &[], "200"),
         ("/docs", &[], "200"),
@@ -380,6 +384,7 @@ async fn draining_is_for_the_machine_itself_and_the_admin_key() {
         assert_eq!(app.server.phase(), phase);
         if verdict == yes && keys == open {
             assert_eq!(app.get("/ready").await.verdict(), "503 draining -");
+            assert_eq!(app.get("/ping").await.verdict(), "503 draining -");
             assert_eq!(app.get("/health").await.verdict(), "200");
             let refused = app.post(CHAT, &hello()).await;
             assert_eq!(refused.verdict(), "503 draining -");
