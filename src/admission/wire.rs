@@ -284,7 +284,6 @@ const UNSUPPORTED: &[(&str, Inert)] = &[
     ("json_schema", Inert::Never),
     ("regex", Inert::Never),
     ("ebnf", Inert::Never),
-    ("best_of", Inert::Number(1.0)),
     ("use_beam_search", Inert::Bool(false)),
     ("length_penalty", Inert::Number(1.0)),
     ("suffix", Inert::EmptyText),
@@ -381,6 +380,7 @@ impl Options {
         let small = |n: i128| u32::try_from(n).expect("the range was checked");
         let whole = 0..=i128::from(u32::MAX);
         let n = fields.integer_in("n", 1..=i128::from(CHOICES_MAX))?.map_or(1, small);
+        best_of(fields, n)?;
         let max_tokens = fields.integer_in("max_tokens", whole.clone())?.map(small);
         let max_completion_tokens = fields.integer_in("max_completion_tokens", whole.clone())?.map(small);
         if let (Some(a), Some(b)) = (max_tokens, max_completion_tokens)
@@ -444,6 +444,17 @@ impl Options {
     /// `max_tokens` under either name, with the name that was used.
     pub fn max_new_tokens(&self) -> Option<(u32, &'static str)> {
         self.max_completion_tokens.map(|n| (n, "max_completion_tokens")).or(self.max_tokens.map(|n| (n, "max_tokens")))
+    }
+}
+
+/// Of as many choices as are told, all are the best.
+fn best_of(fields: &mut Fields, n: u32) -> Result<(), Refusal> {
+    match fields.integer("best_of")? {
+        Some(best) if best != 1 && best != i128::from(n) => {
+            let what = "is not supported by this server, unless it is n";
+            Err(Refusal::Unsupported { param: "best_of".to_owned(), what })
+        }
+        _ => Ok(()),
     }
 }
 
