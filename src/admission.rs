@@ -278,7 +278,10 @@ impl Model {
         let logprobs = request.logprobs.then_some(request.top_logprobs.unwrap_or(0));
         let prompts = vec![Prompt { tokens: tokens.into(), text: None }];
         let continues = request.continue_final_message;
-        self.build(&request.options, Ask { target, prompts, logprobs, echo: false, continues, entropy, param: "messages" })
+        self.build(
+            &request.options,
+            Ask { target, prompts, new_tokens: None, logprobs, echo: false, continues, entropy, param: "messages" },
+        )
     }
 
     /// A text completion, from its body.
@@ -300,8 +303,8 @@ impl Model {
                 lists.into_iter().map(|ids| Prompt { tokens: ids.into(), text: None }).collect()
             }
         };
-        let CompletionRequest { options, logprobs, echo, .. } = request;
-        self.build(&options, Ask { target, prompts, logprobs, echo, continues: true, entropy, param: "prompt" })
+        let CompletionRequest { options, new_tokens, logprobs, echo, .. } = request;
+        self.build(&options, Ask { target, prompts, new_tokens, logprobs, echo, continues: true, entropy, param: "prompt" })
     }
 
     /// `/tokenize`: the tokens, and whether their texts are wanted.
@@ -395,7 +398,7 @@ impl Model {
         let mut requests = Vec::with_capacity(ask.prompts.len() * options.n as usize);
         let mut numbers = 0;
         for prompt in &ask.prompts {
-            let max_new_tokens = self.room(options, prompt.tokens.len(), ask.param)?;
+            let max_new_tokens = self.room(options, &ask, prompt.tokens.len())?;
             if options.min_tokens > max_new_tokens {
                 let rule = format!("must not exceed the {max_new_tokens} tokens this request may generate");
                 return Err(Refusal::Value { param: "min_tokens".to_owned(), rule });
@@ -443,7 +446,8 @@ impl Model {
     }
 
     /// How many tokens a prompt of `len` tokens may generate.
-    fn room(&self, options: &Options, len: usize, param: &'static str) -> Result<u32, Refusal> {
+    fn room(&self, options: &Options, ask: &Ask, len: usize) -> Result<u32, Refusal> {
+        let param = ask.param;
         if len == 0 {
             return Err(Refusal::Value { param: param.to_owned(), rule: "is empty".to_owned() });
         }
@@ -453,7 +457,7 @@ impl Model {
         match options.max_new_tokens() {
             Some((n, _)) if n <= left => Ok(n),
             Some((n, name)) if left > 0 => Err(too_long(name, Some(n))),
-            None if left > 0 => Ok(self.defaults.max_new_tokens.map_or(left, |n| n.clamp(1, left))),
+            None if left > 0 => Ok(ask.new_tokens.or(self.defaults.max_new_tokens).map_or(left, |n| n.clamp(1, left))),
             _ => Err(too_long(param, None)),
         }
     }
@@ -528,6 +532,8 @@ struct Target {
 struct Ask {
     target: Target,
     prompts: Vec<Prompt>,
+    /// How many of a request that does not say, before the model's own default.
+    new_tokens: Option<u32>,
     logprobs: Option<u32>,
     echo: bool,
     continues: bool,

@@ -203,6 +203,11 @@ impl Fields {
         }
     }
 
+    /// Whether a field was there, be it null; one that was taken is.
+    pub fn has(&self, name: &str) -> bool {
+        self.entries.iter().any(|(key, _)| key == name)
+    }
+
     /// What is left, in order, nulls included.
     pub fn rest(self) -> Vec<(String, Json)> {
         self.entries

@@ -11,6 +11,8 @@ use super::json::{Fields, Json};
 
 /// Most messages of a chat.
 pub const MESSAGES_MAX: usize = 4096;
+/// Tokens of a text completion that does not say how many, as OpenAI and vLLM have it: clients of that API count on it.
+pub const COMPLETION_TOKENS: u32 = 16;
 /// Most prompts of one completions request.
 pub const PROMPTS_MAX: usize = 1024;
 /// Most choices per prompt, as OpenAI has it.
@@ -51,7 +53,8 @@ pub struct Options {
     /// Choices per prompt.
     #[schema(minimum = 1, maximum = 128, default = 1, required = false)]
     pub n: u32,
-    /// Most tokens to generate. Absent means as many as the context leaves room for, or the model's own default.
+    /// Most tokens to generate. Absent means 16 in a text completion. In a chat it means, and null means everywhere, as many as the context
+    /// leaves room for, or the model's own default.
     pub max_tokens: Option<u32>,
     /// The same under its newer name; both given must be equal.
     pub max_completion_tokens: Option<u32>,
@@ -147,6 +150,9 @@ pub struct CompletionRequest {
     pub prompt: Prompts,
     #[serde(flatten)]
     pub options: Options,
+    /// How many tokens, where the body has no `max_tokens` under either name.
+    #[schema(ignore)]
+    pub new_tokens: Option<u32>,
     /// Put the prompt before the completion. With `logprobs`, the prompt's log-probabilities too; `max_tokens` may then be 0.
     #[schema(default = false, required = false)]
     pub echo: bool,
@@ -713,6 +719,7 @@ impl CompletionRequest {
     pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
         refuse_unsupported(&mut fields)?;
         let options = Options::read(&mut fields)?;
+        let said = fields.has("max_tokens") || fields.has("max_completion_tokens");
         let echo = fields.bool("echo")?.unwrap_or(false);
         if let Some((0, name)) = options.max_new_tokens()
             && !echo
@@ -734,6 +741,7 @@ impl CompletionRequest {
         Ok(CompletionRequest {
             prompt,
             options,
+            new_tokens: (!said).then_some(COMPLETION_TOKENS),
             echo,
             logprobs: logprobs.map(|n| u32::try_from(n).expect("the range was checked")),
             add_special_tokens: fields.bool("add_special_tokens")?.unwrap_or(true),

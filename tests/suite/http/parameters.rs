@@ -320,6 +320,35 @@ async fn a_request_that_was_begun_does_not_wait_in_vain() {
     assert!(waits[1..].iter().all(|&wait| wait == Duration::MAX));
 }
 
+#[test]
+fn a_text_completion_that_says_no_limit_has_16_tokens() {
+    let limit = |model: &Model, chat: bool, extra: Value| {
+        let body = if chat { with(hello(), &extra) } else { with(json!({"prompt": vec![7; 90]}), &extra) }.to_string();
+        let admitted = if chat { model.admit_chat(body.as_bytes(), 0) } else { model.admit_completion(body.as_bytes(), 0) };
+        admitted.map(|admitted| admitted.requests[0].max_new_tokens).map_err(|refusal| refusal.to_string())
+    };
+    let plain = Model { context: 200, ..model() };
+    let short = Model { defaults: Defaults { max_new_tokens: Some(40), ..model().defaults }, ..plain.clone() };
+    let prompt = "user:hi\nassistant:".len() as u32;
+    for (extra, text, by_default, chat) in [
+        (json!({}), 16, 16, 200 - prompt),
+        (json!({"max_tokens": null}), 110, 40, 200 - prompt),
+        (json!({"max_completion_tokens": null}), 110, 40, 200 - prompt),
+        (json!({"max_tokens": 100}), 100, 100, 100),
+        (json!({"max_completion_tokens": 100}), 100, 100, 100),
+    ] {
+        assert_eq!(limit(&plain, false, extra.clone()), Ok(text), "{extra}");
+        assert_eq!(limit(&short, false, extra.clone()), Ok(by_default), "{extra}");
+        assert_eq!(limit(&plain, true, extra.clone()), Ok(chat), "{extra}");
+    }
+    // Nor does it ask for more than there is room for.
+    assert_eq!(limit(&Model { context: 100, ..model() }, false, json!({})), Ok(10));
+    assert_eq!(
+        limit(&plain, false, json!({"min_tokens": 17})),
+        Err("min_tokens must not exceed the 16 tokens this request may generate".into())
+    );
+}
+
 #[tokio::test]
 async fn the_context_is_kept_exactly() {
     let app = app(vec![]);
