@@ -392,7 +392,6 @@ impl Model {
 
     fn build(&self, options: &Options, ask: Ask) -> Result<Admitted, Refusal> {
         let sampling = self.sampling(options);
-        let seed = options.seed.unwrap_or(ask.entropy);
         let stop_tokens = self.stop_tokens(options);
         let cache_salt = options.cache_salt.as_deref().map_or(0, salt);
         let mut requests = Vec::with_capacity(ask.prompts.len() * options.n as usize);
@@ -412,12 +411,17 @@ impl Model {
                 return Err(Refusal::Value { param: param.to_owned(), rule });
             }
             for choice in 0..options.n {
+                // Without a seed of the client's all sequences differ, those of equal prompts too, as whoever repeats one wants more answers.
+                let seed = match options.seed {
+                    Some(seed) => derive_seed(seed, choice),
+                    None => derive_seed(ask.entropy, requests.len() as u32),
+                };
                 requests.push(GenerateRequest {
                     prompt: prompt.tokens.clone(),
                     max_new_tokens,
                     min_new_tokens: options.min_tokens,
                     stop_tokens: stop_tokens.clone(),
-                    sampling: Sampling { seed: derive_seed(seed, choice), ..sampling.clone() },
+                    sampling: Sampling { seed, ..sampling.clone() },
                     logprobs: ask.logprobs,
                     prompt_logprobs: ask.logprobs.filter(|_| ask.echo),
                     profile: ask.target.profile,
@@ -542,13 +546,13 @@ struct Ask {
     param: &'static str,
 }
 
-/// Seed of a choice: the request's own for the first, well-mixed others after it (splitmix64's finaliser).
-/// It depends on the choice within its prompt only, so a prompt's answers do not depend on its neighbours in the list.
-fn derive_seed(seed: u64, choice: u32) -> u64 {
-    if choice == 0 {
+/// The seed itself for the first, well-mixed others after it (splitmix64's finaliser). A client's seed is counted on by the choice within
+/// its prompt only, so a prompt's answers do not depend on its neighbours in the list.
+fn derive_seed(seed: u64, index: u32) -> u64 {
+    if index == 0 {
         return seed;
     }
-    let mut z = seed.wrapping_add(u64::from(choice).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut z = seed.wrapping_add(u64::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

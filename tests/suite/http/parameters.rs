@@ -321,6 +321,21 @@ async fn a_request_that_was_begun_does_not_wait_in_vain() {
 }
 
 #[test]
+fn equal_prompts_of_a_request_have_the_answers_of_a_seed_or_each_their_own() {
+    let seeds = |extra: Value| {
+        let body = with(json!({"prompt": ["x", "x", "y"], "n": 2}), &extra).to_string();
+        let admitted = model().admit_completion(body.as_bytes(), 7).expect("a good request");
+        admitted.requests.iter().map(|request| request.sampling.seed).collect::<Vec<_>>()
+    };
+    let given = seeds(json!({"seed": 5}));
+    assert_eq!((given[0], &given[..2], &given[..2]), (5, &given[2..4], &given[4..]));
+    assert_ne!(given[0], given[1]);
+    let own = seeds(json!({}));
+    assert_eq!((own[0], own.iter().collect::<BTreeSet<_>>().len()), (7, 6));
+    assert_eq!(own, seeds(json!({"seed": null})));
+}
+
+#[test]
 fn a_text_completion_that_says_no_limit_has_16_tokens() {
     let limit = |model: &Model, chat: bool, extra: Value| {
         let body = if chat { with(hello(), &extra) } else { with(json!({"prompt": vec![7; 90]}), &extra) }.to_string();
