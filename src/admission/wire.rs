@@ -322,6 +322,9 @@ const UNSUPPORTED: &[(&str, Inert)] = &[
     ("return_tokens_as_token_ids", Inert::Bool(false)),
     ("logprob_token_ids", Inert::EmptyArray),
     ("repetition_detection", Inert::Never),
+    ("max_repetition_pattern_size", Inert::Off),
+    ("min_repetition_pattern_size", Inert::Off),
+    ("repetition_min_count", Inert::Off),
     ("structural_tag", Inert::Never),
     ("vllm_xargs", Inert::EmptyObject),
     ("kv_transfer_params", Inert::EmptyObject),
@@ -541,7 +544,8 @@ impl ChatRequest {
         }
         let logprobs = fields.bool("logprobs")?.unwrap_or(false);
         let top_logprobs = fields.integer_in("top_logprobs", 0..=i128::from(LOGPROBS_MAX))?;
-        if top_logprobs.is_some() && !logprobs {
+        // None of nothing is asked for by clients that always send both.
+        if top_logprobs.is_some_and(|n| n > 0) && !logprobs {
             return value("top_logprobs", "needs logprobs to be true");
         }
         let (add_generation_prompt, continue_final_message) = ending(&mut fields)?;

@@ -90,6 +90,8 @@ async fn parameters_of_a_chat() {
         (json!({"lora_path": "a"}), "400 unsupported_parameter lora_path"),
         (json!({"verbosity": "medium", "vllm_xargs": {}, "repeat_penalty": 1.0}), ok),
         (json!({"verbosity": "low"}), "400 unsupported_parameter verbosity"),
+        (json!({"max_repetition_pattern_size": 0, "min_repetition_pattern_size": 0, "repetition_min_count": 0}), ok),
+        (json!({"max_repetition_pattern_size": 8}), "400 unsupported_parameter max_repetition_pattern_size"),
         (json!({"vllm_xargs": {"a": 1}}), "400 unsupported_parameter vllm_xargs"),
         (json!({"repeat_penalty": 1.1}), "400 unsupported_parameter repeat_penalty"),
         // As clients of many servers switch samplers off.
@@ -128,6 +130,8 @@ async fn parameters_of_a_chat() {
         (json!({"logprobs": true, "top_logprobs": 20}), ok),
         (json!({"logprobs": true, "top_logprobs": 21}), "400 invalid_value top_logprobs"),
         (json!({"top_logprobs": 1}), "400 invalid_value top_logprobs"),
+        (json!({"top_logprobs": 0}), ok),
+        (json!({"logprobs": false, "top_logprobs": 0}), ok),
         (json!({"logprobs": 1}), "400 invalid_type logprobs"),
         // P16: seeds
         (json!({"seed": i64::MIN}), ok),
