@@ -346,6 +346,10 @@ const UNSUPPORTED: &[(&str, Inert)] = &[
     ("num_beams", Inert::Number(1.0)),
 ];
 
+/// The same of a message.
+const UNSUPPORTED_IN_MESSAGES: &[(&str, Inert)] =
+    &[("function_call", Inert::Never), ("prefix", Inert::Bool(false)), ("partial", Inert::Bool(false)), ("audio", Inert::Never)];
+
 /// What to say to whoever sends one of them.
 fn instead(name: &str) -> &'static str {
     match name {
@@ -354,14 +358,16 @@ fn instead(name: &str) -> &'static str {
         "max_new_tokens" | "n_predict" => "is called max_tokens here",
         "min_new_tokens" => "is called min_tokens here",
         "repeat_penalty" => "is called repetition_penalty here",
+        "prefix" | "partial" => "is not read here: continue_final_message goes on with the last message",
+        "function_call" => "is not read here: calls belong in tool_calls",
         _ => "is not supported by this server",
     }
 }
 
-fn refuse_unsupported(fields: &mut Fields) -> Result<(), Refusal> {
-    for &(name, inert) in UNSUPPORTED {
+fn refuse_unsupported(fields: &mut Fields, unsupported: &[(&str, Inert)]) -> Result<(), Refusal> {
+    for &(name, inert) in unsupported {
         if fields.take(name).is_some_and(|value| !inert.admits(&value)) {
-            return Err(Refusal::Unsupported { param: name.to_owned(), what: instead(name) });
+            return Err(Refusal::Unsupported { param: fields.param(name), what: instead(name) });
         }
     }
     Ok(())
@@ -533,7 +539,7 @@ fn metadata(fields: &mut Fields) -> Result<(), Refusal> {
 impl ChatRequest {
     /// Reads a body.
     pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
-        refuse_unsupported(&mut fields)?;
+        refuse_unsupported(&mut fields, UNSUPPORTED)?;
         if fields.bool("echo")? == Some(true) {
             return Err(Refusal::Unsupported { param: "echo".to_owned(), what: "belongs to /v1/completions" });
         }
@@ -606,6 +612,7 @@ fn message(mut fields: Fields) -> Result<Map<String, Value>, Refusal> {
     if !["system", "developer", "user", "assistant", "tool", "function"].contains(&role.as_str()) {
         return value(fields.param("role"), "must be system, developer, user, assistant, tool or function");
     }
+    refuse_unsupported(&mut fields, UNSUPPORTED_IN_MESSAGES)?;
     let path = fields.param("content");
     let content = match fields.take("content") {
         None => Value::Null,
@@ -721,7 +728,7 @@ fn template_kwargs(fields: &mut Fields) -> Result<Map<String, Value>, Refusal> {
 impl CompletionRequest {
     /// Reads a body.
     pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
-        refuse_unsupported(&mut fields)?;
+        refuse_unsupported(&mut fields, UNSUPPORTED)?;
         let options = Options::read(&mut fields)?;
         let said = fields.has("max_tokens") || fields.has("max_completion_tokens");
         let echo = fields.bool("echo")?.unwrap_or(false);
@@ -784,7 +791,7 @@ fn prompts(fields: &mut Fields) -> Result<Prompts, Refusal> {
 impl TokenizeRequest {
     /// Reads a body.
     pub fn read(mut fields: Fields) -> Result<Self, Refusal> {
-        refuse_unsupported(&mut fields)?;
+        refuse_unsupported(&mut fields, UNSUPPORTED)?;
         let model = fields.text("model")?;
         let return_token_strs = fields.bool("return_token_strs")?.unwrap_or(false);
         let special = fields.bool("add_special_tokens")?;

@@ -182,6 +182,14 @@ async fn parameters_of_a_chat() {
         ),
         (json!({"messages": [{"role": "user", "content": [["text", "a"]]}]}), "400 invalid_type messages[0].content[0]"),
         (json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}), ok),
+        // As other servers mark a message to go on with, and calls were before tools.
+        (json!({"messages": [{"role": "assistant", "content": "a", "prefix": true}]}), "400 unsupported_parameter messages[0].prefix"),
+        (json!({"messages": [{"role": "assistant", "content": "a", "partial": true}]}), "400 unsupported_parameter messages[0].partial"),
+        (
+            json!({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}),
+            "400 unsupported_parameter messages[0].function_call",
+        ),
+        (json!({"messages": [{"role": "assistant", "content": "a", "prefix": false, "function_call": null, "refusal": null}]}), ok),
         (json!({"messages": [{"role": "user", "content": "raise"}]}), "400 template_error messages"),
         (json!({"chat_template": "{{ 1 }}"}), "400 unsupported_parameter chat_template"),
         (json!({"chat_template_kwargs": {"enable_thinking": false, "x": 1, "y": "s", "z": null}}), ok),
