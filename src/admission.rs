@@ -45,8 +45,8 @@ pub trait Codec: Send + Sync {
     /// # Errors
     /// The chat template's own complaint.
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, TemplateError>;
-    /// Turns the tokens of one choice into text, cut at the first of `stop`.
-    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a>;
+    /// Turns the tokens of one choice into text, cut at the first of `stop` that is complete after more than `min_tokens`.
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool, min_tokens: u32) -> Box<dyn TextStream + Send + 'a>;
 }
 
 /// Text that the model's vocabulary cannot spell.
@@ -221,6 +221,8 @@ pub struct Reply {
     /// Those the client gave, which are not all that end an answer.
     pub stop_token_ids: Vec<TokenId>,
     pub include_stop: bool,
+    /// Nothing ends an answer before so many.
+    pub min_tokens: u32,
     pub echo: bool,
     /// Whether the answer goes on from what the client wrote, its text or the last message, rather than standing alone.
     pub continues: bool,
@@ -440,6 +442,7 @@ impl Model {
             stop: options.stop.clone(),
             stop_token_ids: options.stop_token_ids.clone(),
             include_stop: options.include_stop_str_in_output,
+            min_tokens: options.min_tokens,
             echo: ask.echo,
             continues: ask.continues,
             logprobs: ask.logprobs,

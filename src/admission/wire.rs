@@ -58,7 +58,7 @@ pub struct Options {
     pub max_tokens: Option<u32>,
     /// The same under its newer name; both given must be equal.
     pub max_completion_tokens: Option<u32>,
-    /// EOS and `stop_token_ids` are ignored before so many tokens.
+    /// EOS, `stop_token_ids` and `stop` end nothing before so many tokens.
     #[schema(default = 0, required = false)]
     pub min_tokens: u32,
     /// Zero, and anything below 0.001, is greedy.
@@ -83,7 +83,7 @@ pub struct Options {
     /// Any 64-bit integer; the same seed and request give the same text. Absent means a random one.
     #[schema(value_type = Option<i64>)]
     pub seed: Option<u64>,
-    /// A string or up to 32, each of 1 to 256 bytes. `min_tokens` does not hold them back.
+    /// A string or up to 32, each of 1 to 256 bytes.
     #[schema(schema_with = text_or_texts, required = false)]
     pub stop: Vec<String>,
     #[schema(value_type = Option<Vec<u32>>)]

@@ -53,8 +53,8 @@ impl Codec for ModelCodec {
             .map_err(|error| TemplateError { message: error.to_string() })
     }
 
-    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
-        let options = StreamOptions { skip_special: true, start, stops: stop.clone() };
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool, min_tokens: u32) -> Box<dyn TextStream + Send + 'a> {
+        let options = StreamOptions { skip_special: true, start, stops: stop.clone(), min_tokens };
         let kept = if include_stop { stop.clone() } else { Stops::default() };
         Box::new(Stream { text: Some(text::TextStream::new(self.tokenizer.clone(), options)), kept })
     }

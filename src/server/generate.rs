@@ -334,7 +334,7 @@ impl<'a> Run<'a> {
         let start = if answer.reply.continues { Start::Continues } else { Start::Alone };
         let choice = |(stream, stop_tokens)| Choice {
             stream,
-            text: loaded.model.codec.stream(start, &stop, include_stop),
+            text: loaded.model.codec.stream(start, &stop, include_stop, answer.reply.min_tokens),
             stop_tokens,
             include_stop,
             held: None,

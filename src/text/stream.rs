@@ -23,6 +23,8 @@ pub struct StreamOptions {
     pub start: Start,
     /// The text ends before the first of these.
     pub stops: Stops,
+    /// Before so many ids none of them ends it.
+    pub min_tokens: u32,
 }
 
 /// Stop strings, made ready for search. Cloning shares them, as all choices of a request do.
@@ -69,6 +71,8 @@ pub struct TextStream {
     stops: Stops,
     /// How much of each stop string the text ends with just now.
     matched: Vec<usize>,
+    /// Ids to come that no stop string ends the text with.
+    free: u32,
     /// Bytes that came and are not said yet.
     held: Vec<u8>,
     ended: bool,
@@ -99,7 +103,12 @@ impl Stop {
             *matched = self.fall[*matched - 1];
         }
         *matched += usize::from(pattern[*matched] == byte);
-        *matched == pattern.len()
+        let whole = *matched == pattern.len();
+        if whole {
+            // Whoever does not end here goes on with what may be the beginning of the next one.
+            *matched = self.fall[*matched - 1];
+        }
+        whole
     }
 }
 
@@ -111,7 +120,7 @@ impl TextStream {
             start.forget();
         }
         let matched = vec![0; options.stops.0.len()];
-        TextStream { tokenizer, start, stops: options.stops, matched, held: Vec::new(), ended: false }
+        TextStream { tokenizer, start, stops: options.stops, matched, free: options.min_tokens, held: Vec::new(), ended: false }
     }
 
     /// Takes one more id.
@@ -120,13 +129,17 @@ impl TextStream {
             return Piece::default();
         }
         let old = self.held.len();
+        let free = self.free > 0;
+        self.free = self.free.saturating_sub(1);
         self.tokenizer.push_bytes(&mut self.start, id, &mut self.held);
         for at in old..self.held.len() {
             let byte = self.held[at];
             let stops = self.stops.0.iter().zip(&mut self.matched).enumerate();
             let hit = stops.filter_map(|(i, (stop, matched))| stop.step(matched, byte).then_some((stop.pattern.len(), i)));
             // Every stop must take the byte, so the longest is chosen only after all have.
-            if let Some((length, i)) = hit.max_by_key(|&(length, i)| (length, std::cmp::Reverse(i))) {
+            if let Some((length, i)) = hit.max_by_key(|&(length, i)| (length, std::cmp::Reverse(i)))
+                && !free
+            {
                 // Its beginning was held back since it might have become this.
                 self.held.truncate(at + 1 - length);
                 self.ended = true;

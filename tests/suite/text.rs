@@ -333,7 +333,7 @@ fn pieces(stream: &mut TextStream, ids: &[u32]) -> (String, Option<usize>) {
 
 fn stream(t: &Arc<Tokenizer>, stops: &[&str]) -> TextStream {
     let stops = Stops::new(&stops.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
-    TextStream::new(t.clone(), StreamOptions { skip_special: true, start: Start::Alone, stops })
+    TextStream::new(t.clone(), StreamOptions { skip_special: true, start: Start::Alone, stops, min_tokens: 0 })
 }
 
 #[test]
@@ -365,12 +365,36 @@ fn the_stop_that_is_complete_first_ends_the_text() {
 }
 
 #[test]
+fn stops_end_nothing_before_the_least_number_of_tokens() {
+    let t = Arc::new(load(&byte_level(), json!({})));
+    let end = |min_tokens: u32, stop: &str, text: &str| {
+        let stops = Stops::new(&[stop.to_owned()]);
+        let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: true, start: Start::Alone, stops, min_tokens });
+        let (said, stopped) = pieces(&mut s, &text.bytes().map(u32::from).collect::<Vec<_>>());
+        (said + &s.finish(), stopped.is_some())
+    };
+    for (min_tokens, stop, text, want) in [
+        (0, "ab", "xabyabz", ("x", true)),
+        (2, "ab", "xabyabz", ("x", true)),
+        // Complete with the third token, which is one too early.
+        (3, "ab", "xabyabz", ("xaby", true)),
+        (6, "ab", "xabyabz", ("xabyabz", false)),
+        // One that ends too early may be the beginning of one that does not.
+        (2, "aa", "aaab", ("a", true)),
+        (3, "aa", "aaab", ("aaab", false)),
+        (4, "abab", "ababab", ("ab", true)),
+    ] {
+        assert_eq!(end(min_tokens, stop, text), (want.0.to_owned(), want.1), "{min_tokens} {stop} {text}");
+    }
+}
+
+#[test]
 fn a_stream_begins_as_its_text_does() {
     for legacy in [true, false] {
         let t = Arc::new(load(&sentencepiece(legacy), json!({})));
         let ids = t.encode("hello hello", false, true).unwrap();
         let run = |start| {
-            let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: true, start, stops: Stops::default() });
+            let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: true, start, stops: Stops::default(), min_tokens: 0 });
             let text = pieces(&mut s, &ids).0;
             text + &s.finish()
         };
@@ -385,7 +409,7 @@ proptest! {
     #[test]
     fn a_stream_says_what_decode_says(kind in 0..3usize, ids in prop::collection::vec(0..290u32, 0..40), skip in any::<bool>()) {
         let t = Arc::new(load(&[byte_level, || sentencepiece(true), || sentencepiece(false)][kind](), json!({})));
-        let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: skip, start: Start::Alone, stops: Stops::default() });
+        let mut s = TextStream::new(t.clone(), StreamOptions { skip_special: skip, start: Start::Alone, stops: Stops::default(), min_tokens: 0 });
         let mut text = pieces(&mut s, &ids).0;
         text.push_str(&s.finish());
         prop_assert_eq!(text, t.decode(&ids, skip));

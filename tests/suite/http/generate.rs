@@ -374,6 +374,20 @@ async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
 }
 
 #[tokio::test]
+async fn a_stop_string_ends_nothing_before_min_tokens() {
+    let json = crate::text::byte_level().to_string();
+    let tokenizer = Arc::new(Tokenizer::from_json(&json, None, None, usize::MAX).expect("a tokenizer"));
+    for (min_tokens, text, completion_tokens) in [(0, "a", 2), (1, "a", 2), (2, "a;b", 4), (4, "a;b;c", 6)] {
+        let app = app_of(config(), Model { codec: Arc::new(ModelCodec::new(tokenizer.clone(), 300)), ..model() });
+        app.fake.seen().plays.push_back(Ok(vec![Say("a;b;c;"), UntilFinish]));
+        let answer = app.post(TEXT, &json!({"prompt": "x", "stop": ";", "min_tokens": min_tokens})).await.json();
+        let choice = &answer["choices"][0];
+        let told = (choice["text"].as_str(), choice["stop_reason"].as_str(), answer["usage"]["completion_tokens"].as_u64());
+        assert_eq!(told, (Some(text), Some(";"), Some(completion_tokens)), "{min_tokens}");
+    }
+}
+
+#[tokio::test]
 async fn a_stop_token_is_not_text_unless_generation_went_on() {
     let dot = TokenId::from(b'.');
     let token = |id| Tell(Event::Token { id, logprob: None });

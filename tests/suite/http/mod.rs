@@ -93,7 +93,7 @@ impl Codec for Bytes {
         Ok(self.encode(&text, false, true).expect("bytes always encode"))
     }
     /// An answer that stands alone loses the space it begins with, as with a tokenizer of the sentencepiece kind.
-    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool, _: u32) -> Box<dyn TextStream + Send + 'a> {
         Box::new(ByteStream {
             codec: self,
             trims: start == Start::Alone,

@@ -77,7 +77,7 @@ impl Codec for Counting {
     fn render(&self, chat: &Chat<'_>) -> Result<Vec<TokenId>, TemplateError> {
         Ok(self.encode(&chat.messages.to_string(), false, true).expect("bytes always encode"))
     }
-    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool) -> Box<dyn TextStream + Send + 'a> {
+    fn stream<'a>(&'a self, start: Start, stop: &Stops, include_stop: bool, _: u32) -> Box<dyn TextStream + Send + 'a> {
         Box::new(ByteStream {
             codec: &Bytes,
             trims: start == Start::Alone,
