@@ -268,7 +268,23 @@ impl Model {
 
     /// A chat completion, from its body. `entropy` seeds it if the client gives no seed.
     pub fn admit_chat(&self, body: &[u8], entropy: u64) -> Result<Admitted, Refusal> {
-        let request = ChatRequest::read(Fields::body(json::parse(body)?))?;
+        self.chat(Fields::body(json::parse(body)?), entropy)
+    }
+
+    /// A text completion, from its body.
+    pub fn admit_completion(&self, body: &[u8], entropy: u64) -> Result<Admitted, Refusal> {
+        self.completion(Fields::body(json::parse(body)?), entropy)
+    }
+
+    /// Either, and whether it is a chat: one that has `messages` is.
+    pub fn admit_either(&self, body: &[u8], entropy: u64) -> Result<(bool, Admitted), Refusal> {
+        let fields = Fields::body(json::parse(body)?);
+        let chat = fields.holds("messages");
+        Ok((chat, if chat { self.chat(fields, entropy)? } else { self.completion(fields, entropy)? }))
+    }
+
+    fn chat(&self, fields: Fields, entropy: u64) -> Result<Admitted, Refusal> {
+        let request = ChatRequest::read(fields)?;
         let target = self.target(&request.options)?;
         let tokens = self.render(&Chat {
             messages: &request.messages,
@@ -286,9 +302,8 @@ impl Model {
         )
     }
 
-    /// A text completion, from its body.
-    pub fn admit_completion(&self, body: &[u8], entropy: u64) -> Result<Admitted, Refusal> {
-        let request = CompletionRequest::read(Fields::body(json::parse(body)?))?;
+    fn completion(&self, fields: Fields, entropy: u64) -> Result<Admitted, Refusal> {
+        let request = CompletionRequest::read(fields)?;
         let target = self.target(&request.options)?;
         let prompts = match request.prompt {
             Prompts::Texts(texts) => {

@@ -208,6 +208,11 @@ impl Fields {
         self.entries.iter().any(|(key, _)| key == name)
     }
 
+    /// Whether a field is there to be taken.
+    pub fn holds(&self, name: &str) -> bool {
+        self.entries.iter().any(|(key, value)| key == name && *value != Json::Null)
+    }
+
     /// What is left, in order, nulls included.
     pub fn rest(self) -> Vec<(String, Json)> {
         self.entries

@@ -32,6 +32,7 @@ use crate::kv::layout::Size;
     paths(
         super::generate::chat,
         super::generate::completion,
+        super::generate::invocation,
         super::generate::tokenize,
         super::generate::detokenize,
         models,

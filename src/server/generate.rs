@@ -61,7 +61,7 @@ enum Kind {
     )
 )]
 pub async fn chat(State(server): State<Arc<Server>>, Extension(id): Extension<RequestId>, request: Request) -> Result<Response, ApiError> {
-    generate(server, id, request, Kind::Chat).await
+    generate(server, id, request, Some(Kind::Chat)).await
 }
 
 /// Continues one or more texts.
@@ -80,7 +80,26 @@ pub async fn completion(
     Extension(id): Extension<RequestId>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    generate(server, id, request, Kind::Text).await
+    generate(server, id, request, Some(Kind::Text)).await
+}
+
+/// Continues a chat or texts, whichever the body is of: SageMaker has one path for all.
+#[utoipa::path(
+    post,
+    path = "/invocations",
+    tag = "vLLM",
+    request_body(content = ChatRequest, description = "A ChatRequest if it has `messages`, else a CompletionRequest"),
+    responses(
+        (status = 200, description = "As of the path for such a body", body = ChatCompletion),
+        (status = "default", description = "OpenAI's error object", body = ErrorBody)
+    )
+)]
+pub async fn invocation(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(server, id, request, None).await
 }
 
 /// Tokens of a text or of a chat's prompt.
@@ -117,15 +136,16 @@ pub async fn detokenize(State(server): State<Arc<Server>>, request: Request) -> 
     Ok(Json(Detokenized { prompt }))
 }
 
-async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Kind) -> Result<Response, ApiError> {
+async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Option<Kind>) -> Result<Response, ApiError> {
     let loaded = server.accepting()?.clone();
     let body = server.read_body(request).await?;
     let (entropy, bytes) = (server.entropy(), body.len());
     let admit = move |model: &admission::Model| match kind {
-        Kind::Chat => model.admit_chat(&body, entropy),
-        Kind::Text => model.admit_completion(&body, entropy),
+        Some(Kind::Chat) => Ok((Kind::Chat, model.admit_chat(&body, entropy)?)),
+        Some(Kind::Text) => Ok((Kind::Text, model.admit_completion(&body, entropy)?)),
+        None => model.admit_either(&body, entropy).map(|(chat, admitted)| (if chat { Kind::Chat } else { Kind::Text }, admitted)),
     };
-    let Admitted { prompts, requests, reply } = server.text(&loaded, bytes, admit).await?;
+    let (kind, Admitted { prompts, requests, reply }) = server.text(&loaded, bytes, admit).await?;
     let lease = match &reply.adapter {
         // Reading it is part of waiting for a first token.
         Some(alias) => {

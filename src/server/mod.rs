@@ -406,6 +406,7 @@ impl Server {
             .route("/v1/capacity", get(admin::capacity))
             .route("/v1/chat/completions", post(generate::chat))
             .route("/v1/completions", post(generate::completion))
+            .route("/invocations", post(generate::invocation))
             .route("/v1/responses", later())
             .route("/v1/embeddings", later())
             .route("/v1/load_lora_adapter", post(adapters::load))
@@ -438,6 +439,7 @@ pub const ROUTES: &[&str] = &[
     "/v1/capacity",
     "/v1/chat/completions",
     "/v1/completions",
+    "/invocations",
     "/v1/responses",
     "/v1/embeddings",
     "/v1/load_lora_adapter",

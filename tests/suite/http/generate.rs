@@ -374,6 +374,29 @@ async fn a_stop_string_ends_the_choice_exactly_and_bills_what_was_seen() {
 }
 
 #[tokio::test]
+async fn an_invocation_is_of_whatever_its_body_is() {
+    let text = json!({"prompt": "x"});
+    for (body, path, object) in [(hello(), CHAT, "chat.completion"), (text.clone(), TEXT, "text_completion")] {
+        for stream in [false, true] {
+            let body = with(body.clone(), &json!({"stream": stream}));
+            let [asked, invoked] = [path, "/invocations"].map(|path| (app(vec![Ok(ends("hi"))]), path));
+            let (asked, invoked) = (asked.0.post(asked.1, &body).await, invoked.0.post(invoked.1, &body).await);
+            assert_eq!(scrub(&invoked.text), scrub(&asked.text));
+            assert!(invoked.text.contains(&format!("\"object\":\"{object}{}\"", if stream && path == CHAT { ".chunk" } else { "" })));
+        }
+    }
+    let app = app(vec![]);
+    for (body, verdict) in [
+        (json!({}), "400 invalid_value prompt"),
+        (json!({"messages": null}), "400 invalid_value prompt"),
+        (with(text, &json!({"top_logprobs": 1})), "400 unsupported_parameter top_logprobs"),
+        (with(hello(), &json!({"echo": true})), "400 unsupported_parameter echo"),
+    ] {
+        assert_eq!(app.post("/invocations", &body).await.verdict(), verdict, "{body}");
+    }
+}
+
+#[tokio::test]
 async fn a_stop_string_ends_nothing_before_min_tokens() {
     let json = crate::text::byte_level().to_string();
     let tokenizer = Arc::new(Tokenizer::from_json(&json, None, None, usize::MAX).expect("a tokenizer"));
