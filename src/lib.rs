@@ -8,6 +8,7 @@ pub mod config;
 pub mod demo;
 pub mod engine;
 pub mod eval;
+pub mod files;
 pub mod ids;
 pub mod kv;
 pub mod model;

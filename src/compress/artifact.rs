@@ -68,8 +68,8 @@ use std::str::FromStr;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
-use super::replace::{beside, replace_file};
 use super::{Basis, FrequencyBasis, KeyBasis, LayerBasis, LayerCompression, RankError, Up};
+use crate::files::{Draft, replace_file};
 use crate::ids::PAGE_TOKENS;
 use crate::kv::layout::{BasisKind, Cskv, Init, Profile, Quantiser, Size, WINDOW_MOST, Width, Widths};
 use crate::model::config::ModelConfig;
@@ -360,7 +360,7 @@ impl Artifact {
     /// # Errors
     /// As it does.
     pub fn check_place(path: &Path) -> Result<(), Error> {
-        beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
+        Draft::beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
     }
 
     /// The bytes of the file. The same artifact gives the same bytes.

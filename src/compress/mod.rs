@@ -8,7 +8,6 @@ use crate::model::config::ModelConfig;
 use crate::quant::Rotation;
 
 pub mod artifact;
-mod replace;
 pub mod seen;
 
 /// Per layer: how keys and values become latents.
