@@ -48,8 +48,18 @@ impl Draft {
         }
     }
 
+    /// For `path`, at [`part`] of it, over whatever a kill left there: for who keeps everybody else out of the folder.
+    ///
+    /// # Errors
+    /// As [`Draft::beside`].
+    pub fn alone(path: &Path) -> io::Result<Draft> {
+        replaceable(path)?;
+        let grows_at = part(path);
+        Ok(Draft::of(File::create(&grows_at)?, grows_at, path))
+    }
+
     fn of(file: File, grows_at: PathBuf, path: &Path) -> Draft {
-        Draft { file: BufWriter::with_capacity(1 << 20, file), grows_at, path: path.to_owned(), placed: false }
+        Draft { file: BufWriter::with_capacity(1 << 18, file), grows_at, path: path.to_owned(), placed: false }
     }
 
     /// Takes the bytes to the disk, and then the name.
@@ -84,6 +94,13 @@ impl Drop for Draft {
             let _ = std::fs::remove_file(&self.grows_at); // the failure that led here is the one to report
         }
     }
+}
+
+/// Where the one draft of `path` grows that is made by [`Draft::alone`].
+pub fn part(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    path.with_file_name(name)
 }
 
 /// The name of a file that may be replaced.
@@ -127,6 +144,27 @@ mod tests {
         let began = replace_file(&occupied, |_| panic!("nothing is asked for that has no place"));
         assert_eq!(began.unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 2);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_draft_made_alone_takes_the_place_of_what_a_kill_left_and_goes_when_it_fails() {
+        let folder = std::env::temp_dir().join(format!("strait-draft-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("a");
+        std::fs::write(part(&path), "longer than what comes now").unwrap();
+        let mut draft = Draft::alone(&path).unwrap();
+        draft.write_all(b"whole").unwrap();
+        assert!(!path.exists());
+        draft.place().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        // As where the disk is full: what was written gives its room back.
+        let mut draft = Draft::alone(&path).unwrap();
+        draft.write_all(&[7; 3 << 20]).unwrap();
+        drop(draft);
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        assert_eq!(Draft::alone(&folder).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -16,6 +16,7 @@ use crate::adapters::left::{self, Left};
 use crate::adapters::pack::base_weight;
 use crate::adapters::spectrum::{self, Dense, Triplets};
 use crate::adapters::{AdapterError, BaseChoice, Format, Module, Parsed, Place, Reader, TrainedOn, peft, sorsa};
+use crate::files::replace_file;
 use crate::model::checkpoint::{Checkpoint, CheckpointError, Unmapped};
 
 /// Singular values below this share of the largest that the two halves of a difference have are rounding.
@@ -125,11 +126,8 @@ fn keep(file: &Path, bytes: &[u8]) -> bool {
     let write = || -> std::io::Result<()> {
         let dir = file.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(dir)?;
-        // Others may write the same at once, on other machines too.
-        let unique = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
-        let draft = file.with_extension(format!("{unique:016x}.draft"));
-        std::fs::write(&draft, bytes)?;
-        std::fs::rename(&draft, file)
+        // Others may write the same at once, on other machines too: the draft's name is taken by one alone.
+        replace_file(file, |w| w.write_all(bytes))
     };
     let written = write();
     if let Err(error) = &written {

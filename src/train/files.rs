@@ -14,9 +14,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::files::{Draft, part};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Observer;
 use crate::train::TrainError;
@@ -70,7 +71,7 @@ impl Directory {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 for entry in std::fs::read_dir(path).map_err(failed("read", path))? {
                     let name = entry.map_err(failed("read", path))?.file_name();
-                    if name != LOCK && name != unfinished(&settings).file_name().unwrap_or_default() {
+                    if name != LOCK && name != part(&settings).file_name().unwrap_or_default() {
                         return Err(TrainError::Occupied { path: path.to_owned() });
                     }
                 }
@@ -111,9 +112,8 @@ impl Directory {
     pub fn recorder(&self, model: &ModelConfig) -> Result<Recorder, TrainError> {
         let open = |layer| {
             let path = self.activations(layer);
-            let part = unfinished(&path);
-            let file = File::create(&part).map_err(failed("write", &part))?;
-            Ok(Recording { path, file: BufWriter::with_capacity(1 << 18, file) })
+            let draft = Draft::alone(&path).map_err(failed("write", &path))?;
+            Ok(Recording { path, draft })
         };
         Ok(Recorder {
             kv_channels: model.kv_channels(),
@@ -154,7 +154,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Recording {
     path: PathBuf,
-    file: BufWriter<File>,
+    draft: Draft,
 }
 
 impl Recorder {
@@ -172,15 +172,7 @@ impl Recorder {
     /// Where that fails, or something failed before.
     pub fn finish(mut self) -> Result<(), TrainError> {
         self.check()?;
-        for Recording { path, file } in self.layers {
-            let write = failed("write", &path);
-            file.into_inner()
-                .map_err(io::IntoInnerError::into_error)
-                .and_then(|f| f.sync_all())
-                .and_then(|()| std::fs::rename(unfinished(&path), &path))
-                .map_err(write)?;
-        }
-        Ok(())
+        self.layers.into_iter().try_for_each(|Recording { path, draft }| draft.place().map_err(failed("write", &path)))
     }
 
     fn refuse_wild(&mut self, layer: usize, part: &'static str, x: &[f32], channels: usize) {
@@ -210,35 +202,23 @@ impl Observer for Recorder {
         let tokens =
             keys.chunks_exact(self.kv_channels).zip(values.chunks_exact(self.kv_channels)).zip(queries.chunks_exact(self.q_channels));
         let bytes: Vec<u8> = tokens.flat_map(|((k, v), q)| k.iter().chain(v).chain(q)).flat_map(|x| x.to_le_bytes()).collect();
-        let Recording { path, file } = &mut self.layers[layer];
-        if let Err(e) = file.write_all(&bytes) {
+        let Recording { path, draft } = &mut self.layers[layer];
+        if let Err(e) = draft.write_all(&bytes) {
             self.failed = Some(failed("write", path)(e));
         }
     }
 }
 
-/// Where a file grows until it is whole. One name for each: the lock keeps others out, and what a kill left is written over.
-fn unfinished(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    path.with_file_name(name)
-}
-
-/// Puts `bytes` at `path`, all of them or none: into a file beside it that takes its name once it is on the disk.
+/// Puts `bytes` at `path`, all of them or none. The lock keeps others out, so a draft of each file is enough, and what a kill left of
+/// it is written over.
 ///
 /// # Errors
 /// Where that fails; what stood there before stands unchanged then.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let part = unfinished(path);
     let write = || {
-        let mut file = File::create(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        drop(file);
-        std::fs::rename(&part, path)
+        let mut draft = Draft::alone(path)?;
+        draft.write_all(bytes)?;
+        draft.place()
     };
-    write().map_err(failed("write", path))?;
-    // The name as well. Where a file system cannot, a power cut may bring the old file back, whole.
-    let _ = path.parent().map(|folder| File::open(folder).and_then(|f| f.sync_all()));
-    Ok(())
+    write().map_err(failed("write", path))
 }

@@ -675,6 +675,8 @@ fn what_cannot_be_trained_is_refused_in_a_sentence() {
         assert!(error.starts_with(&format!("layer 1 made {part} that are not finite (token 1 of")), "{error}");
         assert!(!directory.recorded(&world.config, 3));
     }
+    let names: Vec<_> = std::fs::read_dir(&wild.0).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "beside lock and settings nothing is left of what was not finished: {names:?}");
     drop(directory);
     let diverging = Folder::new("diverging");
     let far = Settings { learning_rate: 1e30, ..settings };
