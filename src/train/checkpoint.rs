@@ -6,7 +6,10 @@
 //! counts         u64 [2]: updates made, and updates of the best parameters
 //! scalars        f64 [4]: held-out loss at the start, the least so far; sum and number of losses since the last row of the curve
 //! curve          f64 [rows][4]: step, learning rate, training loss, held-out loss; NaN where there is none
+//! digest         u8 [32]: BLAKE3 of all other tensors, by name, with their names, types and shapes
 //! ```
+//!
+//! A changed bit would not show in anything but worse maps, so a file that is not what was written is refused.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -19,7 +22,8 @@ use crate::train::adam::Adam;
 use crate::train::curve::Row;
 use crate::train::files::replace;
 
-const DIGEST: &str = "strait.training";
+const SETTINGS: &str = "strait.training";
+const DIGEST: &str = "digest";
 
 /// Where a layer's training stands.
 #[derive(Clone)]
@@ -44,7 +48,7 @@ impl State {
     ///
     /// # Errors
     /// Where the disk refuses it.
-    pub(super) fn write(&self, path: &Path, digest: &str) -> Result<(), TrainError> {
+    pub(super) fn write(&self, path: &Path, settings: &str) -> Result<(), TrainError> {
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         for (name, list) in LISTS.iter().zip([&self.adam.params, &self.adam.first, &self.adam.second, &self.best]) {
             for (i, t) in list.iter().enumerate() {
@@ -59,12 +63,15 @@ impl State {
         tensors.push(("scalars".into(), Dtype::F64, vec![scalars.len()], doubles(&scalars)));
         let curve: Vec<f64> = self.curve.iter().flat_map(|r| [r.step as f64, r.learning_rate, r.train, r.held_out]).collect();
         tensors.push(("curve".into(), Dtype::F64, vec![self.curve.len(), 4], doubles(&curve)));
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let digest = content(tensors.iter().map(|(name, dtype, shape, bytes)| (name.as_str(), *dtype, &shape[..], &bytes[..])));
+        tensors.push((DIGEST.into(), Dtype::U8, vec![digest.len()], digest.to_vec()));
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
             let view = TensorView::new(*dtype, shape.clone(), bytes).expect("the bytes are those of the shape");
             (name.as_str(), view)
         });
         // One entry: the order of more would be that of a hash map, and the bytes another every time.
-        let metadata = HashMap::from([(DIGEST.to_owned(), digest.to_owned())]);
+        let metadata = HashMap::from([(SETTINGS.to_owned(), settings.to_owned())]);
         let bytes = safetensors::serialize(views, Some(metadata)).expect("names and shapes are our own");
         replace(path, &bytes)
     }
@@ -72,8 +79,8 @@ impl State {
     /// The state at `path`, if there is one; `like` are parameters of the layer's shapes.
     ///
     /// # Errors
-    /// Where the file cannot be read, or is of another training or shape.
-    pub(super) fn read(path: &Path, digest: &str, like: &[Tensor]) -> Result<Option<State>, TrainError> {
+    /// Where the file cannot be read, is not what was written, or is of another training or shape.
+    pub(super) fn read(path: &Path, settings: &str, like: &[Tensor]) -> Result<Option<State>, TrainError> {
         let bytes = match std::fs::read(path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -83,8 +90,15 @@ impl State {
         let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
         let metadata = metadata.metadata().clone().unwrap_or_default();
-        if metadata.get(DIGEST).map(String::as_str) != Some(digest) {
+        if metadata.get(SETTINGS).map(String::as_str) != Some(settings) {
             return Err(damaged("it belongs to another training".into()));
+        }
+        let mut all = file.tensors();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        let written = all.iter().position(|(name, _)| name == DIGEST).map(|at| all.remove(at).1);
+        let found = content(all.iter().map(|(name, t)| (name.as_str(), t.dtype(), t.shape(), t.data())));
+        if written.is_none_or(|written| written.data() != found) {
+            return Err(damaged("its numbers are not those that were written".into()));
         }
         let tensor = |name: &str, dtype: Dtype| match file.tensor(name) {
             Ok(t) if t.dtype() == dtype => Ok(t),
@@ -124,4 +138,14 @@ impl State {
                 .collect(),
         }))
     }
+}
+
+/// BLAKE3 of tensors in the order they come.
+fn content<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize], &'a [u8])>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for (name, dtype, shape, bytes) in tensors {
+        // The text is as long as its own words say, and the bytes are as long as type and shape do.
+        hasher.update(format!("{name:?} {dtype:?} {shape:?}\n").as_bytes()).update(bytes);
+    }
+    *hasher.finalize().as_bytes()
 }

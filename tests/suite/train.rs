@@ -688,6 +688,30 @@ fn what_cannot_be_trained_is_refused_in_a_sentence() {
 }
 
 #[test]
+fn what_a_disk_changed_of_a_training_is_refused() {
+    let world = World::new(13, &[100; 3]);
+    let folder = Folder::new("changed");
+    let settings = Settings { loss: Loss::Attention, steps: 4, learning_rate: 0.01, seed: 1 };
+    let subject = world.subject(&profile("mine", 0.5, 4, BasisKind::Joint));
+    let train = || world.train(&folder.0, std::slice::from_ref(&subject), &settings, &quietly);
+    let want = train().unwrap();
+    let name = "mine-001.checkpoint";
+    let path = folder.0.join(name);
+    let whole = std::fs::read(&path).unwrap();
+    for at in (0..whole.len()).step_by(whole.len() / 60).chain([whole.len() - 1]) {
+        let mut changed = whole.clone();
+        changed[at] ^= 2;
+        std::fs::write(&path, &changed).unwrap();
+        let error = train().expect_err("a changed bit is not read over").to_string();
+        assert!(error.contains(&format!("{name} is damaged: ")) && error.contains("remove it, and the same command"), "{at}: {error}");
+    }
+    // What the sentence advises.
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(train().unwrap(), want);
+    assert!(std::fs::read(&path).unwrap() == whole);
+}
+
+#[test]
 fn the_learning_rate_warms_up_and_dies_away() {
     let rates: Vec<f64> = (0..100).map(|t| learning_rate(2.0, t, 100)).collect();
     assert!((rates[0] - 0.4).abs() < 1e-12 && (rates[4] - 2.0).abs() < 1e-12 && (rates[5] - 2.0).abs() < 1e-12);
