@@ -145,7 +145,7 @@ fn identity(
         }
     }
     let mut identity: Identity = [
-        ("format", "strait-training 3".to_owned()),
+        ("format", "strait-training 4".to_owned()),
         ("base", base.to_string()),
         ("text", digest.finalize().to_hex().to_string()),
         ("--init", init.to_owned()),

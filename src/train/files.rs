@@ -4,7 +4,7 @@
 //! lock                       held by the process that trains here
 //! settings.json              what the training is of; everything else here belongs to it
 //! layer-000.activations ...  what the exact model makes of the calibration texts: per token, in the order of the texts, f32
-//!                            little-endian: keys (before rope), values, queries (before rope)
+//!                            little-endian: keys (before rope), values, queries (before rope); then BLAKE3 of these bytes
 //! start.safetensors          the untrained artifact that training starts from
 //! <profile>-000.checkpoint   per profile and layer (`checkpoint`)
 //! loss.csv, loss.svg         the curves
@@ -101,7 +101,7 @@ impl Directory {
 
     /// Whether the activations of `tokens` tokens are there, of every layer.
     pub fn recorded(&self, model: &ModelConfig, tokens: usize) -> bool {
-        let size = (tokens * record(model) * 4) as u64;
+        let size = (tokens * record(model) * 4 + blake3::OUT_LEN) as u64;
         (0..model.layers).all(|layer| std::fs::metadata(self.activations(layer)).is_ok_and(|m| m.len() == size))
     }
 
@@ -113,7 +113,7 @@ impl Directory {
         let open = |layer| {
             let path = self.activations(layer);
             let draft = Draft::alone(&path).map_err(failed("write", &path))?;
-            Ok(Recording { path, draft })
+            Ok(Recording { path, draft, digest: blake3::Hasher::new() })
         };
         Ok(Recorder {
             kv_channels: model.kv_channels(),
@@ -127,10 +127,14 @@ impl Directory {
     /// The activations of one layer: per token keys and values `[kv_channels]` each, and queries `[q_channels]`, before rope.
     ///
     /// # Errors
-    /// Where the file cannot be read.
+    /// Where the file cannot be read, or is not what was written: what training makes of other numbers would be maps all the same.
     pub fn layer(&self, layer: usize) -> Result<Vec<f32>, TrainError> {
         let path = self.activations(layer);
         let bytes = std::fs::read(&path).map_err(failed("read", &path))?;
+        let bytes = match bytes.split_last_chunk() {
+            Some((bytes, digest)) if blake3::hash(bytes) == *digest => bytes,
+            _ => return Err(TrainError::Damaged { path, reason: "its numbers are not those that were written".into() }),
+        };
         Ok(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
     }
 }
@@ -155,6 +159,7 @@ pub struct Recorder {
 struct Recording {
     path: PathBuf,
     draft: Draft,
+    digest: blake3::Hasher,
 }
 
 impl Recorder {
@@ -172,7 +177,9 @@ impl Recorder {
     /// Where that fails, or something failed before.
     pub fn finish(mut self) -> Result<(), TrainError> {
         self.check()?;
-        self.layers.into_iter().try_for_each(|Recording { path, draft }| draft.place().map_err(failed("write", &path)))
+        self.layers.into_iter().try_for_each(|Recording { path, mut draft, digest }| {
+            draft.write_all(digest.finalize().as_bytes()).and_then(|()| draft.place()).map_err(failed("write", &path))
+        })
     }
 
     fn refuse_wild(&mut self, layer: usize, part: &'static str, x: &[f32], channels: usize) {
@@ -202,7 +209,8 @@ impl Observer for Recorder {
         let tokens =
             keys.chunks_exact(self.kv_channels).zip(values.chunks_exact(self.kv_channels)).zip(queries.chunks_exact(self.q_channels));
         let bytes: Vec<u8> = tokens.flat_map(|((k, v), q)| k.iter().chain(v).chain(q)).flat_map(|x| x.to_le_bytes()).collect();
-        let Recording { path, draft } = &mut self.layers[layer];
+        let Recording { path, draft, digest } = &mut self.layers[layer];
+        digest.update(&bytes);
         if let Err(e) = draft.write_all(&bytes) {
             self.failed = Some(failed("write", path)(e));
         }

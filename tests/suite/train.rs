@@ -709,6 +709,20 @@ fn what_a_disk_changed_of_a_training_is_refused() {
     std::fs::remove_file(&path).unwrap();
     assert_eq!(train().unwrap(), want);
     assert!(std::fs::read(&path).unwrap() == whole);
+    // What it is trained on is looked at when it is trained.
+    let activations = folder.0.join("layer-001.activations");
+    let right = std::fs::read(&activations).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    for at in [0, right.len() / 2, right.len() - 1] {
+        let mut changed = right.clone();
+        changed[at] ^= 2;
+        std::fs::write(&activations, &changed).unwrap();
+        let error = train().expect_err("a changed bit is not trained on").to_string();
+        assert!(error.contains("layer-001.activations is damaged: ") && !path.exists(), "{at}: {error}");
+    }
+    std::fs::remove_file(&activations).unwrap();
+    assert_eq!(train().unwrap(), want);
+    assert!(std::fs::read(&path).unwrap() == whole && std::fs::read(&activations).unwrap() == right);
 }
 
 #[test]
