@@ -49,6 +49,10 @@ impl Directory {
     /// Where it holds another training, or anything else; where another process is at work in it; where it cannot be written.
     pub fn open(path: &Path, identity: &Identity) -> Result<Directory, TrainError> {
         std::fs::create_dir_all(path).map_err(failed("make", path))?;
+        // Nothing is left in a folder that is somebody else's: not even a lock.
+        if occupied(path)? {
+            return Err(TrainError::Occupied { path: path.to_owned() });
+        }
         let lock_path = path.join(LOCK);
         let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).map_err(failed("open", &lock_path))?;
         match lock.try_lock() {
@@ -69,11 +73,8 @@ impl Directory {
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                for entry in std::fs::read_dir(path).map_err(failed("read", path))? {
-                    let name = entry.map_err(failed("read", path))?.file_name();
-                    if name != LOCK && name != part(&settings).file_name().unwrap_or_default() {
-                        return Err(TrainError::Occupied { path: path.to_owned() });
-                    }
+                if occupied(path)? {
+                    return Err(TrainError::Occupied { path: path.to_owned() });
                 }
                 replace(&settings, text.as_bytes())?;
             }
@@ -137,6 +138,17 @@ impl Directory {
         };
         Ok(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
     }
+}
+
+/// Whether a folder holds anything and no settings: not what a training leaves, at whatever moment it is killed.
+fn occupied(path: &Path) -> Result<bool, TrainError> {
+    let (mut settings, mut other) = (false, false);
+    for entry in std::fs::read_dir(path).map_err(failed("read", path))? {
+        let name = entry.map_err(failed("read", path))?.file_name();
+        settings |= name == SETTINGS;
+        other |= name != LOCK && Some(&*name) != part(Path::new(SETTINGS)).file_name();
+    }
+    Ok(other && !settings)
 }
 
 /// Numbers that are kept of one token in one layer.

@@ -658,6 +658,12 @@ fn what_cannot_be_trained_is_refused_in_a_sentence() {
     std::fs::remove_file(folder.0.join("settings.json")).unwrap();
     let occupied = Directory::open(&folder.0, &identity(&settings)).unwrap_err();
     assert!(matches!(&occupied, TrainError::Occupied { .. }), "{occupied}");
+    let letters = Folder::new("letters");
+    std::fs::create_dir(&letters.0).unwrap();
+    std::fs::write(letters.0.join("letter"), "").unwrap();
+    let occupied = Directory::open(&letters.0, &identity(&settings)).unwrap_err();
+    assert!(matches!(&occupied, TrainError::Occupied { .. }), "{occupied}");
+    assert_eq!(std::fs::read_dir(&letters.0).unwrap().count(), 1, "a folder that is refused is left as it was");
     let file = folder.0.join("layer-000.activations");
     let no_folder = Directory::open(&file.join("below"), &identity(&settings)).unwrap_err().to_string();
     assert!(no_folder.starts_with("cannot make "), "{no_folder}");
