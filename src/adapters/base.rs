@@ -204,22 +204,22 @@ fn add(
     Ok(())
 }
 
+/// The modules whose factors began as a part of the base, with what they are. PEFT's embeddings begin at zero whatever
+/// `init_lora_weights` says, so nothing was taken out of theirs.
+fn begun(parsed: &mut Parsed) -> impl Iterator<Item = (Place, &mut Module)> {
+    parsed.modules.iter_mut().filter(|(p, m)| m.rank > 0 && **p != Place::Embed).map(|(p, m)| (*p, m))
+}
+
 fn without_leading(parsed: &mut Parsed, reader: &Reader<'_>) -> Result<(), AdapterError> {
-    let c = &reader.base.config;
-    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+    let (c, trained_on) = (&reader.base.config, parsed.trained_on);
+    for (place, module) in begun(parsed) {
         let shape = place.shape(c);
-        if place == Place::Embed {
-            return Err(AdapterError::NotServed {
-                what: "it takes leading singular triplets out of the embedding".into(),
-                mend: "convert it (path_initial_model_for_weight_conversion)".into(),
-            });
-        }
         let top = reader.spectra.top(reader.base, place, module.rank)?;
         let (n, r) = (top.s.len(), module.rank.min(top.s.len()));
-        let share = if parsed.trained_on == TrainedOn::WithoutScaledLeading { module.scale } else { 1.0 };
+        let share = if trained_on == TrainedOn::WithoutScaledLeading { module.scale } else { 1.0 };
         let left: Vec<f64> = top.u.chunks_exact(n).flat_map(|row| (0..r).map(|j| row[j] * top.s[j] * share)).collect();
         let right: Vec<f64> = (0..r).flat_map(|j| top.v.chunks_exact(n).map(move |row| row[j])).collect();
-        if parsed.trained_on == TrainedOn::WithoutScaledLeading {
+        if trained_on == TrainedOn::WithoutScaledLeading {
             let taken = |o: usize, row: &mut [f64]| {
                 row.fill(0.0);
                 for (j, right) in right.chunks_exact(shape.1).enumerate() {
@@ -236,11 +236,8 @@ fn without_leading(parsed: &mut Parsed, reader: &Reader<'_>) -> Result<(), Adapt
 /// OLoRA: `Q_r R_r` of the base's QR decomposition, times the scale. `Q_r` comes from the leading columns alone, and `R_r` is
 /// `Q_r^T W`; their product does not depend on signs.
 fn without_qr(parsed: &mut Parsed, base: &Checkpoint) -> Result<(), AdapterError> {
-    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+    for (place, module) in begun(parsed) {
         let shape @ (out, inputs) = place.shape(&base.config);
-        if place == Place::Embed {
-            return Err(AdapterError::NotServed { what: "it is an OLoRA of the embedding".into(), mend: "convert it".into() });
-        }
         let weight = base_weight(base, place);
         let r = module.rank.min(out).min(inputs);
         let q = Mat::from_fn(out, r, |o, j| f64::from(weight[o * inputs + j])).qr().compute_thin_Q();
@@ -311,11 +308,17 @@ fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Resul
     {
         return refuse("it is a model of another shape than the served one".into());
     }
-    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
-        let shape @ (out, inputs) = place.shape(c);
-        if place == Place::Embed {
-            return refuse("an adapter of the embedding cannot be moved from a residual base".into());
+    if parsed.modules.get(&Place::Embed).is_some_and(|m| m.rank > 0) {
+        let left = residual_weight(&residual, Place::Embed).map_err(|e| unreadable(path, e))?;
+        // As far as rounding to bf16 goes.
+        if left.iter().zip(&base_weight(reader.base, Place::Embed)).any(|(a, b)| (a - b).abs() > b.abs() / 128.0) {
+            return refuse(
+                "its embedding is not the served base's, and no adapter takes anything out of one; it is of another base".into(),
+            );
         }
+    }
+    for (place, module) in begun(parsed) {
+        let shape @ (out, inputs) = place.shape(c);
         let (own, left) = (base_weight(reader.base, place), residual_weight(&residual, place).map_err(|e| unreadable(path, e))?);
         let difference: Vec<f32> = left.iter().zip(&own).map(|(a, b)| a - b).collect();
         if difference.iter().all(|d| *d == 0.0) {
@@ -376,7 +379,12 @@ fn from_initial(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result
             return refuse(format!("the initial adapter has another rank or scale at {}", place.path()));
         }
         if place == Place::Embed {
-            return refuse("an adapter of the embedding takes nothing out of its base".into());
+            if before.up.iter().all(|v| *v == 0.0) || before.down.iter().all(|v| *v == 0.0) {
+                continue;
+            }
+            return refuse(
+                "the initial adapter's embedding does not begin at zero, as all of PEFT's do; is it one before training?".into(),
+            );
         }
         let wide = |data: &[f32]| data.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
         add(module, (place, place.shape(&reader.base.config)), -1.0, (&wide(&before.up), &wide(&before.down)))?;

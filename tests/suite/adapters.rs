@@ -252,6 +252,58 @@ fn an_initial_adapter_is_taken_out_again() {
     }
 }
 
+/// Puts factors of the embedding into a copy of a golden adapter: as PEFT draws them, or as training would leave them.
+fn with_embedding(root: &Root, golden: &str, name: &str, trained: bool) -> PathBuf {
+    use safetensors::tensor::{Dtype, TensorView};
+    root.put(golden, name);
+    let at = root.0.join(name);
+    let mut config: Value = serde_json::from_slice(&std::fs::read(at.join("adapter_config.json")).unwrap()).unwrap();
+    let rank = config["r"].as_u64().unwrap() as usize;
+    config["target_modules"].as_array_mut().unwrap().push("embed_tokens".into());
+    std::fs::write(at.join("adapter_config.json"), config.to_string()).unwrap();
+    let c = Checkpoint::open(&golden::folder("llama-linear")).unwrap().config;
+    let mut rng = crate::ops::Rng::seeded(3);
+    let (mut a, b) = (rng.normals(rank * c.vocab), rng.normals(c.hidden * rank));
+    a.iter_mut().for_each(|v| *v *= if trained { 0.1 } else { 0.0 });
+    let bytes = std::fs::read(at.join("adapter_model.safetensors")).unwrap();
+    let there = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let view = |shape, data| TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(data)).unwrap();
+    let embedding = [("A", view(vec![rank, c.vocab], &a)), ("B", view(vec![c.hidden, rank], &b))];
+    let named = embedding.map(|(part, view)| (format!("base_model.model.model.embed_tokens.lora_embedding_{part}"), view));
+    let all = there.tensors().into_iter().chain(named).collect::<Vec<_>>();
+    safetensors::serialize_to_file(all, None, &at.join("adapter_model.safetensors")).unwrap();
+    at
+}
+
+#[test]
+fn of_an_embedding_nothing_was_taken_whatever_the_initialisation() {
+    let root = Root::new("embedding", &[]);
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let spectra = Spectra::new(None, &base);
+    let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, bytes: 64 << 20 }, rank: 64 };
+    let read = |path: &Path, choice: &BaseChoice| reader.read(path, choice).unwrap_or_else(|e| panic!("{}: {e}", path.display())).parsed;
+    let residual = BaseChoice::Residual(folder("pissa-residual").join("base"));
+    let initial = BaseChoice::Initial(with_embedding(&root, "pissa-niter-1000", "initial", false));
+    for (golden, choice, plain) in [
+        ("pissa", BaseChoice::Auto, BaseChoice::Auto),
+        ("olora", BaseChoice::Auto, BaseChoice::Auto),
+        ("pissa-residual", residual.clone(), residual),
+        ("pissa-residual", BaseChoice::Pissa, BaseChoice::Pissa),
+        ("pissa-niter", initial, BaseChoice::Initial(folder("pissa-niter-1000"))),
+    ] {
+        let path = with_embedding(&root, golden, golden, true);
+        let (moved, asis) = (read(&path, &choice), read(&path, &BaseChoice::Original));
+        let mut want = read(&folder(golden), &plain).modules;
+        want.insert(Place::Embed, asis.modules[&Place::Embed].clone());
+        assert!(moved.modules == want, "{golden} with {choice}");
+    }
+    // One that was trained is none from before training.
+    let path = with_embedding(&root, "pissa-niter", "again", true);
+    let initial = BaseChoice::Initial(with_embedding(&root, "pissa-niter-1000", "moved", true));
+    let Err(error) = reader.read(&path, &initial) else { panic!("it is taken for an initial one") };
+    assert!(error.to_string().contains("does not begin at zero"), "{error}");
+}
+
 #[test]
 fn an_adapter_of_any_format_is_written_as_a_plain_lora_that_says_the_same() {
     let root = Root::new("convert", &[]);
