@@ -220,19 +220,22 @@ impl Names {
         }
         let Some((path, what)) = name.rsplit_once('.') else { return Err(absent(name)) };
         let (path, base_layer) = path.strip_suffix(".base_layer").map_or((path, false), |p| (p, true));
-        if let Some((place, width)) = NormPlace::of(path, c).filter(|_| what == "weight") {
-            self.norms.insert(place, (tensor.to_owned(), width));
-            return Ok(());
-        }
-        let place = Place::of(path, c).ok_or_else(|| absent(path))?;
-        match what {
-            "bias" => self.biases.insert(place, tensor.to_owned()),
-            // PEFT saves the embedding beside its factors: the base's own, unless the vocabulary was resized.
-            "weight" if base_layer => self.carried.insert(place, tensor.to_owned()),
-            "weight" => self.weights.insert(place, tensor.to_owned()),
-            _ => return Err(bad(tensor, "has a name that no LoRA of PEFT has".into())),
+        let before = if let Some((place, width)) = NormPlace::of(path, c).filter(|_| what == "weight") {
+            self.norms.insert(place, (tensor.to_owned(), width)).map(|(before, _)| before)
+        } else {
+            let place = Place::of(path, c).ok_or_else(|| absent(path))?;
+            match what {
+                "bias" => self.biases.insert(place, tensor.to_owned()),
+                // PEFT saves the embedding beside its factors: the base's own, unless the vocabulary was resized.
+                "weight" if base_layer => self.carried.insert(place, tensor.to_owned()),
+                "weight" => self.weights.insert(place, tensor.to_owned()),
+                _ => return Err(bad(tensor, "has a name that no LoRA of PEFT has".into())),
+            }
         };
-        Ok(())
+        match before {
+            None => Ok(()),
+            Some(before) => Err(bad(tensor, format!("stands for what `{before}` is already"))),
+        }
     }
 }
 

@@ -721,6 +721,38 @@ fn a_root_may_be_a_link_and_files_that_were_stripped_are_refused() {
     }
 }
 
+/// Adds tensors to an adapter's file, or replaces some, each made of one that is there: its name, the new one, and a factor.
+fn add(at: &Path, copies: &[(&str, &str, f32)]) {
+    use safetensors::tensor::{Dtype, TensorView};
+    let file = at.join("adapter_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let there = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let made = copies.iter().map(|(from, to, factor)| {
+        let view = there.tensor(&format!("base_model.model.{from}")).unwrap();
+        assert_eq!(view.dtype(), Dtype::F32);
+        let data: Vec<u8> = bytemuck::pod_collect_to_vec::<u8, f32>(view.data()).iter().flat_map(|v| (v * factor).to_le_bytes()).collect();
+        (format!("base_model.model.{to}"), view.shape().to_vec(), data)
+    });
+    let made: Vec<_> = made.collect();
+    let kept = there.tensors().into_iter().filter(|(name, _)| made.iter().all(|(new, ..)| new != name));
+    let new = made.iter().map(|(name, shape, data)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+    safetensors::serialize_to_file(kept.chain(new).collect::<Vec<_>>(), None, &file).unwrap();
+}
+
+#[test]
+fn one_part_of_a_module_under_two_names_is_refused() {
+    let root = Root::new("two-names", &["bias-all", "modules-to-save-norms"]);
+    for (name, base, from, to) in [
+        ("bias-all", "llama-bias", "model.layers.0.mlp.down_proj.bias", "model.layers.0.mlp.down_proj.base_layer.bias"),
+        ("modules-to-save-norms", "llama3", "model.norm.weight", "model.norm.base_layer.weight"),
+    ] {
+        add(&root.0.join(name), &[(from, to, 0.5)]);
+        let base = Checkpoint::open(&golden::folder(base)).unwrap();
+        let Err(error) = ready(&base, &root.0.join(name), &BaseChoice::Auto, HeldAs::F32) else { panic!("{name} is served") };
+        assert!(error.to_string().contains(from) && error.to_string().contains(to), "{error}");
+    }
+}
+
 #[test]
 fn the_books_are_right_whatever_is_done() {
     let names = ["all-linear", "olora", "pissa", "sorsa-compact", "trainable-tokens", "lora-kv"];
