@@ -367,7 +367,7 @@ fn unreadable(path: &Path, error: CheckpointError) -> AdapterError {
 /// With the adapter as it was before training: `s B A - s B_0 A_0`.
 fn from_initial(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let files = reader.bounds.read(path)?;
-    let initial = peft::parse(&files, &reader.base.config)?;
+    let initial = peft::parse(&files, reader.base)?;
     let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });
     let trained = |p: &Parsed| p.modules.iter().filter(|(_, m)| m.rank > 0).map(|(p, _)| *p).collect::<Vec<_>>();
     if trained(parsed) != trained(&initial) {

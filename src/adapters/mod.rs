@@ -378,7 +378,7 @@ impl Reader<'_> {
     pub fn read(&self, path: &Path, choice: &BaseChoice) -> Result<Read, AdapterError> {
         let files = self.bounds.read(path)?;
         let mut parsed = match files.config_name {
-            "adapter_config.json" => peft::parse(&files, &self.base.config)?,
+            "adapter_config.json" => peft::parse(&files, self.base)?,
             _ => sorsa::parse(&files, self.base)?,
         };
         if parsed.rank() > self.rank {

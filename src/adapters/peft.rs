@@ -7,7 +7,9 @@ use fancy_regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use crate::adapters::folder::{Files, Tensors};
+use crate::adapters::pack::base_weight;
 use crate::adapters::{AdapterError, Format, Module, NormPlace, Parsed, Place, TrainedOn};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::config::ModelConfig;
 use crate::model::delta::{Norm, Site};
 use crate::model::json::{self, shown, shown_value};
@@ -56,11 +58,12 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("use_qalora", "its inputs are pooled in groups (QA-LoRA)", "serve the merged model"),
 ];
 
-/// The adapter in `files`, for a model of this configuration.
+/// The adapter in `files`, for this base.
 ///
 /// # Errors
 /// Where it is not a LoRA of such a model, is damaged, or needs what is not served.
-pub fn parse(files: &Files, c: &ModelConfig) -> Result<Parsed, AdapterError> {
+pub fn parse(files: &Files, base: &Checkpoint) -> Result<Parsed, AdapterError> {
+    let c = &base.config;
     let config = Config::read(&files.config)?;
     let mut warnings = config.warnings.clone();
     let mut names = Names::default();
@@ -95,6 +98,21 @@ pub fn parse(files: &Files, c: &ModelConfig) -> Result<Parsed, AdapterError> {
             return Err(bad(tensor, "stands beside other weights for the same module".into()));
         }
         module.weight = Some(files.tensors.floats(tensor, &shape)?);
+    }
+    for (&place, tensor) in &names.copies {
+        let (out, inputs) = place.shape(c);
+        let copy = files.tensors.floats(tensor, &if place == Place::Embed { [inputs, out] } else { [out, inputs] })?;
+        if !modules.get(&place).and_then(|m| m.weight.as_ref()).is_some_and(|w| *w == copy) {
+            return Err(bad(tensor, format!("is no copy of the weights that the file has for {} itself", place.path())));
+        }
+    }
+    for (&place, tensor) in &names.originals {
+        let (out, inputs) = place.shape(c);
+        let stored = files.tensors.floats(tensor, &if place == Place::Embed { [inputs, out] } else { [out, inputs] })?;
+        // An adapter in another type than the base's rounds what it carries.
+        if stored.iter().zip(&base_weight(base, place)).any(|(a, b)| (a - b).abs() > b.abs() / 128.0) {
+            return Err(bad(tensor, "differs from the served base's own weights; the adapter is for another base".into()));
+        }
     }
     let mut norms = BTreeMap::new();
     for (&place, (tensor, width)) in &names.norms {
@@ -183,6 +201,9 @@ struct Names {
     weights: BTreeMap<Place, String>,
     /// The base's own weights, as PEFT saves an embedding beside its factors.
     carried: BTreeMap<Place, String>,
+    /// What PEFT saves of a module of modules_to_save once more, where the vocabulary was resized: its weights, and the base's.
+    copies: BTreeMap<Place, String>,
+    originals: BTreeMap<Place, String>,
     norms: BTreeMap<NormPlace, (String, usize)>,
 }
 
@@ -219,6 +240,15 @@ impl Names {
             return Ok(());
         }
         let Some((path, what)) = name.rsplit_once('.') else { return Err(absent(name)) };
+        let within = |part: &str| path.strip_suffix(part).filter(|_| what == "weight").and_then(|path| Place::of(path, c));
+        if let Some(place) = within(".modules_to_save") {
+            self.copies.insert(place, tensor.to_owned());
+            return Ok(());
+        }
+        if let Some(place) = within(".original_module") {
+            self.originals.insert(place, tensor.to_owned());
+            return Ok(());
+        }
         let (path, base_layer) = path.strip_suffix(".base_layer").map_or((path, false), |p| (p, true));
         let before = if let Some((place, width)) = NormPlace::of(path, c).filter(|_| what == "weight") {
             self.norms.insert(place, (tensor.to_owned(), width)).map(|(before, _)| before)

@@ -753,6 +753,38 @@ fn one_part_of_a_module_under_two_names_is_refused() {
     }
 }
 
+/// Where the vocabulary was resized PEFT saves all of an embedding's wrapper: what was trained twice, and the base's own.
+#[test]
+fn what_a_resized_vocabulary_adds_to_the_file_changes_nothing() {
+    let root = Root::new("resized", &["modules-to-save-embed"]);
+    let (name, at) = ("model.embed_tokens", root.0.join("modules-to-save-embed"));
+    let base = Checkpoint::open(&golden::folder("llama3")).unwrap();
+    let read = || ready(&base, &at, &BaseChoice::Auto, HeldAs::F32);
+    let want = read().unwrap();
+    let (weight, copy, original) =
+        (format!("{name}.weight"), format!("{name}.modules_to_save.weight"), format!("{name}.original_module.weight"));
+    // The base's own, as its file has it.
+    let own = base_weight(&base, Place::Embed);
+    add(&at, &[(&weight, &copy, 1.0), (&weight, &original, 1.0)]);
+    let Err(error) = read() else { panic!("another base's embedding is taken for the base's") };
+    assert!(error.to_string().contains("original_module.weight` differs from the served base's"), "{error}");
+    fill(&at, &original, &own);
+    assert_eq!(read().unwrap().delta, want.delta);
+    add(&at, &[(&weight, &copy, 0.5)]);
+    let Err(error) = read() else { panic!("of two that differ one is served") };
+    assert!(error.to_string().contains("modules_to_save.weight` is no copy of"), "{error}");
+}
+
+/// Overwrites the numbers of a tensor in an adapter's file.
+fn fill(at: &Path, name: &str, values: &[f32]) {
+    let file = at.join("adapter_model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let data = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor(&format!("base_model.model.{name}")).unwrap().data().as_ptr();
+    let begin = data as usize - bytes.as_ptr() as usize;
+    bytes[begin..begin + 4 * values.len()].copy_from_slice(bytemuck::cast_slice(values));
+    std::fs::write(&file, bytes).unwrap();
+}
+
 #[test]
 fn the_books_are_right_whatever_is_done() {
     let names = ["all-linear", "olora", "pissa", "sorsa-compact", "trainable-tokens", "lora-kv"];
