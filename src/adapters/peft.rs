@@ -83,6 +83,17 @@ pub fn parse(files: &Files, base: &Checkpoint) -> Result<Parsed, AdapterError> {
         let n = untargeted.len();
         warnings.push(format!("target_modules does not name {n} modules whose weights are there ({first}, ...); they are served"));
     }
+    let mut lacking = Vec::new();
+    for place in places(c).filter(|p| !names.factors.contains_key(p)) {
+        if config.targets(&place.path())? == Some(true) {
+            lacking.push(place.path());
+        }
+    }
+    if let Some(first) = lacking.first() {
+        // As with PEFT, which says so, too: tools that extract an adapter leave out what does not change.
+        let n = lacking.len();
+        warnings.push(format!("target_modules names {n} modules whose weights are not there ({first}, ...); they stay the base's"));
+    }
     for (&place, tensor) in &names.biases {
         if !place.has_bias(c) {
             return Err(bad(tensor, "is a bias, and the served model has none there".into()));
@@ -139,6 +150,11 @@ pub fn parse(files: &Files, base: &Checkpoint) -> Result<Parsed, AdapterError> {
         _ => Format::Lora,
     };
     Ok(Parsed { format, modules, norms, base_name: config.base_name, trained_on: config.init, warnings })
+}
+
+/// Every linear layer of a model, and the embedding.
+fn places(c: &ModelConfig) -> impl Iterator<Item = Place> {
+    (0..c.layers).flat_map(|l| Site::ALL.map(|s| Place::Layer(l, s))).chain([Place::Embed, Place::Head])
 }
 
 fn bad(tensor: &str, reason: String) -> AdapterError {
@@ -442,7 +458,11 @@ impl Config {
 
     /// The rank it gives a module.
     fn rank(&self, path: &str) -> Result<usize, AdapterError> {
-        Ok(pattern(&self.rank_pattern, path)?.map_or(self.r, |r| r as usize))
+        match pattern(&self.rank_pattern, path)? {
+            None => Ok(self.r),
+            Some(r) if (1.0..=65536.0).contains(&r) && r.fract() == 0.0 => Ok(r as usize),
+            Some(r) => Err(fail(format!("gives {path} the rank {r}, which is no positive integer"))),
+        }
     }
 
     /// What a module's product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
@@ -457,6 +477,11 @@ impl Config {
         if let Some(exclude) = &self.exclude
             && exclude.names(path)?
         {
+            return Ok(Some(false));
+        }
+        // PEFT puts no factors on or in a module that is saved whole.
+        let saved = |m: &String| path.match_indices(m.as_str()).any(|(at, _)| segments(path, at, m.len()));
+        if self.modules_to_save.iter().any(saved) {
             return Ok(Some(false));
         }
         let Some(target) = &self.target else { return Ok(None) };
@@ -478,9 +503,8 @@ impl Config {
     /// Whether the weights keep what the configuration promises: a stripped file would be served as another adapter.
     fn promises(&self, names: &Names, modules: &BTreeMap<Place, Module>, c: &ModelConfig) -> Result<(), AdapterError> {
         let of = |entry: &str, path: &str| path == entry || path.strip_suffix(entry).is_some_and(|p| p.ends_with('.'));
-        let places = (0..c.layers).flat_map(|l| Site::ALL.map(|s| Place::Layer(l, s))).chain([Place::Embed, Place::Head]);
         let norms = (0..c.layers).flat_map(|l| Norm::ALL.map(|n| format!("model.layers.{l}.{}", n.name()))).chain(["model.norm".into()]);
-        let model: Vec<String> = places.map(Place::path).chain(norms.filter(|n| NormPlace::of(n, c).is_some())).collect();
+        let model: Vec<String> = places(c).map(Place::path).chain(norms.filter(|n| NormPlace::of(n, c).is_some())).collect();
         let saved: BTreeSet<String> = {
             let norms = names.norms.values().filter_map(|(t, _)| t.strip_prefix(PREFIX)?.strip_suffix(".weight").map(str::to_owned));
             names.weights.keys().map(|p| p.path()).chain(norms).collect()
@@ -530,6 +554,11 @@ impl Target {
             Target::Names(names) => names.iter().any(|n| path == n || path.strip_suffix(n.as_str()).is_some_and(|p| p.ends_with('.'))),
         })
     }
+}
+
+/// Whether so many bytes of a path from `at` on are whole segments of it.
+fn segments(path: &str, at: usize, n: usize) -> bool {
+    n > 0 && (at == 0 || path[..at].ends_with('.')) && (at + n == path.len() || path[at + n..].starts_with('.'))
 }
 
 /// Whether a value switches something on.
@@ -656,6 +685,9 @@ mod tests {
             (r#""target_modules":["q_proj"],"layers_to_transform":0"#, q0, true),
             (r#""target_modules":["q_proj"],"layers_to_transform":[10],"layers_pattern":"layers""#, q10, true),
             (r#""target_modules":["q_proj"],"layers_to_transform":[10],"layers_pattern":["h"]"#, q10, false),
+            (r#""target_modules":["q_proj"],"modules_to_save":["q_proj"]"#, q0, false),
+            (r#""target_modules":["q_proj"],"modules_to_save":["self_attn"]"#, q0, false),
+            (r#""target_modules":["q_proj"],"modules_to_save":["attn","proj","layers.1"]"#, q0, true),
             // A module that is named whole is not asked for its layer.
             (r#""target_modules":["model.layers.0.self_attn.q_proj"],"layers_to_transform":[1]"#, q0, true),
         ] {
@@ -670,6 +702,10 @@ mod tests {
             "rank_pattern":{"self_attn.q_proj":4,"q_proj":2,"^model.layers.1.mlp.up_proj":3,"layers\\.[01]\\.mlp\\.up_proj":5,"up_pro":9},
             "alpha_pattern":{"up_proj":1}}"#;
         let config = config(text);
+        for r in ["4.5", "0", "-4", "1e9"] {
+            let odd = self::config(&format!(r#"{{"peft_type":"LORA","rank_pattern":{{"up_proj":{r}}}}}"#));
+            assert!(odd.rank("model.layers.0.mlp.up_proj").is_err() && odd.rank("lm_head").is_ok(), "{r}");
+        }
         for (path, rank, scale) in [
             ("model.layers.0.self_attn.q_proj", 4, 4.0),
             ("model.layers.1.mlp.up_proj", 3, 1.0 / 3.0),

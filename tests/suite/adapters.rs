@@ -709,12 +709,7 @@ fn a_root_may_be_a_link_and_files_that_were_stripped_are_refused() {
         ("bias-all", "llama-bias", ".bias", "biases were trained"),
         ("all-linear", "llama-linear", "layers.0.mlp.up_proj.lora_B", "no partner"),
     ] {
-        let file = root.0.join(name).join("adapter_model.safetensors");
-        let bytes = std::fs::read(&file).unwrap();
-        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let kept: Vec<_> = tensors.tensors().into_iter().filter(|(tensor, _)| !tensor.contains(part)).collect();
-        assert!(kept.len() < tensors.len());
-        safetensors::serialize_to_file(kept, None, &file).unwrap();
+        strip(&root.0.join(name), part);
         let base = Checkpoint::open(&golden::folder(base)).unwrap();
         let Err(error) = ready(&base, &root.0.join(name), &BaseChoice::Auto, HeldAs::F32) else { panic!("{name} is served") };
         assert!(error.to_string().contains(message), "{name}: {error}");
@@ -737,6 +732,37 @@ fn add(at: &Path, copies: &[(&str, &str, f32)]) {
     let kept = there.tensors().into_iter().filter(|(name, _)| made.iter().all(|(new, ..)| new != name));
     let new = made.iter().map(|(name, shape, data)| (name.clone(), TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
     safetensors::serialize_to_file(kept.chain(new).collect::<Vec<_>>(), None, &file).unwrap();
+}
+
+/// Removes tensors from an adapter's file.
+fn strip(at: &Path, part: &str) {
+    let file = at.join("adapter_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let kept: Vec<_> = tensors.tensors().into_iter().filter(|(tensor, _)| !tensor.contains(part)).collect();
+    assert!(kept.len() < tensors.len());
+    safetensors::serialize_to_file(kept, None, &file).unwrap();
+}
+
+#[test]
+fn a_module_that_is_targeted_and_not_in_the_file_is_told() {
+    let root = Root::new("lacking", &["all-linear"]);
+    let warnings = |base: &str, at: &Path, choice: &BaseChoice| {
+        let base = Checkpoint::open(&golden::folder(base)).unwrap();
+        ready(&base, at, choice, HeldAs::F32).unwrap().facts.warnings
+    };
+    strip(&root.0.join("all-linear"), "layers.1.self_attn.v_proj");
+    let told = warnings("llama-linear", &root.0.join("all-linear"), &BaseChoice::Auto);
+    let want = "target_modules names 1 modules whose weights are not there (model.layers.1.self_attn.v_proj, ...); they stay the base's";
+    assert_eq!(told, [want]);
+    // PEFT's own files lack nothing.
+    for Listed { name, base, .. } in listed() {
+        let want = expected(&name);
+        if want.refused.is_none() {
+            let told = warnings(&base, &folder(&name), &choice(&name, &want));
+            assert!(told.iter().all(|w| !w.contains("are not there")), "{name}: {told:?}");
+        }
+    }
 }
 
 #[test]
