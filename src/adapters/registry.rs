@@ -289,10 +289,21 @@ impl Shared {
         verdict
     }
 
-    /// Reads an adapter and makes it resident. Until [`Books::named`] it is held for whoever called.
-    fn read_and_admit(&self, source: &Source) -> Result<(AdapterGeneration, f64), AdapterError> {
+    /// Reads an adapter, which an alias may know as a generation already, and makes it resident. Until [`Books::named`] it is held
+    /// for whoever called.
+    fn read_and_admit(&self, source: &Source, known: Option<(&str, AdapterGeneration)>) -> Result<(AdapterGeneration, f64), AdapterError> {
         let begun = Instant::now();
-        let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.admit(self.ready(source)?)));
+        let read = || {
+            let ready = self.ready(source)?;
+            match known {
+                // Seen before anybody makes room for it.
+                Some((alias, was)) if was != ready.generation => {
+                    Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", was.0) })
+                }
+                _ => self.admit(ready),
+            }
+        };
+        let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
         let verdict = verdict.unwrap_or_else(|_| {
             tracing::error!(path = %source.path.display(), "loading an adapter panicked");
             Err(AdapterError::Internal)
@@ -303,9 +314,9 @@ impl Shared {
     }
 
     /// As [`Shared::read_and_admit`], one caller after another: for those who may wait.
-    fn read_in_turn(&self, source: &Source) -> Result<(AdapterGeneration, f64), AdapterError> {
+    fn read_in_turn(&self, source: &Source, known: Option<(&str, AdapterGeneration)>) -> Result<(AdapterGeneration, f64), AdapterError> {
         let _turn = self.turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        self.read_and_admit(source)
+        self.read_and_admit(source, known)
     }
 }
 
@@ -524,8 +535,8 @@ impl Registry {
             // Waited for here: threads that may block are few, and others need them.
             let permit = shared.first_uses.acquire().await;
             let reading = {
-                let (shared, source) = (shared.clone(), source.clone());
-                tokio::task::spawn_blocking(move || shared.read_and_admit(&source))
+                let (shared, source, alias) = (shared.clone(), source.clone(), alias.clone());
+                tokio::task::spawn_blocking(move || shared.read_and_admit(&source, expected.map(|id| (&*alias, id))))
             };
             let read = reading.await.unwrap_or(Err(AdapterError::Internal)).map(|(generation, _)| generation);
             drop(permit);
@@ -550,7 +561,7 @@ impl Registry {
         }
         self.shared.lock().may_load(load)?;
         let source = Source { path: load.path.clone(), base: load.base.clone(), trusted: load.trusted };
-        let (generation, seconds) = self.shared.read_in_turn(&source)?;
+        let (generation, seconds) = self.shared.read_in_turn(&source, None)?;
         let mut books = self.shared.lock();
         // Somebody else may have been quicker; what was read for nothing is not kept.
         if let Err(error) = books.may_load(load) {
@@ -622,14 +633,13 @@ impl Registry {
             let resident = books.generations.get_mut(&id).filter(|g| g.delta.is_some());
             resident.map(|g| g.loads += 1).is_some()
         };
-        let (read, seconds) = if resident { (id, 0.0) } else { self.shared.read_in_turn(&source)? };
+        let (read, seconds) = if resident { (id, 0.0) } else { self.shared.read_in_turn(&source, Some((alias, id)))? };
         let mut books = self.shared.lock();
         let facts = books.generations[&read].facts.clone();
         let there = books.aliases.get(alias).map(|a| a.history.iter().any(|(g, _)| *g == id));
         let mut replaced = None;
         let mut gone = Vec::new();
         let verdict = match there {
-            _ if read != id => Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", id.0) }),
             None => Err(AdapterError::Unknown { alias: shown(alias) }),
             // Somebody replaced or rolled back meanwhile.
             Some(false) => Err(AdapterError::NoHistory { alias: shown(alias) }),
@@ -771,14 +781,10 @@ impl Books {
             return Ok(());
         }
         let read = read?;
-        match expected {
-            Some(was) if was != read => Err(AdapterError::FilesChanged { alias: shown(alias), was: format!("{:016x}", was.0) }),
-            Some(_) => Ok(()),
-            None => {
-                drop(self.change(alias, |alias| alias.generation = Some(read)));
-                Ok(())
-            }
+        if expected.is_none() {
+            drop(self.change(alias, |alias| alias.generation = Some(read)));
         }
+        Ok(())
     }
 }
 

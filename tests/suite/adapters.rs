@@ -604,8 +604,10 @@ fn many_first_uses_read_an_adapter_once_and_the_least_used_makes_room() {
     std::fs::copy(folder("olora").join("adapter_config.json"), root.0.join("pissa/adapter_config.json")).unwrap();
     std::fs::copy(folder("olora").join("adapter_model.safetensors"), root.0.join("pissa/adapter_model.safetensors")).unwrap();
     drop((first, fourth));
+    let before = (loads(), evictions(), names.map(resident));
     let error = runtime.block_on(registry.acquire("pissa")).unwrap_err();
     assert!(matches!(error, AdapterError::FilesChanged { .. }), "{error}");
+    assert_eq!((loads(), evictions(), names.map(resident)), before, "nobody makes room for what is refused");
     registry.load(&Load { alias: "pissa".into(), path: "pissa".into(), in_place: true, ..Load::default() }).unwrap();
     drop(all("pissa"));
     // One larger than the whole budget never fits.
