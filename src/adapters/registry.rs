@@ -472,15 +472,30 @@ impl Registry {
         holds_adapter(&root.join(&path)).then_some(Source { path, base: BaseChoice::Auto, trusted: false })
     }
 
-    /// Registers every adapter folder under the root, without reading any; how many there are.
+    /// Registers every adapter folder under the root, without reading any; how many there are, and which are left out for their
+    /// name, in order.
     ///
     /// # Errors
     /// Where the root cannot be listed.
-    pub fn discover(&self) -> std::io::Result<usize> {
+    pub fn discover(&self) -> std::io::Result<(usize, Vec<(String, AdapterError)>)> {
         let limits = &self.shared.limits;
-        let Some(root) = limits.root.as_ref().filter(|_| limits.discover) else { return Ok(0) };
-        let names = std::fs::read_dir(root)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        Ok(names.filter(|name| self.knows(name)).count())
+        let (mut found, mut left_out) = (0, Vec::new());
+        let Some(root) = limits.root.as_ref().filter(|_| limits.discover) else { return Ok((found, left_out)) };
+        for entry in std::fs::read_dir(root)? {
+            let name = entry?.file_name();
+            let spelled = name.to_string_lossy();
+            if name.to_str().is_some_and(|name| self.knows(name)) {
+                found += 1;
+            } else if !spelled.starts_with('.') && holds_adapter(&root.join(&name)) {
+                let checked = match name.to_str() {
+                    Some(name) => check_name(name, &limits.reserved),
+                    None => Err(AdapterError::Name { reason: "an adapter's name is UTF-8" }),
+                };
+                left_out.extend(checked.err().map(|error| (shown(&spelled), error)));
+            }
+        }
+        left_out.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok((found, left_out))
     }
 
     /// A lease on what `alias` points to, if that is in memory.

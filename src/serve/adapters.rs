@@ -70,7 +70,8 @@ pub fn registry(
         done.facts.warnings.iter().for_each(|w| tracing::warn!(adapter = %module.name, "{w}"));
         tracing::info!(adapter = %module.name, format = done.facts.format, rank = done.facts.rank, bytes = done.facts.bytes, "adapter loaded");
     }
-    let found = registry.discover().context("cannot list --lora-root")?;
+    let (found, left_out) = registry.discover().context("cannot list --lora-root")?;
+    left_out.iter().for_each(|(folder, why)| tracing::warn!(folder, "an adapter in --lora-root is left out: {why}"));
     if settings.discover {
         tracing::info!(adapters = found, "registered what --lora-root holds");
     }

@@ -562,7 +562,7 @@ fn many_first_uses_read_an_adapter_once_and_the_least_used_makes_room() {
         Limits { discover: true, ..limits(Some(&root.0), budget) },
         Box::new(move |what| heard.lock().unwrap().push(what)),
     );
-    assert_eq!(registry.discover().unwrap(), 4);
+    assert_eq!(registry.discover().unwrap(), (4, vec![]));
     let loads = || happened.lock().unwrap().iter().filter(|h| matches!(h, Happened::Loaded { .. })).count();
     let evictions = || happened.lock().unwrap().iter().filter(|h| matches!(h, Happened::Evicted)).count();
     let runtime = runtime();
@@ -811,6 +811,19 @@ fn fill(at: &Path, name: &str, values: &[f32]) {
     let begin = data as usize - bytes.as_ptr() as usize;
     bytes[begin..begin + 4 * values.len()].copy_from_slice(bytemuck::cast_slice(values));
     std::fs::write(&file, bytes).unwrap();
+}
+
+#[test]
+fn folders_of_the_root_that_no_request_could_name_are_told() {
+    let root = Root::new("unnameable", &["olora"]);
+    ["my adapter", "demo", ".hidden"].iter().for_each(|name| root.put("olora", name));
+    std::fs::create_dir(root.0.join("no adapter")).unwrap();
+    let registry = registry("llama-linear", Limits { discover: true, ..limits(Some(&root.0), 64 << 20) });
+    let (found, left_out) = registry.discover().unwrap();
+    let told: Vec<String> = left_out.iter().map(|(folder, why)| format!("{folder}: {why}")).collect();
+    assert_eq!((found, told.len()), (1, 2), "{told:?}");
+    assert!(told[0].starts_with("demo: \"demo\" is the name of the served model"), "{told:?}");
+    assert!(told[1].starts_with("my adapter: an adapter's name is at most 256 bytes, without spaces"), "{told:?}");
 }
 
 #[test]

@@ -297,7 +297,7 @@ async fn without_a_root_nothing_is_loaded_at_run_time() {
 async fn adapters_of_the_root_are_found_by_name_and_read_when_first_asked_for() {
     let root = Root::new("discover", &["all-linear", "olora"]);
     let registry = registry("llama-linear", Limits { discover: true, ..limits(Some(&root.0), 64 << 20) });
-    assert_eq!(registry.discover().expect("a folder"), 2);
+    assert_eq!(registry.discover().expect("a folder"), (2, vec![]));
     let app = serving(&registry);
     let list = app.get(LIST).await.json();
     assert!(list["data"][0]["generation"].is_null() && list["resident_bytes"] == 0);
