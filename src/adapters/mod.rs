@@ -228,6 +228,8 @@ pub enum AdapterError {
     NoRoot,
     #[error("cannot read {path}: {reason}")]
     Io { path: String, reason: String },
+    #[error("cannot write {path}: {reason}")]
+    Write { path: String, reason: String },
     #[error(
         "{file} is {bytes} bytes long, more than the {limit} that are left for an adapter's files here; raise --lora-memory-bytes, half of that"
     )]
@@ -293,7 +295,7 @@ impl AdapterError {
             E::Outside { .. } | E::NoRoot => Fault::Forbidden,
             E::Changed { .. } | E::FilesChanged { .. } | E::NoHistory { .. } => Fault::Conflict,
             E::Busy { .. } | E::Thrashing { .. } => Fault::Busy,
-            E::Internal => Fault::Server,
+            E::Write { .. } | E::Internal => Fault::Server,
             E::Io { .. }
             | E::TooLarge { .. }
             | E::Header { .. }
@@ -325,7 +327,7 @@ impl AdapterError {
             E::Loaded { .. } => "adapter_already_loaded",
             E::Changed { .. } | E::FilesChanged { .. } => "adapter_changed",
             E::NoHistory { .. } => "adapter_no_history",
-            E::Internal => "internal_error",
+            E::Write { .. } | E::Internal => "internal_error",
         }
     }
 }

@@ -13,12 +13,9 @@ use crate::model::delta::Norm;
 /// configuration makes every one of them 1. Elements are stored as F32.
 ///
 /// # Errors
-/// Where `out` is there already, or cannot be written.
+/// Where `out` is there already, or cannot be written; nothing is left of it then.
 pub fn write(parsed: &Parsed, c: &ModelConfig, out: &Path) -> Result<(), AdapterError> {
-    let io = |e: std::io::Error| AdapterError::Io { path: out.display().to_string(), reason: e.to_string() };
-    if out.exists() {
-        return Err(AdapterError::Io { path: out.display().to_string(), reason: "it is there already; name a new folder".into() });
-    }
+    let failed = |reason: String| AdapterError::Write { path: out.display().to_string(), reason };
     let mut tensors: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
     let mut ranks = Map::new();
     let mut saved = Vec::new();
@@ -89,9 +86,20 @@ pub fn write(parsed: &Parsed, c: &ModelConfig, out: &Path) -> Result<(), Adapter
         view.map(|view| (name, view)).map_err(|e| AdapterError::Tensor { tensor: name.clone(), reason: format!("cannot be stored: {e}") })
     });
     let views = views.collect::<Result<Vec<_>, _>>()?;
-    std::fs::create_dir_all(out).map_err(io)?;
+    if let Some(above) = out.parent() {
+        std::fs::create_dir_all(above).map_err(|e| failed(e.to_string()))?;
+    }
+    std::fs::create_dir(out).map_err(|e| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => failed("it is there already; name a new folder".into()),
+        _ => failed(e.to_string()),
+    })?;
     let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(views, Some(metadata), &out.join("adapter_model.safetensors"))
-        .map_err(|e| AdapterError::Io { path: out.display().to_string(), reason: e.to_string() })?;
-    std::fs::write(out.join("adapter_config.json"), format!("{config:#}\n")).map_err(io)
+    let written = safetensors::serialize_to_file(views, Some(metadata), &out.join("adapter_model.safetensors"))
+        .map_err(|e| e.to_string())
+        .and_then(|()| std::fs::write(out.join("adapter_config.json"), format!("{config:#}\n")).map_err(|e| e.to_string()));
+    written.map_err(|reason| {
+        // The folder is new: nobody else's files are in it, and half an adapter is none.
+        let _ = std::fs::remove_dir_all(out);
+        failed(reason)
+    })
 }

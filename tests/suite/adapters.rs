@@ -328,7 +328,8 @@ fn an_adapter_of_any_format_is_written_as_a_plain_lora_that_says_the_same() {
         for (a, b) in got[0].1.iter().zip(&case.logits) {
             assert!((a - b).abs() < 1e-3, "{name}: {a} for {b}");
         }
-        assert!(write::write(&parsed, &base.config, &out).is_err(), "a folder that is there is not written over");
+        let again = write::write(&parsed, &base.config, &out).expect_err("a folder that is there is not written over").to_string();
+        assert_eq!(again, format!("cannot write {}: it is there already; name a new folder", out.display()));
     }
 }
 
