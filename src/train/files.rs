@@ -62,10 +62,10 @@ impl Directory {
         }
         let settings = path.join(SETTINGS);
         let text = serde_json::to_string_pretty(identity).expect("a map of strings is JSON");
-        match std::fs::read_to_string(&settings) {
+        match std::fs::read(&settings) {
             Ok(there) => {
-                let damaged = |e: serde_json::Error| TrainError::Damaged { path: settings.clone(), reason: e.to_string() };
-                let there: Identity = serde_json::from_str(&there).map_err(damaged)?;
+                let unknown = |e: serde_json::Error| TrainError::Unknown { path: path.to_owned(), reason: e.to_string() };
+                let there: Identity = serde_json::from_slice(&there).map_err(unknown)?;
                 let keys = identity.keys().chain(there.keys());
                 if let Some(key) = keys.into_iter().find(|&k| there.get(k) != identity.get(k)) {
                     let say = |map: &Identity| map.get(key).cloned().unwrap_or_else(|| "none".into());

@@ -107,6 +107,10 @@ pub enum TrainError {
         "the training directory {} was begun with another {what} ({there} there, {here} now); repeat the command it was begun with, or give another --train-dir", path.display()
     )]
     Other { path: PathBuf, what: String, there: String, here: String },
+    #[error(
+        "the training directory {} has a settings.json that cannot be read ({reason}), so that nobody knows what it is of; give another --train-dir", path.display()
+    )]
+    Unknown { path: PathBuf, reason: String },
     #[error("{} is damaged: {reason}; remove it, and the same command makes it anew", path.display())]
     Damaged { path: PathBuf, reason: String },
     #[error(

@@ -655,6 +655,11 @@ fn what_cannot_be_trained_is_refused_in_a_sentence() {
     std::fs::write(folder.0.join("mine-001.checkpoint"), "not a checkpoint").unwrap();
     let damaged = message(world.train(&folder.0, std::slice::from_ref(&subject), &settings, &quietly));
     assert!(damaged.contains("mine-001.checkpoint is damaged") && damaged.contains("remove it"), "{damaged}");
+    for broken in [&b"{\"a"[..], b"", b"\xff", b"[]"] {
+        std::fs::write(folder.0.join("settings.json"), broken).unwrap();
+        let unknown = Directory::open(&folder.0, &identity(&settings)).unwrap_err();
+        assert!(matches!(&unknown, TrainError::Unknown { .. }) && unknown.to_string().ends_with("give another --train-dir"), "{unknown}");
+    }
     std::fs::remove_file(folder.0.join("settings.json")).unwrap();
     let occupied = Directory::open(&folder.0, &identity(&settings)).unwrap_err();
     assert!(matches!(&occupied, TrainError::Occupied { .. }), "{occupied}");
