@@ -29,8 +29,8 @@ const SEED: u64 = 0;
 /// Computes, trains and writes what `strait compress` was asked for, going on where an earlier run in the directory stopped.
 ///
 /// # Errors
-/// Where a profile to train is not there or does not compress, the text is too short, the directory is of another training, the
-/// learning rate too high, or something cannot be written.
+/// Where a profile to train is not there or does not compress, the text is too short, the directory is of another training or is
+/// where the artifact is to lie, the learning rate too high, or something cannot be written.
 pub fn compress(
     ask: &args::Compress,
     (steps, dir): (u64, &Path),
@@ -40,6 +40,11 @@ pub fn compress(
     (how, bar): (&Calibration<'_>, &ProgressBar),
 ) -> anyhow::Result<()> {
     let model = &opened.checkpoint.config;
+    let real = |path: &Path| if path.as_os_str().is_empty() { Path::new(".").canonicalize() } else { path.canonicalize() }.ok();
+    if real(dir).is_some_and(|dir| ask.out.parent().and_then(real) == Some(dir)) {
+        // It could take the place of the artifact that training starts from, and the same command would then start from that.
+        bail!("--out {} lies in the training directory, whose files are the training's own; name another place", ask.out.display());
+    }
     let chosen = chosen(&settings.profiles, &ask.train.train_profiles)?;
     let learning_rate = ask.train.train_lr;
     if !(learning_rate > 0.0 && learning_rate <= 1.0) {

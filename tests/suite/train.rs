@@ -791,6 +791,10 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
         assert_eq!(artifact.layers(&stored.profile).unwrap().len(), 5);
     }
     std::fs::remove_file(&out).unwrap();
+    let start = dir.join("start.safetensors");
+    let within = ["--out", start.to_str().unwrap(), "--tokens", "1100", "--threads", "2", "--train-steps", "3", "--train-dir", dir_text];
+    let within = compress(&[&within[..], &["--train-profiles", "cskv-95,cskv-fast"]].concat()).unwrap_err().to_string();
+    assert!(within.contains(" lies in the training directory, "), "{within}");
     asked("cskv-95,cskv-fast", "3").unwrap();
     assert!(std::fs::read(&out).unwrap() == first);
     let other = asked("cskv-95", "3").unwrap_err().to_string();
