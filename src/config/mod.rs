@@ -279,6 +279,13 @@ fn lora_modules(texts: &[String]) -> Result<Vec<AdapterModule>, ConfigError> {
             let value: serde_json::Value = serde_json::from_str(text).map_err(|_| fault("not valid JSON"))?;
             let list = if let serde_json::Value::Array(list) = value { list } else { vec![value] };
             for one in list {
+                let known = ["name", "path", "base", "base_model_name"]; // the last as vLLM has it: there is one model here
+                if let Some(key) = one.as_object().and_then(|map| map.keys().find(|key| !known.contains(&key.as_str()))) {
+                    return Err(fault(&format!("of an adapter with {key:?}, which is none of name, path and base")));
+                }
+                if one.get("base").is_some_and(|base| !base.is_string()) {
+                    return Err(fault("of a base that is no string"));
+                }
                 let get = |key: &str| one.get(key).and_then(|v| v.as_str()).filter(|s| !s.is_empty());
                 let (Some(name), Some(path)) = (get("name"), get("path")) else { return Err(fault("without a name or a path")) };
                 let base = get("base").unwrap_or("auto").parse().map_err(|e: String| fault(&format!("of a base that {e}")))?;
@@ -342,6 +349,24 @@ mod tests {
         ] {
             let said = read(&[bad]).expect_err(bad);
             assert!(said.starts_with("--allowed-origins has ") && said.contains(&format!("{bad:?}")), "{said}");
+        }
+    }
+
+    #[test]
+    fn what_an_adapter_to_load_is_said_to_be_is_read_whole_or_refused() {
+        let read = |text: &str| lora_modules(&[text.to_owned()]).map_err(|e| e.to_string());
+        for text in [r#"{"name":"p","path":"x","base_model_name":"m"}"#, r#"[{"name":"p","path":"x","base":"auto"}]"#, "p=x"] {
+            let read = read(text).unwrap();
+            assert_eq!((read.len(), read[0].name.as_str(), &read[0].base), (1, "p", &BaseChoice::Auto), "{text}");
+        }
+        for (text, why) in [
+            (r#"{"name":"p","path":"x","pinned":true}"#, "with \"pinned\", which is none of name, path and base"),
+            (r#"{"name":"p","path":"x","base":["pissa"]}"#, "of a base that is no string"),
+            (r#"{"name":"p","path":"x","base":"other"}"#, "of a base that must be auto"),
+            (r#"{"name":"p"}"#, "without a name or a path"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(why), "{error}");
         }
     }
 
