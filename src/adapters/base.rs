@@ -56,7 +56,7 @@ impl Spectra {
             return Ok(triplets);
         }
         let file = self.dir.as_ref().map(|d| d.join(format!("{}.top", place.path())));
-        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| read_triplets(&bytes));
+        let stored = file.as_ref().and_then(|f| kept(f)).and_then(|bytes| read_triplets(&bytes));
         let mut on_disk = true;
         let found = match stored.filter(enough) {
             Some(stored) => stored,
@@ -86,7 +86,7 @@ impl Spectra {
     pub fn left(&self, base: &Checkpoint, place: Place) -> Result<Left, AdapterError> {
         let (rows, cols) = place.shape(&base.config);
         let file = self.dir.as_ref().map(|d| d.join(format!("{}.left", place.path())));
-        let stored = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(|bytes| Left::from_bytes(&bytes).ok());
+        let stored = file.as_ref().and_then(|f| kept(f)).and_then(|bytes| Left::from_bytes(&bytes).ok());
         if let Some(stored) = stored.filter(|l| l.rows == rows) {
             return Ok(stored);
         }
@@ -121,13 +121,20 @@ fn read_triplets(bytes: &[u8]) -> Option<Triplets> {
     [&u, &s, &v].iter().all(|x| x.iter().all(|v| v.is_finite())).then_some(Triplets { rows, cols, u, s, v })
 }
 
-/// Keeps bytes for the next time, whole or not at all; whether that was possible. Where not, it costs time alone.
+/// What [`keep`] wrote, if that is there; what a disk changed is computed anew.
+fn kept(file: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(file).ok()?;
+    let digest = bytes.split_off(bytes.len().checked_sub(blake3::OUT_LEN)?);
+    (blake3::hash(&bytes) == digest[..]).then_some(bytes)
+}
+
+/// Keeps bytes and their digest for the next time, whole or not at all; whether that was possible. Where not, it costs time alone.
 fn keep(file: &Path, bytes: &[u8]) -> bool {
     let write = || -> std::io::Result<()> {
         let dir = file.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(dir)?;
         // Others may write the same at once, on other machines too: the draft's name is taken by one alone.
-        replace_file(file, |w| w.write_all(bytes))
+        replace_file(file, |w| w.write_all(bytes).and_then(|()| w.write_all(blake3::hash(bytes).as_bytes())))
     };
     let written = write();
     if let Err(error) = &written {

@@ -276,6 +276,32 @@ fn with_embedding(root: &Root, golden: &str, name: &str, trained: bool) -> PathB
 }
 
 #[test]
+fn a_decomposition_that_a_disk_changed_is_made_anew() {
+    let root = Root::new("changed", &[]);
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let place = Place::Layer(0, Site::Q);
+    let made = || {
+        let spectra = Spectra::new(Some(&root.0), &base);
+        (spectra.top(&base, place, 4).unwrap(), spectra.left(&base, place).unwrap())
+    };
+    let (top, left) = made();
+    let folder = std::fs::read_dir(&root.0).unwrap().next().unwrap().unwrap().path();
+    let files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(files.len(), 2, "{files:?}");
+    for file in &files {
+        let whole = std::fs::read(file).unwrap();
+        let mut changed = whole.clone();
+        // The sign of a number, which leaves it one that may be there.
+        let (first, size) = if file.extension().unwrap() == "top" { (32, 8) } else { (24, 4) };
+        changed[first + size * 100 + size - 1] ^= 0x80;
+        std::fs::write(file, changed).unwrap();
+        let (again, other) = made();
+        assert!(again.u == top.u && again.s == top.s && again.v == top.v && other == left, "{}", file.display());
+        assert!(std::fs::read(file).unwrap() == whole, "and is kept");
+    }
+}
+
+#[test]
 fn of_an_embedding_nothing_was_taken_whatever_the_initialisation() {
     let root = Root::new("embedding", &[]);
     let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
