@@ -17,6 +17,7 @@ mod cuda_sample;
 mod emulated;
 mod engine;
 mod eval;
+mod eval_command;
 mod factorised;
 mod families;
 mod golden;
