@@ -20,6 +20,10 @@ pub enum RunError {
     Fit(#[from] FitError),
     #[error("--lengths has {length}, and the model takes at most {context} tokens; lower it")]
     TooLong { length: u32, context: u32 },
+    #[error(
+        "the shortest prompt of {task} has {least} tokens, and of a context of {context} an answer of {answer} leaves {room}; no --lengths will do: ask a model of a longer context, or let it have one"
+    )]
+    NoRoom { task: String, least: u32, context: u32, answer: u32, room: u32 },
     #[error("--lengths has 0; prompts have at least one token")]
     NoLength,
     #[error("--n is 0; ask at least one question of each kind")]
@@ -79,7 +83,8 @@ pub fn check_lengths(lengths: &[u32], context: Option<u32>) -> Result<(), RunErr
 /// [`RunError`].
 pub async fn sheet(client: &Client, task: Task, length: u32, n: usize, seed: u64, material: Material<'_>) -> Result<Sheet, RunError> {
     let name = task.to_string();
-    let room = client.context.map_or(length, |c| c.saturating_sub(task.max_tokens(material.style)));
+    let answer = task.max_tokens(material.style);
+    let room = client.context.map_or(length, |c| c.saturating_sub(answer));
     let budget = length.min(room);
     let count = async |question: &Question| client.count(question).await;
     let mut material = material;
@@ -92,8 +97,14 @@ pub async fn sheet(client: &Client, task: Task, length: u32, n: usize, seed: u64
     let mut questions = Vec::new();
     for index in 0..n {
         let seed = seed_of(seed, task, length, index);
-        let (question, ..) = fit(&name, budget, task.least(), |size| task.question(seed, size, material), count).await??;
-        questions.push(question);
+        match fit(&name, budget, task.least(), |size| task.question(seed, size, material), count).await? {
+            Ok((question, ..)) => questions.push(question),
+            // What was asked for is not what it lacks.
+            Err(FitError::TooShort { task, least, budget: room }) if room < length => {
+                return Err(RunError::NoRoom { task, least, context: client.context.unwrap_or(length), answer, room });
+            }
+            Err(other) => return Err(other.into()),
+        }
     }
     Ok(Sheet { task: name, length: Some(length), questions })
 }

@@ -80,6 +80,11 @@ fn report<R: std::fmt::Display + serde::Serialize>(report: &R) -> anyhow::Result
     Ok((report.to_string(), serde_json::to_string_pretty(report)?))
 }
 
+/// Tells what was measured before something failed: hours may have gone into it.
+fn tell(measured: &impl std::fmt::Display) {
+    eprintln!("measured until it failed:\n{}", measured.to_string().trim_end());
+}
+
 /// Needles by name; one of each sort when none is named.
 fn kinds(names: &[String]) -> anyhow::Result<Vec<Task>> {
     if names.is_empty() {
@@ -207,9 +212,8 @@ impl Examiner {
         };
         let asked = ask_all().await;
         bar.finish_and_clear();
-        // Hours may have gone into what was measured before a server went away.
         if asked.is_err() && !answers.cells.is_empty() {
-            eprintln!("measured until it failed:\n{}", answers.to_string().trim_end());
+            tell(&answers);
         }
         asked?;
         report(&answers)
@@ -302,6 +306,7 @@ async fn forced(ask: &args::Forced, kl: bool) -> anyhow::Result<Report> {
         bail!("--n is 0; score at least one sequence");
     }
     run::check_lengths(&ask.lengths, None)?;
+    ask.lengths.iter().try_for_each(|&length| scored(ask, length).map(drop))?;
     let text = run::read_text(&ask.text)?;
     match &ask.asked.url {
         Some(_) if kl => bail!(
@@ -322,6 +327,37 @@ fn prompt_of(ask: &args::Forced, length: u32) -> usize {
     ((f64::from(length) * ask.prompt_share) as usize).max(1)
 }
 
+/// Tokens of a sequence that are scored: those behind its prompt, but for the first, which follows from the exact prefill alone.
+fn scored(ask: &args::Forced, length: u32) -> anyhow::Result<usize> {
+    if length < 3 {
+        bail!(
+            "--lengths has {length}; a sequence has a token of prompt, one that follows from it, and one that is scored: give at least 3"
+        );
+    }
+    match (length as usize - 1).checked_sub(prompt_of(ask, length)) {
+        None | Some(0) => bail!(
+            "--prompt-share is {}, which leaves none of a sequence of {length} tokens to score; lower it, or raise --lengths",
+            ask.prompt_share
+        ),
+        Some(scored) => Ok(scored),
+    }
+}
+
+/// The sequences of every length, of which there are enough for an interval: before hours go into the first.
+fn sheets(ask: &args::Forced, tokens: &[u32], begin: &[u32]) -> anyhow::Result<Vec<(u32, Vec<Vec<u32>>)>> {
+    let sheet = |&length: &u32| {
+        let sequences = run::sequences(&ask.text, tokens, begin, length, ask.n)?;
+        let scored = scored(ask, length)?;
+        if sequences.len() * scored.div_ceil(64) < 2 {
+            bail!(
+                "{scored} scored tokens are too few for an interval, which takes two blocks of 64; raise --lengths or --n, give a longer text, or lower --prompt-share"
+            );
+        }
+        Ok((length, sequences))
+    };
+    ask.lengths.iter().map(sheet).collect()
+}
+
 /// Perplexity by the log-probabilities of an echoed prompt.
 async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Report> {
     if !ask.asked.profiles.is_empty() {
@@ -337,21 +373,34 @@ async fn echoed(ask: &args::Forced, url: &str, text: &str) -> anyhow::Result<Rep
     let (plain, special) = (client.tokenize("a", false).await?, client.tokenize("a", true).await?);
     let begin = &special[..special.len().saturating_sub(plain.len())];
     let tokens = first_tokens(text, needed(ask), async |text| client.tokenize(text, false).await).await?;
-    let mut rows = Vec::new();
-    for &length in &ask.lengths {
-        let sequences = run::sequences(&ask.text, &tokens, begin, length, ask.n)?;
+    let origin = Origin { model: client.model.clone(), asked: url.to_owned(), bases: None };
+    let mut measured = Forced { origin, interval: STUDENT, kl: false, rows: Vec::new() };
+    for (length, sequences) in sheets(ask, &tokens, begin)? {
         let prompt = prompt_of(ask, length);
         let mut said = Said::default();
-        for sequence in &sequences {
-            let scores = client.score(sequence).await?;
+        for (done, sequence) in sequences.iter().enumerate() {
+            let scores = match client.score(sequence).await {
+                Ok(scores) => scores,
+                Err(failed) => {
+                    measured.rows.extend(row(None, length, prompt, done, &said, false));
+                    return Err(until(&measured, failed));
+                }
+            };
             // `scores[i]` is of token `i + 1`; the same tokens as in process.
             let scored = scores.get(prompt..).unwrap_or_default();
             said.surprise.extend(scored.chunks(64).map(|c| Block { n: c.len() as u32, sum: -c.iter().sum::<f64>() }));
         }
-        rows.push(row(None, length, prompt, sequences.len(), &said, false)?);
+        measured.rows.push(row(None, length, prompt, sequences.len(), &said, false)?);
     }
-    let origin = Origin { model: client.model.clone(), asked: url.to_owned(), bases: None };
-    report(&Forced { origin, interval: STUDENT, kl: false, rows })
+    report(&measured)
+}
+
+/// What failed, once what was measured before is told.
+fn until(measured: &Forced, failed: impl Into<anyhow::Error>) -> anyhow::Error {
+    if !measured.rows.is_empty() {
+        tell(measured);
+    }
+    failed.into()
 }
 
 /// Perplexity and divergence of a model of this process.
@@ -383,38 +432,40 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let tokenizer = &ready.opened.tokenizer;
     let (begin, tokens) = (tokenizer.encode("", true, false)?, tokenizer.encode_first(text, needed(ask))?);
     let bar = progress("reading {bar:32} {pos}/{len} sequences, {eta} left");
-    let sheets: Vec<(u32, Vec<Vec<u32>>)> = ask
-        .lengths
-        .iter()
-        .map(|&length| Ok((length, run::sequences(&ask.text, &tokens, &begin, length, ask.n)?)))
-        .collect::<Result<_, RunError>>()?;
+    let sheets = sheets(ask, &tokens, &begin)?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
     let Runner::Host(host) = &mut ready.parts.runner else { unreachable!("loaded for the CPU") };
     let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles, adapter: delta.as_deref() };
-    let mut rows = Vec::new();
+    let under = ask.adapter.as_ref().map_or_else(String::new, |path| format!(", adapter {}", path.display()));
+    let origin = Origin { model: ready.names[0].clone(), asked: format!("in process{under}"), bases: told(&ready.bases) };
+    let mut measured = Forced { origin, interval: STUDENT, kl, rows: Vec::new() };
     for (length, sequences) in sheets {
         let prompt = prompt_of(ask, length);
         let mut said = vec![Said::default(); lanes.len()];
-        for sequence in &sequences {
-            force(&mut machine, (full, &lanes), sequence, prompt, &mut said)?;
+        for (done, sequence) in sequences.iter().enumerate() {
+            // One that fails in its midst was read under some profiles further than under others.
+            let before = said.clone();
+            if let Err(failed) = force(&mut machine, (full, &lanes), sequence, prompt, &mut said) {
+                bar.finish_and_clear();
+                measured.rows.extend(
+                    lanes.iter().zip(&before).filter_map(|(&lane, said)| row(Some(names[lane]), length, prompt, done, said, true).ok()),
+                );
+                return Err(until(&measured, failed));
+            }
             bar.inc(1);
         }
         for (&lane, said) in lanes.iter().zip(&said) {
-            rows.push(row(Some(names[lane]), length, prompt, sequences.len(), said, true)?);
+            measured.rows.push(row(Some(names[lane]), length, prompt, sequences.len(), said, true)?);
         }
     }
     bar.finish_and_clear();
-    let under = ask.adapter.as_ref().map_or_else(String::new, |path| format!(", adapter {}", path.display()));
-    let origin = Origin { model: ready.names[0].clone(), asked: format!("in process{under}"), bases: told(&ready.bases) };
-    report(&Forced { origin, interval: STUDENT, kl, rows })
+    report(&measured)
 }
 
 /// The line of one profile at one length.
 fn row(profile: Option<&str>, length: u32, prompt: usize, sequences: usize, said: &Said, compared: bool) -> anyhow::Result<ForcedRow> {
     let tokens: u32 = said.surprise.iter().map(|b| b.n).sum();
-    let surprise = student(&said.surprise).with_context(|| {
-        format!("{tokens} scored tokens are too few for an interval, which takes two blocks of 64; raise --lengths or --n, or lower --prompt-share")
-    })?;
+    let surprise = student(&said.surprise).context("fewer than two blocks of tokens were scored")?;
     let over = |blocks: &[Block]| student(blocks).filter(|_| compared);
     Ok(ForcedRow {
         profile: profile.map(str::to_owned),

@@ -193,6 +193,35 @@ async fn a_server_that_fails_is_asked_no_more_and_what_it_said_before_is_told() 
     assert_eq!(std::fs::read_to_string(&file.0).unwrap().lines().count(), 3, "of what was answered");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn perplexities_of_before_a_server_failed_are_told() {
+    let models = json!({ "data": [{ "id": "it" }] });
+    let tokenize = async |Json(body): Json<Value>| Json(json!({ "tokens": body["prompt"].as_str().unwrap().as_bytes() }));
+    let score = async |Json(body): Json<Value>| -> Response {
+        let n = body["prompt"].as_array().unwrap().len();
+        if n > 300 {
+            return (StatusCode::INTERNAL_SERVER_ERROR, r#"{"error": {"message": "no such luck"}}"#).into_response();
+        }
+        let scores: Vec<Value> = std::iter::once(Value::Null).chain((0..n).map(|_| json!(-1.0))).collect();
+        Json(json!({ "choices": [{ "logprobs": { "token_logprobs": scores } }] })).into_response()
+    };
+    let app = axum::Router::new().route("/v1/models", get(async move || Json(models))).route("/v1/completions", post(score));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, app.route("/tokenize", post(tokenize))).await });
+    let text = Scratch::new("scored", "The river bends twice before the mill. ".repeat(40).as_bytes());
+    let ask = move || strait(&["eval", "ppl", "--url", &url, "--text", text.0.to_str().unwrap(), "--lengths", "200,400", "--n", "2"]);
+    let out = tokio::task::spawn_blocking(ask).await.unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(1) && out.stdout.is_empty(), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    let ["measured until it failed:", origin, header, row, failed] = lines[..] else { panic!("{said}") };
+    assert!(origin.starts_with("it (http") && header.starts_with("profile"), "{said}");
+    let row: Vec<&str> = row.split_whitespace().take(6).collect();
+    assert_eq!(row, ["-", "200", "100", "2", "198", "2.7183"]);
+    assert_eq!(failed, "strait: the server refused /v1/completions with status 500: no such luck");
+}
+
 #[test]
 fn urls_are_read_strictly() {
     for good in ["http://localhost:8000", "http://localhost:8000/", "http://10.0.0.1/v1", "http://[::1]:80/proxy/v1/"] {
@@ -316,6 +345,8 @@ fn every_mistake_is_one_sentence_with_its_mend() {
     let text = Scratch::new("text", "A few words.".as_bytes());
     let empty = Scratch::new("empty", b" \n");
     let latin = Scratch::new("latin", b"caf\xe9");
+    let short = Scratch::new("short", b"max-model-len = 240\n");
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/demo_prompts.jsonl");
     let file = |s: &Scratch| s.0.to_str().unwrap().to_owned();
     // Nobody listens on a port that was just given back.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -326,6 +357,7 @@ fn every_mistake_is_one_sentence_with_its_mend() {
         (&["lines", "--lengths", "0"], "--lengths has 0"),
         (&["lines", "--n", "0"], "--n is 0"),
         (&["lines", "--lengths", "64"], "the shortest prompt of lines has"),
+        (&["lines", "--lengths", "230", "--config", &file(&short)], " tokens, and of a context of 240 an answer of 100 leaves 140; no"),
         (&["niah", "--kinds", "single_9"], "there is no kind of needle \"single_9\"; choose from single_1"),
         (&["niah", "--haystack", &file(&empty)], "holds no text"),
         (&["kl", "--text", &file(&empty)], "holds no text; give one that does"),
@@ -333,6 +365,15 @@ fn every_mistake_is_one_sentence_with_its_mend() {
         (&["ppl", "--text", "/nowhere/at/all"], "cannot read /nowhere/at/all"),
         (&["ppl", "--text", &file(&text)], "too few for a sequence of 1024"),
         (&["ppl", "--text", &file(&text), "--prompt-share", "1"], "--prompt-share is 1"),
+        (
+            &["kl", "--text", &file(&text), "--lengths", "64,2"],
+            "--lengths has 2; a sequence has a token of prompt, one that follows from it,",
+        ),
+        (
+            &["kl", "--text", &file(&text), "--lengths", "9", "--prompt-share", "0.9"],
+            "leaves none of a sequence of 9 tokens to score; lower it",
+        ),
+        (&["kl", "--text", golden, "--lengths", "256,100", "--n", "1"], "49 scored tokens are too few for an interval"),
         (&["kl", "--text", &file(&text), "--url", &down], "run it in process"),
         (&["ppl", "--text", &file(&text), "--url", &down, "--profiles", "full"], "knows no --profiles"),
         (&["lines", "--url", &down], "is the server running there?"),
