@@ -2,7 +2,7 @@
 
 use super::Config;
 use super::profile::ProfileSizes;
-use crate::ids::ProfileIndex;
+use crate::ids::{PAGE_TOKENS, ProfileIndex};
 use crate::pages::PagePool;
 
 /// Whether a request could run alone in a pool: `(need, have)` in bytes of whole slabs when it could not.
@@ -35,22 +35,29 @@ impl Fit {
         alone(&self.pool, profile, &self.profiles[usize::from(profile.0)], prompt, max_new)
     }
 
-    /// Bytes that a prompt of `positions - 1` tokens and one more need at their largest, in whole slabs.
+    /// Bytes that a prompt of up to `positions - 1` tokens and one more need at their largest, in whole slabs. A prompt that ends with
+    /// a page may need less than a shorter one.
     ///
     /// # Panics
     /// For a profile that is not in the configuration.
     pub fn need(&self, profile: ProfileIndex, positions: u32) -> u64 {
-        let peaks = self.profiles[usize::from(profile.0)].peaks(positions.saturating_sub(1).max(1), 1);
-        peaks.map(|need| self.pool.alone(&need.of(profile)).0).into_iter().max().unwrap_or(0)
+        let peaks = up_to(positions.saturating_sub(1).max(1)).flat_map(|prompt| self.profiles[usize::from(profile.0)].peaks(prompt, 1));
+        peaks.map(|need| self.pool.alone(&need.of(profile)).0).max().unwrap_or(0)
     }
 
-    /// The longest prompt, with one token of answer, that could run alone; at most `limit`.
+    /// The longest prompt, with one token of answer, that could run alone, as could all shorter ones; at most `limit`.
     pub fn longest(&self, profile: ProfileIndex, limit: u32) -> u32 {
         let (mut fits, mut fails) = (0, limit.saturating_add(1));
         while fails - fits > 1 {
             let middle = fits + (fails - fits) / 2;
-            if self.check(profile, middle, 1).is_ok() { fits = middle } else { fails = middle }
+            if up_to(middle).all(|prompt| self.check(profile, prompt, 1).is_ok()) { fits = middle } else { fails = middle }
         }
         fits
     }
+}
+
+/// The prompts that stand for all up to this long: what one needs falls where its last page is full, but is no less than what one
+/// that is a page shorter needs.
+fn up_to(prompt: u32) -> impl Iterator<Item = u32> {
+    prompt.saturating_sub(PAGE_TOKENS - 1).max(1)..=prompt
 }

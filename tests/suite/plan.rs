@@ -1,8 +1,10 @@
 //! The planner's numbers, against numbers worked out by hand.
 
+use strait::ids::ProfileIndex;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile, Width, Widths};
 use strait::model::config::ModelConfig;
 use strait::plan::{Ask, Plan, PlannedProfile, ProfilePlan, Requests, SealedPage, plan};
+use strait::scheduler::{Config, Fit, ProfileSizes};
 use strait::step::sealed_len;
 
 use crate::artifact::{cskv, model};
@@ -148,6 +150,36 @@ fn an_artifacts_ranks_replace_the_shares() {
 fn an_arena_below_one_slab_holds_nothing() {
     let ProfilePlan { max_prompt_tokens, max_context_tokens, requests, .. } = &planned(&llama_31_8b(), (8 << 20) - 1, &[1]).profiles[2];
     assert_eq!((*max_prompt_tokens, *max_context_tokens, requests[0].fit), (0, 0, 0));
+}
+
+/// A server's banner and `/v1/capacity` say what was planned, and no shorter prompt is refused then.
+#[test]
+fn the_scheduler_says_of_the_longest_prompt_what_the_plan_says() {
+    let model = model(3, 4, 2, 16);
+    for (window, arena_bytes) in [(64, 3 << 20), (1, 1 << 20), (100, 2 << 20), (0, 3 << 20)] {
+        let small = Profile { name: "p".into(), cskv: Some(Cskv::shares((0.25, 0.5), 4, (window, 4), BasisKind::Joint)) };
+        let profiles = [Profile { name: "full".into(), cskv: None }, small].map(|profile| PlannedProfile { profile, widths: None });
+        let planned = plan(&Ask { model: &model, exact: ExactType::F32, profiles: &profiles, arena_bytes, lengths: &[] });
+        let fit = Fit::new(&Config {
+            max_num_seqs: 1,
+            max_num_batched_tokens: 128,
+            max_queued_requests: 1,
+            max_queued_tokens: 1,
+            layers: 3,
+            max_model_len: 1 << 24,
+            arena_bytes,
+            profiles: profiles.iter().map(|p| ProfileSizes::of(&PageLayout::new(&model, ExactType::F32, &p.profile, None))).collect(),
+            prefix_caching: false,
+            hash_secret: [0; 32],
+            model_digest: [0; 32],
+        });
+        for (p, i) in planned.profiles.iter().zip(0..) {
+            let longest = fit.longest(ProfileIndex(i), u32::MAX / 2);
+            assert_eq!(longest, p.max_prompt_tokens, "{} with a window of {window}", p.name);
+            assert!((1..=longest).all(|n| fit.check(ProfileIndex(i), n, 1).is_ok()));
+            assert!((1..longest + 200).map(|n| fit.need(ProfileIndex(i), n)).is_sorted(), "no longer prompt needs less");
+        }
+    }
 }
 
 #[test]
