@@ -103,6 +103,8 @@ pub enum HeaderError {
         "claims a header of {header} bytes, and after its length field only {left} bytes follow; the file is truncated or not safetensors: download it again"
     )]
     Length { header: u64, left: u64 },
+    #[error("is a Git LFS pointer and not the file it stands for; `git lfs pull` in that folder fetches it")]
+    Pointer,
     #[error("claims a header of {header} bytes, more than the {limit} allowed; the file is damaged or hostile")]
     TooLarge { header: u64, limit: u64 },
     #[error("has a header that does not parse ({reason}); download it again")]
@@ -137,6 +139,10 @@ pub fn parse(bytes: &[u8], limits: Limits) -> Result<BTreeMap<String, Entry>, He
 /// As [`parse`].
 pub fn parse_head(head: &[u8], file: u64, limits: Limits) -> Result<BTreeMap<String, Entry>, HeaderError> {
     let Some((length, rest)) = head.split_first_chunk::<8>() else { return Err(HeaderError::TooShort { file }) };
+    // The first word of what stands for a file where Git LFS did not fetch it; no length begins so.
+    if length == b"version " {
+        return Err(HeaderError::Pointer);
+    }
     let header = u64::from_le_bytes(*length);
     let left = file.saturating_sub(8);
     if header > limits.header_bytes {

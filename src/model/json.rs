@@ -10,6 +10,9 @@ use serde_json::{Map, Number, Value};
 ///
 /// Depth is bounded by the parser (128). Memory is about 24 times the input, so callers cap the input.
 pub fn parse(bytes: &[u8]) -> Result<Value, String> {
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err("it is a Git LFS pointer and not the file it stands for, which `git lfs pull` in that folder fetches".to_owned());
+    }
     serde_json::from_slice::<Unique>(bytes).map(|v| v.0).map_err(|e| shown(&e.to_string(), 200))
 }
 
@@ -120,6 +123,8 @@ mod tests {
         let error = parse(br#"{"a":{"b":1,"b":2}}"#).unwrap_err();
         assert!(error.contains("`b` is given twice"), "{error}");
         assert!(parse("[".repeat(100_000).as_bytes()).is_err());
+        let pointer = parse(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n").unwrap_err();
+        assert!(pointer.contains("git lfs pull"), "{pointer}");
     }
 
     #[test]

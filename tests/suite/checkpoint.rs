@@ -224,6 +224,12 @@ fn a_file_cut_at_any_byte_is_refused() {
     for n in [0, 1, 7, 8, 9, 100, whole.len() - 1] {
         refused(open(&config, &whole[..n]), &["model.safetensors", "download it again"]);
     }
+    // What a clone has where Git LFS fetched nothing, mapped or not.
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 2471645608\n";
+    refused(open(&config, pointer), &["model.safetensors is a Git LFS pointer", "`git lfs pull`"]);
+    let folder = Folder::new();
+    folder.put("config.json", config.to_string()).put("model.safetensors", pointer);
+    refused(Unmapped::open(&folder.0), &["model.safetensors is a Git LFS pointer"]);
 }
 
 #[test]
