@@ -39,8 +39,8 @@ pub enum ConfigError {
     Missing { file: &'static str, key: &'static str },
     #[error("{file} has `{key}` = {value}, and {want} is needed")]
     Value { file: &'static str, key: String, value: String, want: String },
-    #[error("config.json has `{key}` = {value}, which this server does not compute ({why}); serve a model without it")]
-    Unsupported { key: String, value: String, why: String },
+    #[error("config.json has `{key}` = {value}, which this server does not compute ({why}); {mend}")]
+    Unsupported { key: String, value: String, why: String, mend: String },
     #[error(
         "config.json has `{key}` = {value}, a key this server does not know and cannot prove harmless; remove it if it does not change the model"
     )]
@@ -419,7 +419,16 @@ fn rope(f: &mut Fields, stated: usize, warnings: &mut Vec<String>) -> Result<(Ro
             let original_max_positions = original as f64;
             (RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor, truncate }, scaled)
         }
-        _ => return Err(unsupported(&format!("{key}.rope_type"), &kind, "supported are default, linear, llama3 and yarn")),
+        _ => {
+            let why = "supported are default, linear, llama3 and yarn";
+            let mut refused = unsupported(&format!("{key}.rope_type"), &kind, why);
+            if let (Some("dynamic"), ConfigError::Unsupported { mend, .. }) = (kind.as_str(), &mut refused) {
+                // Frequencies follow the length of a sequence once that is beyond these, and are the plain ones before.
+                let how = if key == "rope_scaling" { "remove rope_scaling" } else { "make rope_type default, without a factor" };
+                *mend = format!("up to {stated} positions the model is the same without it: to serve so much, {how}");
+            }
+            return Err(refused);
+        }
     };
     if let Some((name, value)) = r.map.iter().find(|(k, v)| !v.is_null() && !r.used.contains(k)) {
         return Err(ConfigError::UnknownKey { key: format!("{key}.{}", shown(name, 60)), value: shown_value(value) });
@@ -512,7 +521,27 @@ fn rest(f: &Fields, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
 }
 
 fn unsupported(key: &str, value: &Value, why: &str) -> ConfigError {
-    ConfigError::Unsupported { key: shown(key, 60), value: shown_value(value), why: why.to_owned() }
+    ConfigError::Unsupported { key: shown(key, 60), value: shown_value(value), why: why.to_owned(), mend: mend(key, value) }
+}
+
+/// What to do about a key that is not computed.
+fn mend(key: &str, value: &Value) -> String {
+    let number = |name: &str| value.get(name).and_then(Value::as_u64);
+    match key {
+        "quantization_config" | "compression_config" | "quantization" => {
+            "serve the checkpoint in BF16, F16 or F32 that this one was made of".to_owned()
+        }
+        // Positions are counted within chunks that overlap by the local size; in the first chunk they are as ever.
+        "dual_chunk_attention_config" => {
+            match number("chunk_size").zip(number("local_size")).and_then(|(chunk, local)| chunk.checked_sub(local)) {
+                Some(n) => format!(
+                    "up to {n} positions attention is the same without it: to serve so much, remove the key, and make max_position_embeddings {n} or give --max-model-len {n}"
+                ),
+                None => "serve a model without it".to_owned(),
+            }
+        }
+        _ => "serve a model without it".to_owned(),
+    }
 }
 
 fn wrong(file: &'static str, key: &str, value: &Value, want: String) -> ConfigError {

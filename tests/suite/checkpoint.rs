@@ -572,6 +572,15 @@ fn both_spellings_of_rope_mean_the_same() {
 fn what_is_not_computed_is_refused_by_name() {
     let cases = [
         (json!({ "quantization_config": { "quant_method": "gptq" } }), &["quantization_config", "gptq", "quantised"][..]),
+        (json!({ "quantization_config": { "quant_method": "fp8" } }), &["fp8", "BF16, F16 or F32 that this one was made of"]),
+        (
+            json!({ "dual_chunk_attention_config": { "chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144 } }),
+            &["dual_chunk_attention_config", "up to 253952 positions", "remove the key", "--max-model-len 253952"],
+        ),
+        (
+            json!({ "dual_chunk_attention_config": { "chunk_size": 1, "local_size": 2 } }),
+            &["chunked attention", "serve a model without it"],
+        ),
         (json!({ "hidden_act": "gelu" }), &["hidden_act", "gelu"]),
         (json!({ "partial_rotary_factor": 0.5 }), &["partial_rotary_factor", "0.5"]),
         (json!({ "rope_parameters": { "rope_type": "default", "partial_rotary_factor": 0.5 } }), &["partial_rotary_factor", "0.5"]),
@@ -607,6 +616,14 @@ fn what_is_not_computed_is_refused_by_name() {
         (json!({ "model_type": null }), &["no `model_type`"]),
         (json!({ "architectures": ["LlamaForSequenceClassification"] }), &["architectures", "LlamaForSequenceClassification"]),
         (json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }), &["rope_type", "dynamic"]),
+        (
+            json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }),
+            &["up to 128 positions the model is the same", "remove rope_scaling"],
+        ),
+        (
+            json!({ "rope_parameters": { "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4 } }),
+            &["make rope_type default, without a factor"],
+        ),
         (json!({ "rope_scaling": { "type": "longrope", "short_factor": [1.0], "long_factor": [1.0] } }), &["longrope"]),
         (json!({ "rope_scaling": { "type": "mrope", "rope_type": "default" } }), &["rope_type", "mrope", "contradict"]),
         (json!({ "rope_scaling": { "rope_type": "linear" } }), &["no `factor`"]),
