@@ -40,7 +40,7 @@ pub struct Plan {
     /// The largest page of all profiles.
     pub slab_bytes: u64,
     pub slabs: u64,
-    /// Longest sequence the model was made for; what fits may be longer.
+    /// Longest sequence that is served, as far as it is known; what fits may be longer.
     pub max_positions: usize,
     pub profiles: Vec<ProfilePlan>,
 }

@@ -157,6 +157,11 @@ const INDEX_BYTES_MAX: u64 = 64 << 20;
 /// Weights in a form that is not loaded.
 const PICKLED: [&str; 3] = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model_checkpoint.pt"];
 
+/// How long sequences may be that full attention computes as the model was made to.
+fn computed_as_made(config: &ModelConfig, sliding_window: Option<usize>) -> usize {
+    sliding_window.map_or(config.max_positions, |window| window.min(config.max_positions))
+}
+
 /// What `config.json` says of a model whose weights are not in its folder, in any form: one that may yet be downloaded. `None` where they are.
 ///
 /// # Errors
@@ -298,7 +303,7 @@ impl Checkpoint {
         }
         if halves > 0 {
             self.warnings
-                .push(format!("{halves} tensors are stored as F16 and are held as F32, which is exact; --dtype bf16 halves that memory"));
+                .push(format!("{halves} tensors are stored as F16: they are held as F32, which is exact, or rounded with --dtype bf16, which takes half of that"));
         }
         if let (true, Some(head)) = (self.config.tied, self.stored(weights::HEAD)?) {
             let embed = self.stored(weights::EMBED)?.expect("checked above");
@@ -376,8 +381,18 @@ impl Checkpoint {
     /// Where that file cannot be read, or describes what is not computed here.
     pub fn longest(dir: &Path) -> Result<usize, CheckpointError> {
         let parsed = config_json::parse(&read_file(&dir.join("config.json"), CONFIG_BYTES_MAX)?)?;
-        let positions = parsed.config.max_positions;
-        Ok(parsed.sliding_window.map_or(positions, |window| window.min(positions)))
+        Ok(computed_as_made(&parsed.config, parsed.sliding_window))
+    }
+
+    /// The same of a folder that is open.
+    pub fn positions(&self) -> usize {
+        computed_as_made(&self.config, self.sliding_window)
+    }
+
+    /// Whether [`Checkpoint::weights`] would hold the embedding in bf16. Converts nothing.
+    pub fn is_held_in_bf16(&self, dtype: LoadDtype) -> bool {
+        let stored = self.tensors.get(weights::EMBED).map(|t| t.entry.dtype);
+        dtype == LoadDtype::Bf16 || dtype == LoadDtype::Auto && stored == Some(Dtype::Bf16)
     }
 
     /// Identity of the model: of the configuration as resolved, of every tensor's name, type and shape, and of a

@@ -242,7 +242,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     checkpoint.check_context(context as usize)?;
     let ops: Box<dyn Ops> = Box::new(Cpu::new(settings.threads));
     let weights = ready::weights(&opened, settings.dtype);
-    let exact = ready::exact_type(&weights);
+    let exact = ready::exact_type(checkpoint, settings.dtype);
     let weight_bytes = checkpoint.stored_bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
     let device = device(settings.device, settings.own_kernels)?;

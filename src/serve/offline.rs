@@ -1,9 +1,10 @@
 //! Commands that need no running server: `plan` and `compress`, which `train` carries on.
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::compress::artifact::Artifact;
@@ -34,23 +35,35 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
         kv_cache_memory_bytes: ask.kv_cache_memory_bytes,
         ..ServeFlags::default()
     })?;
+    if ask.lengths.contains(&0) {
+        bail!("--lengths has 0; a request has at least one token");
+    }
     let arena_bytes = settings.kv_cache_memory_bytes.unwrap_or(PLANNED);
     check_arena(arena_bytes)?;
-    let (model, stored, (specs, artifact)) = match &ask.model {
+    let (mut model, window, stored, (specs, artifact)) = match &ask.model {
         // Before a model is downloaded, its configuration says what will fit. What an artifact is of, only weights say.
         Some(dir)
             if settings.compression.is_none()
                 && let Some(known) = checkpoint::without_weights(dir)? =>
         {
             let stored = known.dtype.as_deref().map(|name| if name == "bfloat16" { ExactType::Bf16 } else { ExactType::F32 });
-            (known.config, stored, (settings.profiles.clone(), None))
+            (known.config, known.sliding_window, stored, (settings.profiles.clone(), None))
         }
         model => {
             let opened = Source::of(model.as_ref()).open()?;
-            let stored = ready::exact_type(&ready::weights(&opened, LoadDtype::Auto));
-            (opened.checkpoint.config.clone(), Some(stored), ready::described(&opened, &settings)?)
+            let checkpoint = opened.checkpoint;
+            let stored = ready::exact_type(checkpoint, LoadDtype::Auto);
+            (checkpoint.config.clone(), checkpoint.sliding_window, Some(stored), ready::described(&opened, &settings)?)
         }
     };
+    // Of the lengths that a server would take, and what it would refuse is not planned with.
+    model.max_positions = window.map_or(model.max_positions, |window| window.min(model.max_positions));
+    if let Some(asked) = settings.max_model_len.map(|n| n as usize) {
+        if asked > model.max_positions {
+            bail!("max-model-len is {asked}, and the model computes up to {} positions as it was made to; lower it", model.max_positions);
+        }
+        model.max_positions = asked;
+    }
     let exact = match settings.dtype {
         LoadDtype::Bf16 => ExactType::Bf16,
         LoadDtype::F32 => ExactType::F32,
@@ -67,15 +80,15 @@ pub fn plan(ask: &args::Plan) -> anyhow::Result<()> {
             _ => None,
         };
         if let (None, Some(Cskv { size: Size::Budget(_), .. })) = (&widths, &profile.cskv) {
-            anyhow::bail!(
+            bail!(
                 "cache profile {:?} is a budget, which an artifact spreads: make one with `strait compress` and give it with --compression",
                 profile.name
             );
         }
         profiles.push(PlannedProfile { profile, widths });
     }
-    let mut lengths: Vec<u32> = ask.lengths.iter().copied().filter(|&n| n > 0).collect();
-    lengths.dedup();
+    let mut seen = HashSet::new();
+    let lengths: Vec<u32> = ask.lengths.iter().copied().filter(|&n| seen.insert(n)).collect();
     let plan = arithmetic(&Ask { model: &model, exact, profiles: &profiles, arena_bytes, lengths: &lengths });
     let text = if ask.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
     writeln!(std::io::stdout(), "{}", text.trim_end())?;
@@ -92,7 +105,7 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     let mut settings =
         Settings::resolve(&ServeFlags { config: ask.config.clone(), threads: ask.threads, dtype: ask.dtype, ..ServeFlags::default() })?;
     let opened = Source::of(ask.model.as_ref()).open()?;
-    let exact = ready::exact_type(&ready::weights(&opened, settings.dtype));
+    let exact = ready::exact_type(opened.checkpoint, settings.dtype);
     let full = PageLayout::new(&opened.checkpoint.config, exact, &Profile { name: "full".into(), cskv: None }, None).bytes_per_token();
     let shares = BUDGETED.into_iter().filter(|(name, ..)| !ask.uniform && !settings.defined.iter().any(|d| d == name));
     let shares = shares.map(|(name, share, basis)| budget(name.to_owned(), (full * share) as u32, full, basis));
@@ -113,7 +126,8 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
         }
     };
     let ops = Cpu::new(settings.threads);
-    let positions = opened.checkpoint.config.max_positions.min(ask.tokens.max(1));
+    // No text is longer than the model computes as it was made to.
+    let positions = opened.checkpoint.positions().min(ask.tokens.max(1));
     let mut decoder = Decoder::new(&opened.checkpoint.config, ready::weights(&opened, settings.dtype), positions, 512);
     for profile in &settings.profiles {
         ready::check_basis(profile, &opened.checkpoint.config)?;

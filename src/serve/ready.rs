@@ -17,7 +17,7 @@ use crate::kv::layout::{BasisKind, ExactType, Init, PageLayout, Profile, Quantis
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, ReadyProfile};
-use crate::model::weights::{Data, LayerWeights, LoadDtype, ModelWeights};
+use crate::model::weights::{LayerWeights, LoadDtype, ModelWeights};
 use crate::ops::{Matrix, Ops};
 use crate::text::Tokenizer;
 
@@ -84,12 +84,9 @@ pub fn folder_name(dir: &Path) -> String {
     real.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// In which type exact keys and values are kept: that of the weights.
-pub fn exact_type(weights: &ModelWeights<'_>) -> ExactType {
-    match weights.embed.data {
-        Data::Bf16(_) => ExactType::Bf16,
-        Data::F32(_) => ExactType::F32,
-    }
+/// In which type exact keys and values are kept: that which the weights are held in.
+pub fn exact_type(checkpoint: &Checkpoint, dtype: LoadDtype) -> ExactType {
+    if checkpoint.is_held_in_bf16(dtype) { ExactType::Bf16 } else { ExactType::F32 }
 }
 
 /// Where the bases of the compressed profiles came from, for the operator. Neither where no profile compresses.

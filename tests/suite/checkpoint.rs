@@ -208,6 +208,20 @@ fn an_odd_header_costs_a_copy_and_nothing_else() {
     }
 }
 
+/// What is asked before anything is converted is what it comes to.
+#[test]
+fn how_weights_would_be_held_is_known_without_them() {
+    let config = config();
+    for stored in ["F32", "F16", "BF16"] {
+        let checkpoint = open(&config, &file(&tensors(&config, stored))).unwrap();
+        for dtype in [LoadDtype::Auto, LoadDtype::Bf16, LoadDtype::F32] {
+            let held = matches!(checkpoint.weights(dtype).embed.data, Data::Bf16(_));
+            assert_eq!(checkpoint.is_held_in_bf16(dtype), held, "{stored} as {dtype:?}");
+        }
+        assert_eq!(checkpoint.positions(), checkpoint.config.max_positions);
+    }
+}
+
 #[test]
 fn a_file_cut_at_any_byte_is_refused() {
     let mut tiny = Tensors::new();

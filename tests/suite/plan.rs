@@ -270,3 +270,37 @@ fn an_arena_that_no_server_takes_is_not_planned_either() {
     let want = "strait: an arena of 275951648768 bytes is beyond the 256 GiB that pages can address; lower --kv-cache-memory-bytes\n";
     assert_eq!((out.status.code(), said.as_str()), (Some(1), want));
 }
+
+/// What a server would refuse is not planned with, and no length is passed over.
+#[test]
+fn lengths_are_those_that_a_server_would_take() {
+    let folder = std::env::temp_dir().join(format!("strait-plan-lengths-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let whole = concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/model");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(format!("{whole}/config.json")).unwrap()).unwrap();
+    config["model_type"] = "mistral".into();
+    config["architectures"] = serde_json::json!(["MistralForCausalLM"]);
+    config["sliding_window"] = 4096.into();
+    config.as_object_mut().unwrap().retain(|key, _| !key.ends_with("_bias"));
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let (path, file) = (folder.to_str().unwrap(), folder.join("strait.toml"));
+    let planned = |length: u32| {
+        std::fs::write(&file, format!("max-model-len = {length}\n")).unwrap();
+        strait(&["plan", path, "--json", "--dtype", "bf16", "--config", file.to_str().unwrap()])
+    };
+    let positions = |out: std::process::Output| -> serde_json::Value {
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()["max_positions"].clone()
+    };
+    assert_eq!(positions(strait(&["plan", path, "--json", "--dtype", "bf16"])), 4096, "the window, not the 16384 beyond it");
+    assert_eq!(positions(planned(1024)), 1024);
+    let beyond = String::from_utf8(planned(4097).stderr).unwrap();
+    assert!(beyond.contains("max-model-len is 4097, and the model computes up to 4096 positions"), "{beyond}");
+    std::fs::remove_dir_all(&folder).unwrap();
+
+    let none = strait(&["plan", "--lengths", "512,0"]);
+    assert_eq!((none.status.code(), none.stdout.len()), (Some(1), 0));
+    assert!(String::from_utf8(none.stderr).unwrap().starts_with("strait: --lengths has 0; "));
+    let table = String::from_utf8(strait(&["plan", "--lengths", "512,256,512"]).stdout).unwrap();
+    assert_eq!((table.matches("x 512 tokens").count(), table.matches("x 256 tokens").count()), (1, 1), "{table}");
+}
