@@ -124,9 +124,9 @@ pub enum ArtifactError {
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write the compression artifact {}: {source}; what was there before is unchanged", path.display())]
     Write { path: PathBuf, source: io::Error },
-    #[error("the compression artifact is not a whole safetensors file: {0}")]
+    #[error("the compression artifact is not a whole safetensors file: {0}; make it anew with `strait compress`")]
     Container(String),
-    #[error("the file is not a compression artifact: its metadata has no {0}")]
+    #[error("the file is not a compression artifact: its metadata has no {0}; name one that `strait compress` wrote")]
     NoManifest(&'static str),
     #[error("the manifest of the compression artifact is not what this version reads: {0}")]
     Manifest(String),
@@ -134,7 +134,9 @@ pub enum ArtifactError {
         "the compression artifact has format version {found} and this build reads version {VERSION}; make it anew with `strait compress`"
     )]
     Version { found: u64 },
-    #[error("the compression artifact was damaged: its contents have digest {found} and it was written with {want}")]
+    #[error(
+        "the compression artifact was damaged: its contents have digest {found} and it was written with {want}; make it anew with `strait compress`"
+    )]
     Damaged { found: String, want: String },
     #[error(
         "the compression artifact was made for base {artifact} and the model is {model}; make one for this model with `strait compress`"
@@ -156,7 +158,9 @@ pub enum ArtifactError {
     Profile { profile: String, reason: String },
     #[error("the profile {profile} cannot be served by this artifact: {part} of layer {layer}: {source}")]
     Rank { profile: String, layer: usize, part: &'static str, source: RankError },
-    #[error("the compression artifact has no {wanted} basis for the profile {profile}; it has: {has}")]
+    #[error(
+        "the compression artifact has no basis of {wanted} for the profile {profile}; it has: {has}; make it anew with `strait compress --config`, of the file that defines the profile"
+    )]
     NoBasis { profile: String, wanted: String, has: String },
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 
 use crate::calibrate::{self, Moments, Products, Sources, Telling, Trial, calibration_text, demo_prompts, tokens_needed};
 use crate::compress::LayerCompression;
-use crate::compress::artifact::{Artifact, Fingerprint};
+use crate::compress::artifact::{Artifact, ArtifactError, Fingerprint};
 use crate::config::{self, Settings};
 use crate::demo;
 use crate::ids::TokenId;
@@ -186,7 +186,11 @@ pub fn profiles(
 pub fn described(opened: &Opened, settings: &Settings) -> anyhow::Result<(Vec<Profile>, Option<Artifact>)> {
     let (model, fingerprint) = (&opened.checkpoint.config, Fingerprint(opened.checkpoint.digest()));
     let artifact = match &settings.compression {
-        Some(path) => Some(Artifact::read(path, model, fingerprint)?),
+        Some(path) => Some(Artifact::read(path, model, fingerprint).map_err(|e| match e {
+            ArtifactError::Read { .. } => anyhow::Error::from(e),
+            // A config file may be what names it.
+            _ => anyhow::Error::from(e).context(format!("cannot use --compression {}", path.display())),
+        })?),
         None if matches!(opened.source, Source::Demo) => Some(Artifact::from_bytes(demo::ARTIFACT, model, fingerprint)?),
         None => None,
     };

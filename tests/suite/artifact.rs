@@ -197,7 +197,7 @@ fn profiles_find_their_ranks() {
     let message = trained.layers(&cskv("a", 0.5, 4, joint)).unwrap_err().to_string();
     assert_eq!(
         message,
-        "the compression artifact has no 2 heads per group basis for the profile a; it has: qat (2 heads per group, closed, trained)"
+        "the compression artifact has no basis of 2 heads per group for the profile a; it has: qat (2 heads per group, closed, trained); make it anew with `strait compress --config`, of the file that defines the profile"
     );
     assert_eq!(set.layers[0].keys.check_rank(2), Err(RankError::Trained { rank: 2, width: 4 }));
 }

@@ -227,7 +227,10 @@ fn what_a_servers_file_says_is_planned_with_unless_a_flag_says_otherwise() {
     assert_eq!(planned(&[])["arena_bytes"], 4_u64 << 30);
     // That the file's artifact is read at all.
     std::fs::write(&artifact, b"no artifact").unwrap();
-    assert_eq!(strait(&["plan", "--config", &path(&file)]).status.code(), Some(1));
+    let out = strait(&["plan", "--config", &path(&file)]);
+    let said = String::from_utf8(out.stderr).unwrap();
+    let want = format!("strait: cannot use --compression {}: the compression artifact is not a whole safetensors file: ", path(&artifact));
+    assert!(out.status.code() == Some(1) && said.starts_with(&want) && said.ends_with("make it anew with `strait compress`\n"), "{said}");
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
