@@ -181,6 +181,8 @@ impl Client {
         if let Some(profile) = profile {
             // A beginning found in the prefix cache is read compressed, where a cold prompt is computed exactly.
             body["cache_profile"] = profile.into();
+            // Of what the model's files ask for, temperature 0 leaves this alone: answers to a record of many like lines suffer most.
+            body["repetition_penalty"] = 1.into();
             // Hashed, as a salt is of few letters.
             body["cache_salt"] = blake3::hash(format!("{}/{label}", self.salt).as_bytes()).to_hex().as_str().into();
         }

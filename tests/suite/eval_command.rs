@@ -93,6 +93,7 @@ async fn questions_go_over_http_and_come_back_scored() {
     // Eight each, and the one that had to come again.
     assert_eq!(chats.len(), 17);
     assert!(chats.iter().all(|b| b["temperature"] == 0 && b["max_tokens"] == 50 && b["model"] == "it"));
+    assert!(chats.iter().all(|b| b["repetition_penalty"] == 1), "greedy, whatever the model's files say");
     let salts: HashSet<&str> = chats.iter().map(|b| b["cache_salt"].as_str().unwrap()).collect();
     assert_eq!(salts.len(), 8, "no prompt shares its beginning in the server's prefix cache with another");
     assert!(salts.iter().all(|s| (1..=64).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_alphanumeric())));
@@ -110,6 +111,7 @@ async fn a_server_with_nothing_but_the_api_is_asked_too() {
     // Nothing a foreign server need not know.
     let log = log.lock().unwrap().clone();
     assert!(log.iter().all(|b| b.get("cache_profile").is_none() && b.get("cache_salt").is_none() && b["model"] == "it"));
+    assert!(log.iter().all(|b| b.get("repetition_penalty").is_none()));
     assert!(matches!(client.tokenize("a", true).await, Err(AskError::NoTokenize)));
 }
 
