@@ -230,8 +230,16 @@ struct Summary {
     adapters: Option<registry::State>,
 }
 
+/// Has whatever computes beside [`Cpu`], which has threads of its own, do so on as many: conversions of weights, decompositions, what
+/// budgets are spread by.
+fn work_on(threads: usize) {
+    // A second one in a process (tests) keeps the threads of the first.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("work-{i}")).build_global();
+}
+
 fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyhow::Result<Ready> {
     let begun = Instant::now();
+    work_on(settings.threads);
     let opened = source.open()?;
     let checkpoint = opened.checkpoint;
     let model = &checkpoint.config;

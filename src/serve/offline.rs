@@ -18,7 +18,7 @@ use crate::model::weights::LoadDtype;
 use crate::ops::cpu::Cpu;
 use crate::plan::{Ask, PlannedProfile, plan as arithmetic};
 use crate::serve::ready::{self, Calibration, Source, Text};
-use crate::serve::{check_arena, train};
+use crate::serve::{check_arena, train, work_on};
 
 /// Bytes of the cache that are planned with where nobody says how many.
 const PLANNED: u64 = 4 << 30;
@@ -104,6 +104,7 @@ pub fn compress(ask: &args::Compress) -> anyhow::Result<()> {
     Artifact::check_place(&ask.out)?;
     let mut settings =
         Settings::resolve(&ServeFlags { config: ask.config.clone(), threads: ask.threads, dtype: ask.dtype, ..ServeFlags::default() })?;
+    work_on(settings.threads);
     let opened = Source::of(ask.model.as_ref()).open()?;
     let exact = ready::exact_type(opened.checkpoint, settings.dtype);
     let full = PageLayout::new(&opened.checkpoint.config, exact, &Profile { name: "full".into(), cskv: None }, None).bytes_per_token();

@@ -262,9 +262,9 @@ struct Served {
 }
 
 impl Served {
-    fn start() -> Served {
+    fn start(flags: &[&str]) -> Served {
         let mut command = Command::new(env!("CARGO_BIN_EXE_strait"));
-        let mut child = command.args(["serve", "--port", "0"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command.args(["serve", "--port", "0"]).args(flags).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().rsplit_once(' ').unwrap().1.to_owned();
@@ -280,9 +280,19 @@ impl Drop for Served {
     }
 }
 
+/// Also what is not the forward pass: on a machine that others share, `--threads` is a promise.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_server_computes_on_as_many_threads_as_it_was_given() {
+    let served = Served::start(&["--threads", "3"]);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", served.child.id())).unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    assert_eq!(names.filter(|name| name.starts_with("work-")).count(), 3);
+}
+
 #[test]
 fn a_model_says_the_same_in_process_and_over_http() {
-    let served = Served::start();
+    let served = Served::start(&[]);
     let lines = ["eval", "lines", "--lengths", "512", "--n", "3", "--profiles", "cskv-95,full", "--json"];
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo_prompts.jsonl");
     let ppl = ["eval", "ppl", "--text", text.to_str().unwrap(), "--lengths", "500", "--n", "2", "--json"];
