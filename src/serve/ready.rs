@@ -153,6 +153,8 @@ pub fn profiles(
     let computed = if missing.is_empty() {
         None
     } else {
+        // Of a large model minutes go into this, in which nothing else would be heard.
+        tracing::info!("computing bases in closed form from built-in text: {}", config::names(&missing));
         let begun = Instant::now();
         let how = Calibration { text: Text::BuiltIn, tokens: None, init: Init::Weighted, progress: &|_, _, _| () };
         let (calibrated, tokens) = compute(opened, decoder, ops, &missing, &how)?;
