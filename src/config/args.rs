@@ -317,7 +317,7 @@ pub struct Asked {
     /// Cache profiles to compare [default: all].
     #[arg(long, value_delimiter = ',')]
     pub profiles: Vec<String>,
-    /// TOML file with further cache profiles.
+    /// TOML file of a server: its cache profiles, and those of its settings that are not given here.
     #[arg(long, conflicts_with = "url")]
     pub config: Option<PathBuf>,
     /// Compression artifact of the model [default: computed at start].
