@@ -220,7 +220,9 @@ pub enum CalibrateError {
     Ragged { layer: usize, part: &'static str, len: usize, channels: usize },
     #[error("layer {layer} saw {tokens} calibration tokens and layer 0 saw {first}")]
     Uneven { layer: usize, tokens: usize, first: usize },
-    #[error("calibration saw {have} tokens (sinks left out) and a rank of {rank} needs at least {need}; give it more text")]
+    #[error(
+        "calibration saw {have} tokens (sinks left out) and a rank of {rank} needs at least {need}; give it more text, or a higher --tokens"
+    )]
     TooFewTokens { have: usize, rank: usize, need: usize },
     #[error("the longest calibration text has {longest} tokens, of which nothing is compressed beside {sinks} sinks; give longer texts")]
     TooShort { longest: usize, sinks: u32 },

@@ -236,7 +236,10 @@ fn what_cannot_be_calibrated_is_refused() {
     ));
     moments.add(1, 0, &data, &data).unwrap();
     let few = solve(&moments, BasisKind::Joint, &Source::Closed, (2, 4)).unwrap_err();
-    assert_eq!(few.to_string(), "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text");
+    assert_eq!(
+        few.to_string(),
+        "calibration saw 4 tokens (sinks left out) and a rank of 4 needs at least 5; give it more text, or a higher --tokens"
+    );
     assert_eq!((tokens_needed(BasisKind::Joint, 4, &m), tokens_needed(BasisKind::Grouped(1), 4, &m)), (5, 3));
     assert!(
         solve(&moments, BasisKind::Joint, &Source::Closed, (2, 3)).is_ok()
