@@ -66,7 +66,8 @@ class Server:
         context = ssl.create_default_context() if secure else None
         reader, writer = await asyncio.open_connection(parts.hostname, port, ssl=context, limit=1 << 22)
         payload = b"" if body is None else json.dumps(body).encode()
-        head = [f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close", "Accept: */*"]
+        base = parts.path.rstrip("/").removesuffix("/v1")  # as clients of the API are configured, or without
+        head = [f"{method} {base}{path} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close", "Accept: */*"]
         if body is not None:
             head += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
         if self.api_key:
@@ -298,13 +299,14 @@ def ratio(ours, theirs):
     return out
 
 
-async def measure(servers, depths, concurrencies, max_tokens, repeats, seed, say):
-    """Every cell on every server. Returns rows of {"depth", "concurrency", "servers": [figures], "ratio"}."""
+async def measure(servers, depths, concurrencies, max_tokens, repeats, seed, say, rows=None):
+    """Every cell on every server. Returns rows of {"depth", "concurrency", "servers": [figures], "ratio"}, and has appended them to
+    `rows` as they came, for whoever is left with those when a server goes away."""
+    rows = [] if rows is None else rows
     for server in servers:
         lengths = await prepare(server)
         say(f"{server.url}: model {server.model}, prompt lengths by {lengths}")
         await run_cell(server, [text_of(8, seed)], 4)  # the first request pays for page faults and lazy set-up
-    rows = []
     for depth in depths:
         for concurrency in concurrencies:
             kept = [[] for _ in servers]
@@ -392,12 +394,16 @@ def main(argv=None):
     servers = [Server(args.url, args.api_key, args.model, profile(args.cache_profile), args.timeout)]
     if args.against:
         servers.append(Server(args.against, args.against_api_key, args.against_model, profile(args.against_cache_profile), args.timeout))
+    rows, ended = [], None
     try:
-        rows = asyncio.run(measure(servers, args.depths, args.concurrency, args.max_tokens, args.repeats, args.seed,
-                                   lambda line: print(line, file=sys.stderr, flush=True)))
-    except (OSError, Refused, ConnectionError, asyncio.TimeoutError) as error:
-        print(f"load.py: {error}", file=sys.stderr)
-        return 1
+        asyncio.run(measure(servers, args.depths, args.concurrency, args.max_tokens, args.repeats, args.seed,
+                            lambda line: print(line, file=sys.stderr, flush=True), rows))
+    except (OSError, Refused, EOFError, ValueError, asyncio.TimeoutError) as error:
+        ended = f"load.py: {error or type(error).__name__}"
+        if not rows:
+            print(ended, file=sys.stderr)
+            return 1
+        print("measured until it failed:", file=sys.stderr)
     labels = [s.extra.get("cache_profile") or urllib.parse.urlsplit(s.url).netloc for s in servers]
     print(table(rows, labels))
     if args.json:
@@ -407,7 +413,9 @@ def main(argv=None):
     failures = [f for row in rows for figures in row["servers"] for f in figures["failures"]]
     for failure in sorted(set(failures)):
         print(f"failed {failures.count(failure)} times: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    if ended:
+        print(ended, file=sys.stderr)
+    return 1 if failures or ended else 0
 
 
 def profile(name):
@@ -419,8 +427,9 @@ def profile(name):
 class Fake:
     """A server of known speed: a token is a word, prefill and decode sleep. `tokenize` is vllm, llama or none."""
 
-    def __init__(self, tokenize, prefill_s=0.05, token_s=0.01, refuse_above=None, key=None):
+    def __init__(self, tokenize, prefill_s=0.05, token_s=0.01, refuse_above=None, key=None, longest=1 << 30):
         self.tokenize, self.prefill_s, self.token_s, self.refuse_above, self.key = tokenize, prefill_s, token_s, refuse_above, key
+        self.longest = longest  # bytes of a body, beyond which it goes away without an answer
         self.bodies, self.running = [], 0
 
     async def start(self):
@@ -434,6 +443,8 @@ class Fake:
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
         body = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or b"{}")
+        if int(headers.get("content-length", 0)) > self.longest:
+            return writer.close()
         if self.key and headers.get("authorization") != f"Bearer {self.key}":
             self.reply(writer, 401, {"error": {"message": "no key"}})
         elif path == "/v1/models":
@@ -508,6 +519,13 @@ async def self_test_failures():
     figures = rows[0]["servers"][0]
     assert figures["streams"] == 2 and len(figures["failures"]) == 2 and "429" in figures["failures"][0], figures
     assert abs(figures["prompt_tokens"] - 300) <= 3, figures["prompt_tokens"]
+    gone, rows = Server(await Fake("vllm", longest=2000).start() + "/v1/", timeout=30), []
+    try:
+        await measure([gone], [0, 1000], [1], 2, 1, 1, lambda line: None, rows)
+    except ConnectionError:
+        assert [r["depth"] for r in rows] == [0] and rows[0]["servers"][0]["streams"] == 1, "what was measured is kept"
+    else:
+        raise AssertionError("a server that goes away must be noticed")
     denied = Server(await Fake("vllm", key="k").start(), "wrong", timeout=30)
     try:
         await measure([denied], [0], [1], 1, 1, 1, lambda line: None)
