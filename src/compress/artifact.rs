@@ -124,6 +124,8 @@ pub enum ArtifactError {
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write the compression artifact {}: {source}; what was there before is unchanged", path.display())]
     Write { path: PathBuf, source: io::Error },
+    #[error("{} is there and is no compression artifact; remove it, or name another file", path.display())]
+    Occupied { path: PathBuf },
     #[error("the compression artifact is not a whole safetensors file: {0}; make it anew with `strait compress`")]
     Container(String),
     #[error("the file is not a compression artifact: its metadata has no {0}; name one that `strait compress` wrote")]
@@ -359,12 +361,24 @@ impl Artifact {
         replace_file(path, |w| self.write_to(w)).map_err(|source| Error::Write { path: path.to_owned(), source })
     }
 
-    /// Whether [`Artifact::write`] can begin at `path`: for who will know only in an hour what to write there.
+    /// Whether [`Artifact::write`] can begin at `path`: for who will know only in an hour what to write there. What is there may only
+    /// be another artifact, whole or not, or empty: weights that were named by mistake would be gone.
     ///
     /// # Errors
-    /// As it does.
+    /// As it does, and [`ArtifactError::Occupied`].
     pub fn check_place(path: &Path) -> Result<(), Error> {
-        Draft::beside(path).map(drop).map_err(|source| Error::Write { path: path.to_owned(), source })
+        let failed = |source| Error::Write { path: path.to_owned(), source };
+        Draft::beside(path).map(drop).map_err(failed)?;
+        let mut begins = Vec::new();
+        match std::fs::File::open(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file.map_err(failed)?.take(256).read_to_end(&mut begins).map_err(failed)?,
+        };
+        // The manifest is the first thing that the header has.
+        match begins.is_empty() || begins.windows(MANIFEST.len()).any(|w| w == MANIFEST.as_bytes()) {
+            true => Ok(()),
+            false => Err(Error::Occupied { path: path.to_owned() }),
+        }
     }
 
     /// The bytes of the file. The same artifact gives the same bytes.
