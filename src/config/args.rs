@@ -496,7 +496,7 @@ pub struct ServeFlags {
     /// Tokens computed in one step [default: 512].
     #[arg(long, alias = "chunked-prefill-size", env = "STRAIT_MAX_NUM_BATCHED_TOKENS")]
     pub max_num_batched_tokens: Option<u32>,
-    /// Sequences that may wait, with eight contexts of prompt tokens in all; a request that finds fewer is taken whole, others are answered 429 [default: 256].
+    /// Requests that may wait, with eight contexts of prompt tokens in all; one that finds fewer is taken whole, others are answered 429 [default: 256].
     #[arg(long, alias = "max-num-queued-reqs", env = "STRAIT_MAX_QUEUED_REQUESTS")]
     pub max_queued_requests: Option<usize>,
     /// Reuse the cache of equal prompt beginnings: the default, said aloud.

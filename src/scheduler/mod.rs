@@ -71,9 +71,9 @@ pub struct Config {
     pub max_num_seqs: usize,
     /// Tokens one step computes, through all layers; more layers' worth is never planned.
     pub max_num_batched_tokens: u32,
-    /// Sequences that wait for their first start. This and the next are kept by [`Queue`], whom those who enqueue ask before.
+    /// Requests of which some sequence waits for its first start. This and the next are kept by [`Queue`], whom those who enqueue ask before.
     pub max_queued_requests: usize,
-    /// Their prompt tokens. The request that reaches one of the two may exceed it.
+    /// The prompt tokens of what waits. The request that reaches one of the two may exceed it.
     pub max_queued_tokens: u64,
     pub layers: u32,
     /// Prompt and generated tokens of one sequence.

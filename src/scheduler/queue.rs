@@ -1,6 +1,6 @@
 //! Who waits to start, for those who ask before they queue: how many there may be is decided here, before the scheduler hears of them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::Config;
@@ -12,7 +12,7 @@ const STARTS: usize = 32;
 /// Why a request finds no room in the queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Limit {
-    /// Of requests that wait.
+    /// Of requests of which some sequence waits.
     Requests,
     /// Of the tokens of their prompts.
     Tokens,
@@ -22,11 +22,22 @@ pub enum Limit {
 pub struct Queue {
     max_requests: usize,
     max_tokens: u64,
-    /// When they came, and the tokens of their prompts. The oldest is first.
-    waiting: BTreeMap<SeqId, (Duration, u64)>,
+    /// The oldest is first.
+    waiting: BTreeMap<SeqId, Waiting>,
+    /// How many sequences of each request wait, where any does.
+    requests: HashMap<SeqId, usize>,
     tokens: u64,
     next: u64,
     pace: Pace,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting {
+    came: Duration,
+    /// Of its prompt.
+    tokens: u64,
+    /// The first sequence of its request.
+    request: SeqId,
 }
 
 impl Queue {
@@ -36,6 +47,7 @@ impl Queue {
             max_requests: config.max_queued_requests,
             max_tokens: config.max_queued_tokens,
             waiting: BTreeMap::new(),
+            requests: HashMap::new(),
             tokens: 0,
             next: 0,
             pace: Pace::default(),
@@ -47,23 +59,27 @@ impl Queue {
     /// queue nearly full.
     ///
     /// # Errors
-    /// How many wait, when as many do as may, and by which limit.
+    /// How many requests wait, when as many do as may, and by which limit.
     pub fn enter(&mut self, prompts: &[usize], now: Duration) -> Result<Vec<SeqId>, (usize, Limit)> {
         let tokens = prompts.iter().map(|&n| n as u64).sum::<u64>();
-        let waiting = self.waiting.len();
-        if let Some(limit) = self.full((waiting, self.tokens)) {
-            return Err((waiting, limit));
+        if let Some(limit) = self.full((self.requests.len(), self.tokens)) {
+            return Err((self.requests.len(), limit));
         }
+        let request = SeqId(self.next);
         let seqs: Vec<SeqId> = (self.next..).map(SeqId).take(prompts.len()).collect();
         self.next += seqs.len() as u64;
         self.tokens += tokens;
-        self.waiting.extend(seqs.iter().copied().zip(prompts.iter().map(|&n| (now, n as u64))));
+        let waiting = prompts.iter().map(|&n| Waiting { came: now, tokens: n as u64, request });
+        self.waiting.extend(seqs.iter().copied().zip(waiting));
+        if !seqs.is_empty() {
+            self.requests.insert(request, seqs.len());
+        }
         Ok(seqs)
     }
 
-    /// Which limit is reached where so many wait, with so many tokens of prompts.
-    fn full(&self, (waiting, tokens): (usize, u64)) -> Option<Limit> {
-        match waiting {
+    /// Which limit is reached where so many requests wait, with so many tokens of prompts.
+    fn full(&self, (requests, tokens): (usize, u64)) -> Option<Limit> {
+        match requests {
             0 => None,
             n if n >= self.max_requests => Some(Limit::Requests),
             _ => (tokens >= self.max_tokens).then_some(Limit::Tokens),
@@ -80,7 +96,14 @@ impl Queue {
 
     /// A sequence ended before it started.
     pub fn leave(&mut self, seq: SeqId) {
-        self.tokens -= self.waiting.remove(&seq).map_or(0, |(_, tokens)| tokens);
+        if let Some(Waiting { tokens, request, .. }) = self.waiting.remove(&seq) {
+            self.tokens -= tokens;
+            let left = self.requests.get_mut(&request).expect("a sequence of it waited");
+            *left -= 1;
+            if *left == 0 {
+                self.requests.remove(&request);
+            }
+        }
         if self.waiting.is_empty() {
             self.pace = Pace::default();
         }
@@ -88,20 +111,22 @@ impl Queue {
 
     /// When to try again after a refusal: about when so many more have started that no limit is reached, from a second to ten minutes.
     pub fn retry_after(&self, now: Duration) -> Duration {
-        let (mut waiting, mut starts) = ((self.waiting.len(), self.tokens), 0);
-        for (_, tokens) in self.waiting.values() {
-            if starts > 0 && self.full(waiting).is_none() {
-                break;
-            }
-            waiting = (waiting.0 - 1, waiting.1 - tokens);
+        let (mut requests, mut tokens, mut starts) = (self.requests.len(), self.tokens, 0);
+        // Sequences of one request are side by side.
+        let mut waiting = self.waiting.values().peekable();
+        while let Some(next) = waiting.next_if(|_| starts == 0 || self.full((requests, tokens)).is_some()) {
+            tokens -= next.tokens;
             starts += 1;
+            if waiting.peek().is_none_or(|other| other.request != next.request) {
+                requests -= 1;
+            }
         }
         // Without a pace: as long as the oldest has waited. What it waits for began before it, and has yet to end.
-        let oldest = || self.waiting.first_key_value().map_or(Duration::ZERO, |(_, (came, _))| now.saturating_sub(*came));
+        let oldest = || self.waiting.first_key_value().map_or(Duration::ZERO, |(_, of)| now.saturating_sub(of.came));
         self.pace.at(now, starts.max(1)).unwrap_or_else(oldest).clamp(Duration::from_secs(1), Duration::from_secs(600))
     }
 
-    /// How many wait.
+    /// How many sequences wait.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }

@@ -13,7 +13,7 @@ use expect_test::{Expect, expect};
 use strait::ids::{AdapterGeneration, ProfileIndex, SeqId, TokenId};
 use strait::kv::layout::PageSizes;
 use strait::request::{Failure, GenerateRequest, Sampling, Timings};
-use strait::scheduler::{Config, ConfigError, Outcome, ProfileSizes, Queue, Refused, RowResult, Scheduler, SealedSplit};
+use strait::scheduler::{Config, ConfigError, Limit, Outcome, ProfileSizes, Queue, Refused, RowResult, Scheduler, SealedSplit};
 use strait::step::{Logits, StepPlan};
 use strait::telemetry::Branch;
 
@@ -1000,27 +1000,31 @@ fn nobody_passes_what_does_not_fit_and_priority_goes_first() {
 
 #[test]
 fn a_queue_takes_a_request_whole_or_not_at_all() {
-    let mut queue = Queue::new(&Config { max_queued_requests: 4, max_queued_tokens: 100, ..config(4) });
-    // What enters (prompts), or who leaves; then how many wait, and what came of it.
+    let mut queue = Queue::new(&Config { max_queued_requests: 3, max_queued_tokens: 100, ..config(4) });
+    // What enters (prompts), or who leaves; then how many sequences wait, and what came of it.
     let mut transcript = String::new();
     for (prompts, leaves) in [
         (&[10, 10, 10][..], None),
-        // Three are fewer than four.
+        // One request is fewer than three, and two are.
         (&[1, 1], None),
         (&[1], None),
+        (&[1], None),
+        // The other sequence of the second waits still.
         (&[], Some(3)),
         (&[1], None),
         (&[], Some(4)),
-        // Thirty tokens are fewer than a hundred.
+        // Thirty-one tokens are fewer than a hundred.
         (&[80], None),
-        (&[], Some(0)),
+        (&[], Some(5)),
         (&[1], None),
         (&[], Some(0)),
+        (&[], Some(0)),
+        (&[1], None),
         (&[], Some(1)),
         (&[1], None),
         (&[], Some(2)),
-        (&[], Some(5)),
         (&[], Some(6)),
+        (&[], Some(7)),
         // Nobody waits: however many, and however long.
         (&[50, 50, 50, 50, 50], None),
         (&[0], None),
@@ -1037,21 +1041,24 @@ fn a_queue_takes_a_request_whole_or_not_at_all() {
     expect![[r#"
         [10, 10, 10] enters: Ok([s0, s1, s2]); 3 wait
         [1, 1] enters: Ok([s3, s4]); 5 wait
-        [1] enters: Err((5, Requests)); 5 wait
-        s3 leaves; 4 wait
-        [1] enters: Err((4, Requests)); 4 wait
-        s4 leaves; 3 wait
-        [80] enters: Ok([s5]); 4 wait
+        [1] enters: Ok([s5]); 6 wait
+        [1] enters: Err((3, Requests)); 6 wait
+        s3 leaves; 5 wait
+        [1] enters: Err((3, Requests)); 5 wait
+        s4 leaves; 4 wait
+        [80] enters: Ok([s6]); 5 wait
+        s5 leaves; 4 wait
+        [1] enters: Err((2, Tokens)); 4 wait
         s0 leaves; 3 wait
-        [1] enters: Err((3, Tokens)); 3 wait
         s0 leaves; 3 wait
+        [1] enters: Err((2, Tokens)); 3 wait
         s1 leaves; 2 wait
-        [1] enters: Ok([s6]); 3 wait
+        [1] enters: Ok([s7]); 3 wait
         s2 leaves; 2 wait
-        s5 leaves; 1 wait
-        s6 leaves; 0 wait
-        [50, 50, 50, 50, 50] enters: Ok([s7, s8, s9, s10, s11]); 5 wait
-        [0] enters: Err((5, Requests)); 5 wait
+        s6 leaves; 1 wait
+        s7 leaves; 0 wait
+        [50, 50, 50, 50, 50] enters: Ok([s8, s9, s10, s11, s12]); 5 wait
+        [0] enters: Err((1, Tokens)); 5 wait
     "#]]
     .assert_eq(&transcript);
 }
@@ -1134,19 +1141,44 @@ fn a_refusal_says_how_fast_the_queue_drains_not_how_rarely_anybody_comes() {
 
 #[test]
 fn a_refusal_counts_the_starts_that_make_room() {
-    // Two seconds from start to start; eight wait for theirs, with 80 tokens.
-    let waits = |requests: usize, tokens: u64| {
+    // Two seconds from start to start. Of so many sequences of 10 tokens in each request the first two have started.
+    for (requests, tokens, sequences, want) in [
+        // The rest of the oldest request, all of two, and all there are.
+        (3, 1000, &[5, 2, 3][..], (true, 6)),
+        (2, 1000, &[3, 4], (true, 2)),
+        (1, 1000, &[10], (true, 16)),
+        // As many as bring tokens below their limit.
+        (9, 75, &[5, 5], (true, 2)),
+        (9, 60, &[5, 5], (true, 6)),
+        (9, 1, &[10], (true, 16)),
+        // Both of the oldest have started, so one waits; for the next there will be room after thirty.
+        (2, 1000, &[2, 30], (false, 60)),
+    ] {
         let at = Duration::from_secs;
         let mut queue = Queue::new(&Config { max_queued_requests: requests, max_queued_tokens: tokens, ..config(4) });
-        queue.enter(&[10; 10], at(0)).expect("nobody waits");
+        for &n in sequences {
+            queue.enter(&vec![10; n], at(0)).expect("no limit is reached yet");
+        }
         queue.start(SeqId(0), at(2));
         queue.start(SeqId(1), at(4));
         let refused = queue.enter(&[1], at(4)).is_err();
-        (refused, queue.retry_after(at(4)).as_secs())
-    };
-    // One more start, or as many as bring either number below its limit; the last of them where only an empty queue takes more.
-    assert_eq!([waits(8, 100), waits(6, 100), waits(8, 60), waits(1, 100), waits(8, 1)], [2, 6, 6, 16, 16].map(|s| (true, s)));
-    assert_eq!(waits(9, 100), (false, 2), "there is room");
+        assert_eq!((refused, queue.retry_after(at(4)).as_secs()), want, "{requests} of {sequences:?}, {tokens} tokens");
+    }
+}
+
+/// A batch of many prompts is one request: others go on being taken while it waits.
+#[test]
+fn a_batch_takes_one_place_in_the_queue() {
+    let mut queue = Queue::new(&Config { max_queued_requests: 3, max_queued_tokens: 10_000, ..config(4) });
+    assert_eq!(queue.enter(&[1; 1000], Duration::ZERO).expect("nobody waits").len(), 1000);
+    assert!(queue.enter(&[1], Duration::ZERO).is_ok() && queue.enter(&[1; 7], Duration::ZERO).is_ok());
+    assert_eq!(queue.enter(&[1], Duration::ZERO), Err((3, Limit::Requests)));
+    (0..999).for_each(|seq| queue.start(SeqId(seq), Duration::ZERO));
+    assert_eq!(queue.enter(&[1], Duration::ZERO), Err((3, Limit::Requests)), "one of it waits");
+    queue.leave(SeqId(999));
+    queue.leave(SeqId(999));
+    assert!(queue.enter(&[1], Duration::ZERO).is_ok());
+    assert_eq!(queue.len(), 9);
 }
 
 #[test]
