@@ -12,7 +12,7 @@ are loaded, unloaded, rolled back, and change under one name, and three scrapers
 
     answers    text, token ids and log-probabilities are equal to the bit, where the README promises that (on a device: how many agree is told)
     statuses   nothing but 200, 429, 404 of an adapter that is gone, and 503 while the server drains
-    metrics    bytes by branch, free and evictable are no more than the arena; one series of adapters; ends of sequences are as many as
+    metrics    bytes by branch are the arena; one series of adapters; ends of sequences are as many as
                were taken, tokens as many as were told, and preemptions as many as were suffered
     memory     afterwards nothing is held, usage is zero, and a prompt as large as the arena finds all of it
     the end    SIGTERM under load: whoever was being answered is, nobody waits for ever, and the exit status is 0
@@ -274,19 +274,23 @@ class Soak:
             await asyncio.sleep(rng.uniform(0, 0.3))
 
     def check(self, metrics):
-        """What is neither held, free nor cached is left over by slabs."""
-        arena, bytes_, cached = (value(metrics, f"strait:kv_cache_{name}") for name in ("arena_bytes", "bytes", "evictable_bytes"))
-        if not 0 <= arena - bytes_ - cached <= arena / 2:
-            self.problem(f"{bytes_} bytes by branch and {cached} cached of {arena}")
+        """Every byte of the arena is of one branch."""
+        arena, bytes_ = (value(metrics, f"strait:kv_cache_{name}") for name in ("arena_bytes", "bytes"))
+        if arena != bytes_ or self.branch(metrics, "rounding") > arena / 2:
+            self.problem(f"{bytes_} bytes by branch of {arena}: {series(metrics, 'strait:kv_cache_bytes')}")
         if len(series(metrics, "vllm:lora_requests_info")) != 1:
             self.problem(f"series of adapters: {series(metrics, 'vllm:lora_requests_info')}")
+
+    @staticmethod
+    def branch(metrics, name):
+        return value(metrics, f'strait:kv_cache_bytes{{branch="{name}",profile=""}}')
 
     async def quiet(self, server):
         """Metrics once nothing runs."""
         for _ in range(600):
             metrics = await server.metrics()
             self.check(metrics)
-            held = {k: v for k, v in series(metrics, "strait:kv_cache_bytes").items() if v and 'branch="free"' not in k}
+            held = {k: v for k, v in series(metrics, "strait:kv_cache_bytes").items() if v and 'profile=""' not in k}
             if value(metrics, "vllm:num_requests_running") + value(metrics, "vllm:num_requests_waiting") == 0 and not held:
                 if value(metrics, "vllm:kv_cache_usage_perc") != 0:
                     self.problem(f"nobody holds a page, and usage is {value(metrics, 'vllm:kv_cache_usage_perc')}")
@@ -317,7 +321,7 @@ class Soak:
             if status != 200:
                 self.problem(f"a prompt as large as the arena: {status} {text}")
             after = await self.quiet(server)
-            left = value(after, "strait:kv_cache_arena_bytes") - value(after, "strait:kv_cache_bytes") - value(after, "strait:kv_cache_evictable_bytes")
+            left = self.branch(after, "rounding")
             if left != lost:
                 self.problem(f"{left} bytes are lost where exact pages alone are cached, {lost} in an empty arena")
         reasons = ", ".join(f"{k.split('finished_reason=')[1].split(',')[0]} {v:.0f}" for k, v in ended.items()).replace('"', "")
@@ -340,7 +344,7 @@ class Soak:
         self.draining = False
         await server.ready()
         empty = await self.quiet(server)
-        lost = value(empty, "strait:kv_cache_arena_bytes") - value(empty, "strait:kv_cache_bytes")
+        lost = self.branch(empty, "rounding")
         rngs = (random.Random(f"{args.seed} {n} {i}") for i in range(1 << 20))
         tasks, seen = await self.load(server, args.seconds, rngs)
         self.stop = True

@@ -289,7 +289,11 @@ pub const METRICS: &[Metric] = &[
     counter("strait:accept_failures_total", &[], "Failed accepts (file descriptors or memory exhausted)."),
     counter("strait:drain_forced_total", &[], "Connections still open when the drain deadline passed."),
     gauge("strait:kv_cache_arena_bytes", &[], "Bytes of the cache arena, fixed at start."),
-    gauge("strait:kv_cache_bytes", &["branch", "profile"], "Bytes of the cache by branch and profile; `free` has an empty profile."),
+    gauge(
+        "strait:kv_cache_bytes",
+        &["branch", "profile"],
+        "Bytes of the cache by branch and profile; `free`, `cached` (by the prefix index alone, so free on demand) and `rounding` (left over by slabs) have none. All of them are the arena.",
+    ),
     gauge("strait:kv_cache_bytes_per_token", &["profile"], "Bytes one more position costs past the window."),
     gauge("strait:kv_cache_evictable_bytes", &[], "Bytes that only the prefix cache holds: free on demand."),
     gauge("strait:model_bytes", &[], "Bytes of the model's weights."),
@@ -599,7 +603,12 @@ impl Telemetry {
         self.gauges["strait:kv_cache_evictable_bytes"].set(int(snapshot.cached_bytes));
         self.usage.set(snapshot.used_bytes as f64 / snapshot.usable_bytes.max(1) as f64);
 
-        self.cache_bytes.with_label_values(&["free", ""]).set(int(snapshot.free_bytes));
+        let held: u64 = snapshot.branches.iter().map(|(.., n)| n).sum();
+        let (free, cached) = (snapshot.free_bytes, snapshot.cached_bytes);
+        let rounding = snapshot.arena_bytes.saturating_sub(free + cached + held);
+        for (branch, bytes) in [("free", free), ("cached", cached), ("rounding", rounding)] {
+            self.cache_bytes.with_label_values(&[branch, ""]).set(int(bytes));
+        }
         let Some(facts) = self.facts.get() else { return };
         let mut bytes: BTreeMap<(usize, Branch), u64> = BTreeMap::new();
         for &(profile, branch, n) in &snapshot.branches {
@@ -796,6 +805,8 @@ mod tests {
             r#"strait:kv_cache_bytes{branch="sealed_keys",profile="cskv-80"} 130"#,
             r#"strait:kv_cache_bytes{branch="window",profile="full"} 64"#,
             r#"strait:kv_cache_bytes{branch="free",profile=""} 500"#,
+            r#"strait:kv_cache_bytes{branch="cached",profile=""} 250"#,
+            r#"strait:kv_cache_bytes{branch="rounding",profile=""} 56"#,
             r#"vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.25"#,
             r#"vllm:num_requests_running{engine="0",model_name="demo"} 2"#,
         ] {
