@@ -1,7 +1,7 @@
 // As much of cuBLASLt as the host's code asks for, on the emulated driver: D = A^T B (+ C) (+ bias) of bf16, in f32 sums, columns first.
 //
 // It is strict where the library is: an algorithm does for the very problem it was found for, at any number of columns; addresses are
-// aligned as the preference said; a bias needs a result in f32 and an address. It uses its workspace, all of what it asked for. Where
+// aligned as the preference said; a bias needs a result in f32 and an address; a handle is of the context it was made in. It uses its workspace, all of what it asked for. Where
 // reductions over blocks are allowed it splits sums by how many columns there are, so that a column depends on the others.
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +20,15 @@ void* driver() {
     static void* found = [] { void* d = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD); return d ? d : dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD); }();
     return found;
 }
+
+// The context that is bound to this thread.
+void* bound() {
+    static const auto ask = (int (*)(void**))dlsym(driver(), "cuCtxGetCurrent");
+    void* context = nullptr;
+    ask(&context);
+    return context;
+}
+bool usable(void* handle) { return handle && *(void**)handle == bound(); }
 
 struct Matrix { int type; uint64_t rows, columns; int64_t ld; };
 struct Product { int transposed = 0, epilogue = 1; uint64_t bias = 0; };
@@ -83,8 +92,8 @@ int multiply(const void* args) {
 
 #define API extern "C" __attribute__((visibility("default")))
 API size_t cublasLtGetVersion() { return 130100; }
-API cublasStatus_t cublasLtCreate(void** handle) { *handle = driver() ? new char : nullptr; return *handle ? SUCCESS : 1; }
-API cublasStatus_t cublasLtDestroy(void* handle) { delete (char*)handle; return SUCCESS; }
+API cublasStatus_t cublasLtCreate(void** handle) { *handle = driver() ? new void*(bound()) : nullptr; return *handle ? SUCCESS : 1; }
+API cublasStatus_t cublasLtDestroy(void* handle) { delete (void**)handle; return SUCCESS; }
 API cublasStatus_t cublasLtMatrixLayoutCreate(void** m, int type, uint64_t rows, uint64_t columns, int64_t ld) { *m = new Matrix{type, rows, columns, ld}; return SUCCESS; }
 API cublasStatus_t cublasLtMatrixLayoutDestroy(void* m) { delete (Matrix*)m; return SUCCESS; }
 API cublasStatus_t cublasLtMatmulDescCreate(void** p, int compute, int scale) {
@@ -114,7 +123,7 @@ API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(void* p, int attribute, 
 API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(void* handle, void* p, void* a, void* b, void* c, void* d, void* preference, int most, Result* results, int* n) {
     const Preference& wish = *(Preference*)preference;
     *n = 0;
-    if (!handle || most < 1 || !fits(*(Product*)p, *(Matrix*)a, *(Matrix*)b, *(Matrix*)c, *(Matrix*)d)) return INVALID;
+    if (!usable(handle) || most < 1 || !fits(*(Product*)p, *(Matrix*)a, *(Matrix*)b, *(Matrix*)c, *(Matrix*)d)) return INVALID;
     if (wish.workspace < WORKSPACE) return UNSUPPORTED;
     uint64_t to = 256;
     for (uint32_t one : wish.aligned) to = one < to ? one : to;
@@ -126,7 +135,7 @@ API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(void* handle, void* p, void* a
     return SUCCESS;
 }
 API cublasStatus_t cublasLtMatmulAlgoCheck(void* handle, void* p, void* a, void* b, void* c, void* d, const Algorithm* algorithm, Result* result) {
-    if (!handle) return INVALID;
+    if (!usable(handle)) return INVALID;
     const cublasStatus_t status = checked(*(Product*)p, *(Matrix*)a, *(Matrix*)b, *(Matrix*)c, *(Matrix*)d, *algorithm);
     *result = Result{*algorithm, WORKSPACE, status, 1, {}};
     return status;
@@ -134,7 +143,7 @@ API cublasStatus_t cublasLtMatmulAlgoCheck(void* handle, void* p, void* a, void*
 API cublasStatus_t cublasLtMatmul(void* handle, void* p, const float* alpha, const void* a, void* la, const void* b, void* lb, const float* beta, const void* c, void* lc, void* d, void* ld,
                                   const Algorithm* algorithm, void* workspace, size_t n, void* stream) {
     const Matrix &ma = *(Matrix*)la, &mb = *(Matrix*)lb, &mc = *(Matrix*)lc, &md = *(Matrix*)ld;
-    if (!handle || *alpha != 1 || c != d) return INVALID;
+    if (!usable(handle) || *alpha != 1 || c != d) return INVALID;
     if (cublasStatus_t status = checked(*(Product*)p, ma, mb, mc, md, *algorithm)) return status;
     static const Inside inside = (Inside)dlsym(driver(), "strait_emulated_inside");
     static const Do queue = (Do)dlsym(driver(), "strait_emulated_do");

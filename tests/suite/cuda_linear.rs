@@ -282,3 +282,21 @@ fn the_library_is_given_what_it_computes_sooner_and_in_one_order() {
     }
     assert!(trial::choose_library(&own_device(), &launches, 192).unwrap().is_empty(), "not open there");
 }
+
+#[test]
+fn the_library_is_asked_in_the_context_that_it_was_opened_in() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    if Device::count().unwrap() < 2 {
+        return eprintln!("this machine has one device");
+    }
+    let other = Device::open(1).unwrap();
+    let launch = [Product { out: 64, inputs: 64, wide: true, biased: false }];
+    // Whatever asks a device for memory binds its context.
+    let _there = other.alloc::<u8>(1).unwrap();
+    assert!(device.give_to_library(&launch, 100));
+    let (x, w, y) = (device.alloc::<u16>(80 * 64).unwrap(), device.alloc::<u16>(64 * 64).unwrap(), device.alloc::<f32>(80 * 64).unwrap());
+    let job = Job { w: [w.ptr(), 0], bias: [0; 2], y: y.ptr(), out: 64, ldy: 64, mode: Mode::F32 };
+    let _there = other.alloc::<u8>(1).unwrap();
+    Linears { jobs: &[job], x: x.ptr(), rows: 80, inputs: 64, ldx: 64, worn: None, norm: None }.launch(&device).unwrap();
+    device.wait().unwrap();
+}

@@ -149,7 +149,7 @@ impl CublasLt {
         (MANY..=rows).all(|rows| layout(rows).is_ok_and(|layout| layout.check(self.handle, &found))).then_some(found)
     }
 
-    /// Asks the stream for products that [were given](CublasLt::has) to it.
+    /// Asks the stream for products that [were given](CublasLt::has) to it; its context is bound.
     pub(super) fn launch(&self, stream: CUstream, linears: &Linears<'_>) -> Result<(), CublasError> {
         for job in linears.jobs {
             let of = product(linears, job).expect("launches that it has");

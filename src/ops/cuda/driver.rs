@@ -15,6 +15,7 @@ use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::CudaError;
 use super::cublaslt::{CublasLt, Found, Product};
+use super::linear::Linears;
 
 /// All kernels for all architectures: `kernels/build.py` makes it.
 static IMAGE: &[u8] = include_bytes!("../../../kernels/strait.fatbin");
@@ -193,7 +194,8 @@ impl Device {
     /// Gives launches of these products to the library, of many rows up to so many. Whether it takes them: not where it has no algorithm for one,
     /// or was not opened.
     pub fn give_to_library(&self, launch: &[Product], rows: usize) -> bool {
-        self.library.get().is_some_and(|library| library.give(launch, rows))
+        let bound = self.library.get().filter(|_| self.context.bind_to_thread().is_ok());
+        bound.is_some_and(|library| library.give(launch, rows))
     }
 
     /// Has these launches by this program's own kernels again. What was recorded before may go on as it was.
@@ -201,6 +203,12 @@ impl Device {
         if let Some(library) = self.library.get() {
             library.take_back(launch);
         }
+    }
+
+    /// Asks the stream for products that the library has.
+    pub(super) fn launch_by(&self, library: &CublasLt, linears: &Linears<'_>) -> Result<(), CudaError> {
+        self.context.bind_to_thread()?;
+        Ok(library.launch(self.stream.cu_stream(), linears)?)
     }
 
     /// Its number among the devices of this machine.

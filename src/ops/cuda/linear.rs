@@ -159,7 +159,7 @@ impl Linears<'_> {
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         if self.rows >= MANY {
             if let Some(library) = self.library(device) {
-                return Ok(library.launch(device.stream().cu_stream(), self)?);
+                return device.launch_by(library, self);
             }
             if device.runs(Own::Linear) {
                 return self.launch_in_tiles(device, self.outputs_of_many(device.processors));
