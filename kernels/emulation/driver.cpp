@@ -154,6 +154,8 @@ struct Stream {
     bool lost = false;
     // What was recorded is worth nothing: the stream was waited for meanwhile.
     bool spoilt_recording = false;
+    // The launch ahead is the library's: nobody knows when it lets the next begin, and what it has waited for by then.
+    bool behind_library = false;
     // Kernels whose names begin so are launched, and do nothing; or wait for nothing.
     std::string spoilt, hasty;
     // Copies from the host that are under way.
@@ -328,9 +330,11 @@ API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) { 
 API cuGraphLaunch(void* exec, void* s) {
     if (stream_of(s).recording) return 900;
     if (CUresult r = land(stream_of(s))) return r;
+    stream_of(s).behind_library = false;
     for (auto& node : ((Graph*)exec)->nodes)
         if (CUresult r = node()) return r;
     // What follows waits for all of it.
+    stream_of(s).behind_library = false;
     return land(stream_of(s));
 }
 API cuGraphDestroy(void* graph) { delete (Graph*)graph; return 0; }
@@ -425,6 +429,8 @@ CUresult launch(Kernel* kernel, dim3 grid, dim3 block, unsigned shared, void* st
         const bool copies = (std::lock_guard<std::mutex>(on.copying), !on.copies.empty());
         if (copies)
             if (CUresult r = land(on)) return r;
+        if (on.behind_library && overlaps) return 1;
+        on.behind_library = false;
         auto one = kernel->launch(parameters, grid, block, shared);
         // What only reads may end when it likes.
         one->must_wait = overlaps && kernel->name != "probe_read";
@@ -449,14 +455,15 @@ extern "C" __attribute__((visibility("default"))) void strait_emulated_hold(bool
 extern "C" __attribute__((visibility("default"))) void strait_emulated_spoil(void* stream, const char* names) { stream_of(stream).spoilt = names; }
 // For tests: kernels of these names do not wait for the launches ahead on a stream.
 extern "C" __attribute__((visibility("default"))) void strait_emulated_hurry(void* stream, const char* names) { stream_of(stream).hasty = names; }
-// For the emulated library of products: `work` on a copy of its arguments, in the order of a stream, as a launch that waits for all before it.
+// For the emulated library of products: `work` on a copy of its arguments, in the order of a stream, as a launch that waits for all before it; the
+// next may not ask to begin before it has ended.
 API strait_emulated_do(void* s, CUresult (*work)(const void*), const void* args, size_t bytes) {
     Stream& on = stream_of(s);
     if (on.left == 0) on.lost = true;
     if (on.left > 0) on.left--;
     if (on.lost) return 719;
     std::vector<unsigned char> copy((const unsigned char*)args, (const unsigned char*)args + bytes);
-    return submit(s, [=, &on] { on.launches.drain(); return work(copy.data()); });
+    return submit(s, [=, &on] { on.launches.drain(); on.behind_library = true; return work(copy.data()); });
 }
 extern "C" __attribute__((visibility("default"))) bool strait_emulated_inside(CUdeviceptr p, size_t n) { return inside(p, n); }
 struct LaunchConfig {

@@ -50,6 +50,8 @@ pub struct Device {
     pub shared: usize,
     /// Whether a kernel may begin before the one ahead of it has ended.
     overlaps: bool,
+    /// Whether the launch ahead is one of the library's.
+    behind_library: AtomicBool,
     /// Which kernels of its own architecture run on it.
     own: [AtomicBool; 3],
     /// What was written since the stream was waited for last, where it is copied from.
@@ -154,6 +156,7 @@ impl Device {
             processors,
             shared,
             overlaps: compiled_for >= 90,
+            behind_library: AtomicBool::new(false),
             own: [(); 3].map(|()| AtomicBool::new(own && capability.0 == 9)),
             sent: Mutex::default(),
         }))
@@ -208,6 +211,7 @@ impl Device {
     /// Asks the stream for products that the library has.
     pub(super) fn launch_by(&self, library: &CublasLt, linears: &Linears<'_>) -> Result<(), CudaError> {
         self.context.bind_to_thread()?;
+        self.behind_library.store(true, Ordering::Relaxed);
         Ok(library.launch(self.stream.cu_stream(), linears)?)
     }
 
@@ -277,6 +281,8 @@ impl Device {
         let fault = |source| CudaError::Launch { kernel, source };
         self.context.bind_to_thread()?;
         let function = self.kernel(kernel, shared as u32).map_err(fault)?;
+        // When the library's launches let the next one begin, and what they have waited for by then, is not ours to know.
+        let overlaps = self.overlaps && !self.behind_library.swap(false, Ordering::Relaxed);
         let mut parameters = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         let [x, y, z] = grid.map(|n| n as u32);
         // SAFETY: a union of plain numbers, zero where nothing is said.
@@ -293,7 +299,7 @@ impl Device {
             sharedMemBytes: shared as u32,
             hStream: self.stream.cu_stream(),
             attrs: &raw mut attribute,
-            numAttrs: u32::from(self.overlaps),
+            numAttrs: u32::from(overlaps),
         };
         // SAFETY: the function takes one parameter of this type, as the caller promises, and parameters are copied by the call. Every
         // kernel of ours waits for the one before it, but for reading weights and what the host uploaded, which no kernel writes.
