@@ -38,7 +38,8 @@ struct Algorithm { uint64_t magic, rows, inner, types, aligned, split, nothing[2
 static_assert(sizeof(Algorithm) == 64, "as the library's");
 struct Result { Algorithm algorithm; uint64_t workspace; int state; float waves; int reserved[4]; };
 
-// For tests: 1: nothing is computed; 2: sums are split by how many columns there are; 3: odd numbers of columns have no algorithm.
+// For tests: 1: nothing is computed; 2: sums are split by how many columns there are; 3: odd numbers of columns have no algorithm; 4: nothing is
+// recorded, as it waits for the stream.
 int spoilt = 0;
 
 float of(uint16_t b) { uint32_t u = uint32_t(b) << 16; float f; memcpy(&f, &u, 4); return f; }
@@ -144,6 +145,13 @@ API cublasStatus_t cublasLtMatmul(void* handle, void* p, const float* alpha, con
                                   const Algorithm* algorithm, void* workspace, size_t n, void* stream) {
     const Matrix &ma = *(Matrix*)la, &mb = *(Matrix*)lb, &mc = *(Matrix*)lc, &md = *(Matrix*)ld;
     if (!usable(handle) || *alpha != 1 || c != d) return INVALID;
+    if (spoilt == 4) {
+        static const auto recorded = (int (*)(void*, int*))dlsym(driver(), "cuStreamIsCapturing");
+        static const auto wait = (int (*)(void*))dlsym(driver(), "cuStreamSynchronize");
+        int is = 0;
+        recorded(stream, &is);
+        if (is && wait(stream)) return 14;
+    }
     if (cublasStatus_t status = checked(*(Product*)p, ma, mb, mc, md, *algorithm)) return status;
     static const Inside inside = (Inside)dlsym(driver(), "strait_emulated_inside");
     static const Do queue = (Do)dlsym(driver(), "strait_emulated_do");

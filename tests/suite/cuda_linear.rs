@@ -8,7 +8,7 @@ use strait::ops::Heads;
 use strait::ops::cuda::cublaslt::{Found, Product};
 use strait::ops::cuda::linear::{Job, Linears, Mode, Norm};
 use strait::ops::cuda::trial::{self, Becomes, Of, Products, Shape};
-use strait::ops::cuda::{Device, Memory, Own};
+use strait::ops::cuda::{CudaError, Device, Memory, Own};
 
 use crate::cuda::{device, devices, own_device};
 use crate::emulated;
@@ -272,15 +272,28 @@ fn the_library_is_given_what_it_computes_sooner_and_in_one_order() {
         }
         assert!(!serves(of, 193), "so many rows were not tried");
     }
-    // Of what it does wrong nothing is given to it: nothing computed, an order that depends on other rows, odd rows without an algorithm.
-    for how in [1, 2, 3] {
+    // Of what it does wrong nothing is given to it: nothing computed, an order that depends on other rows, odd rows without an algorithm, nothing
+    // recorded.
+    for how in [1, 2, 3, 4] {
         let Some(_spoilt) = Spoilt::set(how) else { return };
-        for (trial, of) in trial::choose_library(&device, &launches, 192).unwrap().iter().zip(&launches) {
-            assert!(!trial.holds() && !serves(of, 192), "{how}: {trial}");
-            assert_eq!(how == 3, trial.own_ms.is_infinite(), "{how}: {trial}");
+        let rows = 192;
+        for (trial, of) in trial::choose_library(&device, &launches, rows).unwrap().iter().zip(&launches) {
+            assert!(!trial.holds() && !serves(of, rows), "{how}: {trial}");
+            assert_eq!(how >= 3, trial.own_ms.is_infinite(), "{how}: {trial}");
         }
     }
     assert!(trial::choose_library(&own_device(), &launches, 192).unwrap().is_empty(), "not open there");
+}
+
+/// One product of many rows with weights at random, by the library, without a bias.
+fn by_library(device: &Arc<Device>, rows: usize, (out, inputs): (usize, usize)) -> Result<Vec<u32>, CudaError> {
+    let rng = &mut Rng(14);
+    let (x, w, y) = (rng.halves(device, rows * inputs), rng.halves(device, out * inputs), device.alloc::<f32>(rows * out).unwrap());
+    let job = Job { w: [w.ptr(), 0], bias: [0; 2], y: y.ptr(), out, ldy: out, mode: Mode::F32 };
+    let linears = Linears { jobs: &[job], x: x.ptr(), rows, inputs, ldx: inputs, worn: None, norm: None };
+    assert!(linears.by_library(device));
+    linears.launch(device)?;
+    Ok(y.to_vec()?.into_iter().map(f32::to_bits).collect())
 }
 
 #[test]
@@ -299,4 +312,22 @@ fn the_library_is_asked_in_the_context_that_it_was_opened_in() {
     let _there = other.alloc::<u8>(1).unwrap();
     Linears { jobs: &[job], x: x.ptr(), rows: 80, inputs: 64, ldx: 64, worn: None, norm: None }.launch(&device).unwrap();
     device.wait().unwrap();
+}
+
+#[test]
+fn a_product_that_the_library_refuses_on_a_lost_device_says_that_it_is_lost() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    let Some(emulated) = emulated::EMULATED.get() else { return };
+    let launch = [Product { out: 72, inputs: 136, wide: true, biased: false }];
+    assert!(device.give_to_library(&launch, 100));
+    let refused = device.record(|| {
+        let _spoilt = Spoilt::set(4);
+        by_library(&device, 80, (72, 136)).map(drop)
+    });
+    assert!(matches!(refused, Err(CudaError::Library(_))), "a recording is of a device that goes on");
+    by_library(&device, 80, (72, 136)).unwrap();
+    // SAFETY: a function of the emulated driver, of this type.
+    unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(device.stream().cu_stream() as usize, 0) };
+    let refused = by_library(&device, 80, (72, 136)).unwrap_err();
+    assert!(refused.is_lost(), "{refused}");
 }

@@ -212,7 +212,14 @@ impl Device {
     pub(super) fn launch_by(&self, library: &CublasLt, linears: &Linears<'_>) -> Result<(), CudaError> {
         self.context.bind_to_thread()?;
         self.behind_library.store(true, Ordering::Relaxed);
-        Ok(library.launch(self.stream.cu_stream(), linears)?)
+        library.launch(self.stream.cu_stream(), linears).map_err(|refused| {
+            // It refuses what a lost device would. A stream that is recorded to is not to be waited for: what it does is asked for once more.
+            let recorded = !matches!(self.stream.capture_status(), Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE));
+            match if recorded { Ok(()) } else { self.stream.synchronize() } {
+                Err(lost) => lost.into(),
+                Ok(()) => refused.into(),
+            }
+        })
     }
 
     /// Its number among the devices of this machine.
@@ -369,9 +376,10 @@ impl Device {
         self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
         let capture = Capture(&self.stream);
         let done = work();
-        let graph = capture.end()?;
+        // What went wrong first may have spoilt the recording, and is what there is to tell.
+        let graph = capture.end();
         done?;
-        Ok(Recording(graph))
+        Ok(Recording(graph?))
     }
 
     fn event(&self) -> Result<cudarc::driver::CudaEvent, CudaError> {
