@@ -276,7 +276,8 @@ fn the_library_is_given_what_it_computes_sooner_and_in_one_order() {
     // recorded.
     for how in [1, 2, 3, 4] {
         let Some(_spoilt) = Spoilt::set(how) else { return };
-        let rows = 192;
+        // Of rows that it was not asked about before.
+        let rows = 192 + how as usize;
         for (trial, of) in trial::choose_library(&device, &launches, rows).unwrap().iter().zip(&launches) {
             assert!(!trial.holds() && !serves(of, rows), "{how}: {trial}");
             assert_eq!(how >= 3, trial.own_ms.is_infinite(), "{how}: {trial}");
@@ -294,6 +295,21 @@ fn by_library(device: &Arc<Device>, rows: usize, (out, inputs): (usize, usize)) 
     assert!(linears.by_library(device));
     linears.launch(device)?;
     Ok(y.to_vec()?.into_iter().map(f32::to_bits).collect())
+}
+
+#[test]
+fn the_algorithm_that_was_tried_is_the_one_that_is_used() {
+    let Some((device, _alone)) = with_library() else { return eprintln!("this machine has no cuBLASLt") };
+    let Some(_spoilt) = Spoilt::set(5) else { return };
+    let launch = [Product { out: 72, inputs: 136, wide: true, biased: false }];
+    assert!(device.give_to_library(&launch, 200));
+    let tried = by_library(&device, 150, (72, 136)).unwrap();
+    device.take_from_library(&launch);
+    assert!(device.give_to_library(&launch, 200));
+    assert!(by_library(&device, 150, (72, 136)).unwrap() == tried, "another algorithm");
+    // The emulated library has another one by now.
+    assert!(device.give_to_library(&launch, 201));
+    assert!(by_library(&device, 150, (72, 136)).unwrap() != tried, "not asked for other rows");
 }
 
 #[test]

@@ -67,7 +67,8 @@ pub(super) struct CublasLt {
 
 #[derive(Default)]
 struct Given {
-    algorithms: HashMap<Product, cublasLtMatmulAlgo_t>,
+    /// With the most rows each was looked for.
+    algorithms: HashMap<Product, (cublasLtMatmulAlgo_t, usize)>,
     /// With the most rows it was asked about.
     launches: Vec<(Launch, usize)>,
 }
@@ -122,9 +123,12 @@ impl CublasLt {
         self.take_back(launch);
         let mut given = self.given();
         for product in launch {
-            // One that was found for fewer rows is looked for again.
+            // What was tried is what is used: the library may give another one when it is asked again. For other rows it is.
+            if given.algorithms.get(product).is_some_and(|(_, most)| *most == rows) {
+                continue;
+            }
             let Some(algorithm) = self.algorithm(product, rows) else { return false };
-            given.algorithms.insert(*product, algorithm);
+            given.algorithms.insert(*product, (algorithm, rows));
         }
         given.launches.push((launch.to_vec(), rows));
         true
@@ -153,7 +157,7 @@ impl CublasLt {
     pub(super) fn launch(&self, stream: CUstream, linears: &Linears<'_>) -> Result<(), CublasError> {
         for job in linears.jobs {
             let of = product(linears, job).expect("launches that it has");
-            let algorithm = self.given().algorithms[&of];
+            let (algorithm, _) = self.given().algorithms[&of];
             let layout = Layout::new(&of, linears.rows, job.ldy, linears.ldx, job.bias[0])?;
             let (alpha, beta) = (1.0f32, if job.mode == Mode::Add { 1.0f32 } else { 0.0 });
             // SAFETY: shapes as they were said; the caller's memory; the workspace is of this stream alone.
