@@ -2,6 +2,8 @@
 //! apart: the same bits.
 
 use std::ffi::c_char;
+use std::io::BufRead as _;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use strait::ops::Heads;
@@ -346,4 +348,27 @@ fn a_product_that_the_library_refuses_on_a_lost_device_says_that_it_is_lost() {
     unsafe { emulated.get::<unsafe extern "C" fn(usize, i32)>(b"strait_emulated_lose").unwrap()(device.stream().cu_stream() as usize, 0) };
     let refused = by_library(&device, 80, (72, 136)).unwrap_err();
     assert!(refused.is_lost(), "{refused}");
+}
+
+#[test]
+fn a_library_without_what_is_asked_of_it_is_left_alone() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let Some(driver) = maps.lines().find_map(|line| line.split_once("/").filter(|(_, at)| at.contains("/emulated-driver-"))) else {
+        return;
+    };
+    let dir = std::env::temp_dir().join(format!("strait-cublaslt-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::os::unix::fs::symlink(format!("/{}", driver.1), dir.join("libcuda.so")).unwrap();
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let empty = ["-shared", "-fPIC", "-x", "c++", "/dev/null", "-o"];
+    assert!(Command::new(compiler).args(empty).arg(dir.join("libcublasLt.so")).status().unwrap().success());
+    let mut server = Command::new(env!("CARGO_BIN_EXE_strait"));
+    server.args(["serve", "--port", "0", "--device", "cuda"]).env("LD_LIBRARY_PATH", &dir);
+    let mut server = server.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(server.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+    std::fs::remove_dir_all(dir).unwrap();
+    assert!(line.contains("cuBLASLt does not start (it has no cublasLtGetVersion)"), "{line}");
 }

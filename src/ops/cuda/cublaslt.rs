@@ -22,6 +22,24 @@ const ALIGNMENT: u32 = 16;
 /// `CUBLAS_OP_T`.
 const TRANSPOSED: i32 = 1;
 
+/// What is asked of it.
+const FUNCTIONS: [&str; 14] = [
+    "cublasLtGetVersion",
+    "cublasLtCreate",
+    "cublasLtDestroy",
+    "cublasLtMatmul",
+    "cublasLtMatmulAlgoCheck",
+    "cublasLtMatmulAlgoGetHeuristic",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulDescDestroy",
+    "cublasLtMatmulDescSetAttribute",
+    "cublasLtMatmulPreferenceCreate",
+    "cublasLtMatmulPreferenceDestroy",
+    "cublasLtMatmulPreferenceSetAttribute",
+    "cublasLtMatrixLayoutCreate",
+    "cublasLtMatrixLayoutDestroy",
+];
+
 /// A product as the library tells it from others, for any number of rows. Whether it is added to what is there makes none another: so its sums
 /// are the same bits either way.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -95,13 +113,20 @@ impl CublasLt {
         if !unsafe { sys::is_culib_present() } {
             return Err(Found::Absent);
         }
+        // SAFETY: as above.
+        let library = unsafe { sys::culib() };
+        // SAFETY: nothing is called.
+        let has = |name: &str| unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_ok();
+        if let Some(missing) = FUNCTIONS.into_iter().find(|name| !has(name)) {
+            return Err(Found::Refused(format!("it has no {missing}")));
+        }
         // SAFETY: it takes nothing.
         let version = unsafe { sys::cublasLtGetVersion() };
         // Before 12 versions had five digits.
         if version < 120_000 {
             return Err(Found::Refused(format!("its version is {version}, and 12.0 is the least")));
         }
-        let handle = result::create_handle().map_err(|e| Found::Refused(e.to_string()))?;
+        let handle = result::create_handle().map_err(|e| Found::Refused(format!("{:?}", e.0)))?;
         // SAFETY: the context is bound.
         let workspace = match unsafe { cudarc::driver::result::malloc_sync(WORKSPACE) } {
             Ok(at) => at,
