@@ -1,8 +1,8 @@
 // As much of cuBLASLt as the host's code asks for, on the emulated driver: D = A^T B (+ C) (+ bias) of bf16, in f32 sums, columns first.
 //
 // It is strict where the library is: an algorithm does for the very problem it was found for, at any number of columns; addresses are
-// aligned as the preference said; a bias needs a result in f32 and an address; a handle is of the context it was made in. It uses its workspace, all of what it asked for. Where
-// reductions over blocks are allowed it splits sums by how many columns there are, so that a column depends on the others.
+// aligned as the preference said, and a bias, which needs a result in f32, as the one it was found for; a handle is of the context it was made in.
+// It uses its workspace, all of what it asked for. Where reductions over blocks are allowed it splits sums by how many columns there are, so that a column depends on the others.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -34,7 +34,7 @@ struct Matrix { int type; uint64_t rows, columns; int64_t ld; };
 struct Product { int transposed = 0, epilogue = 1; uint64_t bias = 0; };
 struct Preference { uint64_t workspace = 0; uint32_t reductions = 7, aligned[4] = {256, 256, 256, 256}; };
 constexpr uint64_t WORKSPACE = 1 << 20, MAGIC = 0x5717a17;
-struct Algorithm { uint64_t magic, rows, inner, types, aligned, split, nothing[2]; };
+struct Algorithm { uint64_t magic, rows, inner, types, aligned, split, bias, nothing; };
 static_assert(sizeof(Algorithm) == 64, "as the library's");
 struct Result { Algorithm algorithm; uint64_t workspace; int state; float waves; int reserved[4]; };
 
@@ -53,7 +53,9 @@ size_t bytes(int type) { return type == F32 ? 4 : 2; }
 size_t spans(const Matrix& m) { return ((m.columns - 1) * m.ld + m.rows) * bytes(m.type); }
 
 Algorithm asked(const Product& p, const Matrix& a, const Matrix& d) {
-    return {MAGIC, d.rows, a.rows, uint64_t(d.type) << 8 | uint64_t(p.epilogue), 0, 0, {0, 0}};
+    uint64_t bias = 1;
+    while (bias < 256 && p.bias % (2 * bias) == 0) bias *= 2;
+    return {MAGIC, d.rows, a.rows, uint64_t(d.type) << 8 | uint64_t(p.epilogue), 0, 0, p.epilogue == 4 ? bias : 1, 0};
 }
 bool fits(const Product& p, const Matrix& a, const Matrix& b, const Matrix& c, const Matrix& d) {
     return p.transposed == 1 && (p.epilogue == 1 || (p.epilogue == 4 && d.type == F32 && p.bias)) && a.type == BF16 && b.type == BF16 && a.rows == b.rows && a.columns == d.rows &&
@@ -64,6 +66,7 @@ cublasStatus_t checked(const Product& p, const Matrix& a, const Matrix& b, const
     const Algorithm want = asked(p, a, d);
     if (!fits(p, a, b, c, d)) return INVALID;
     if (algorithm.magic != MAGIC || algorithm.rows != want.rows || algorithm.inner != want.inner || algorithm.types != want.types) return UNSUPPORTED;
+    if (want.bias < algorithm.bias) return UNSUPPORTED;
     return (spoilt == 3 && d.columns % 2) || !aligned(a, b, d, algorithm.aligned) ? UNSUPPORTED : SUCCESS;
 }
 
@@ -158,7 +161,6 @@ API cublasStatus_t cublasLtMatmul(void* handle, void* p, const float* alpha, con
     const uint64_t at[3] = {(uint64_t)a, (uint64_t)b, (uint64_t)d}, bias = ((Product*)p)->epilogue == 4 ? ((Product*)p)->bias : 0;
     for (uint64_t address : at)
         if (address % algorithm->aligned) return UNSUPPORTED;
-    if (bias % 16) return UNSUPPORTED;
     const bool there = inside(at[0], spans(ma)) && inside(at[1], spans(mb)) && inside(at[2], spans(md)) && (!bias || inside(bias, md.rows * 4)) && n >= WORKSPACE && inside((uint64_t)workspace, WORKSPACE);
     const Work work{ma, mb, md, *(Product*)p, *beta, {at[0], at[1], at[2]}, (uint64_t)workspace, algorithm->split || spoilt == 2};
     return there && !queue(stream, multiply, &work, sizeof work) ? SUCCESS : FAILED;

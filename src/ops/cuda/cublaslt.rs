@@ -172,8 +172,8 @@ impl CublasLt {
 
     /// An algorithm for so many rows that does for fewer as well, and sums each row in one piece.
     fn algorithm(&self, of: &Product, rows: usize) -> Option<cublasLtMatmulAlgo_t> {
-        // A bias lies somewhere: the library looks at how it is aligned.
-        let layout = |rows: usize| Layout::new(of, rows, of.out, of.inputs, self.workspace);
+        // A bias lies somewhere: the library looks at how it is aligned, and takes it for no better than that.
+        let layout = |rows: usize| Layout::new(of, rows, of.out, of.inputs, self.workspace + u64::from(ALIGNMENT));
         let found = layout(rows).and_then(|layout| layout.preferred(self.handle)).ok()?;
         (MANY..=rows).all(|rows| layout(rows).is_ok_and(|layout| layout.check(self.handle, &found))).then_some(found)
     }
