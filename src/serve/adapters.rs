@@ -155,7 +155,12 @@ fn ask(server: &AdapterServer, path: &str, body: Option<&Value>) -> anyhow::Resu
         return Ok(value);
     }
     let message = value.pointer("/error/message").and_then(Value::as_str).unwrap_or("no reason given; is it a Strait server?");
-    bail!("the server refused with status {}: {message}", status.as_u16())
+    bail!("the server refused with status {}: {}", status.as_u16(), in_flags(message))
+}
+
+/// What a server says, with this command's flag in place of the field of the body that it names.
+fn in_flags(message: &str) -> String {
+    message.replace("set load_inplace", "give --in-place").replace("with load_inplace", "with --in-place")
 }
 
 fn pretty(value: &Value) -> String {
@@ -292,4 +297,28 @@ fn convert(folder: &AdapterFolder, out: &Path) -> anyhow::Result<String> {
         told["rank"],
         text(&told, "from")
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Args as _;
+
+    use crate::adapters::AdapterError;
+
+    /// What the server says of the field of a body, a command says of its flag, which has another name.
+    #[test]
+    fn what_a_server_refuses_is_mended_by_the_commands_own_flag() {
+        let flag = args::AdapterLoad::augment_args(clap::Command::new("load")).get_arguments().any(|a| a.get_long() == Some("in-place"));
+        assert!(flag, "the flag that is named");
+        for error in
+            [AdapterError::Loaded { alias: "a".into() }, AdapterError::FilesChanged { alias: "a".into(), was: "0123456789abcdef".into() }]
+        {
+            let (wire, said) = (error.to_string(), in_flags(&error.to_string()));
+            assert!(wire.contains("load_inplace") && !wire.contains("--in-place"), "{wire}");
+            assert!(said.contains("--in-place") && !said.contains("inplace"), "{said}");
+        }
+        let named = AdapterError::Unknown { alias: "load_inplace".into() }.to_string();
+        assert_eq!(in_flags(&named), named);
+    }
 }
