@@ -35,9 +35,12 @@ const KEPT: usize = 256 << 20;
 
 impl Spectra {
     /// Kept under `dir`, in a folder of the base's digest; in memory alone without one.
-    pub fn new(dir: Option<&Path>, base: &Checkpoint) -> Spectra {
-        let digest: String = base.digest()[..8].iter().map(|b| format!("{b:02x}")).collect();
-        Spectra { dir: dir.map(|d| d.join(digest)), known: Mutex::default() }
+    ///
+    /// # Errors
+    /// As [`Checkpoint::digest`].
+    pub fn new(dir: Option<&Path>, base: &Checkpoint) -> Result<Spectra, CheckpointError> {
+        let digest: String = base.digest()?[..8].iter().map(|b| format!("{b:02x}")).collect();
+        Ok(Spectra { dir: dir.map(|d| d.join(digest)), known: Mutex::default() })
     }
 
     /// The `r` leading triplets of the base's weights at `place`; perhaps more.

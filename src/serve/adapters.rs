@@ -58,7 +58,7 @@ pub fn registry(
             Happened::Evicted => Event::AdapterEvicted,
         });
     };
-    let spectra = Spectra::new(settings.cache_dir.as_deref(), base);
+    let spectra = Spectra::new(settings.cache_dir.as_deref(), base)?;
     let registry = Registry::new((base, held), spectra, limits, Box::new(tell));
     for module in &settings.modules {
         let (alias, path, base) = (module.name.clone(), module.path.clone(), module.base.clone());
@@ -252,7 +252,7 @@ pub(super) fn base_of(folder: &AdapterFolder) -> anyhow::Result<(&'static Checkp
     };
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(checkpoint));
     let dir = folder.cache_dir.clone().or_else(cache_dir);
-    Ok((checkpoint, Spectra::new(dir.as_deref(), checkpoint)))
+    Ok((checkpoint, Spectra::new(dir.as_deref(), checkpoint)?))
 }
 
 pub(super) fn reader<'a>(folder: &AdapterFolder, base: &'a Checkpoint, spectra: &'a Spectra) -> Reader<'a> {

@@ -332,7 +332,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
         profiles: sizes,
         prefix_caching: settings.prefix_caching,
         hash_secret: secret(),
-        model_digest: checkpoint.digest(),
+        model_digest: opened.fingerprint.0,
     };
     let arena_bytes = match (settings.kv_cache_memory_bytes, device_free) {
         (Some(bytes), _) => bytes,

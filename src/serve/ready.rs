@@ -31,6 +31,7 @@ pub enum Source {
 /// A model's files, opened and checked. Leaked on purpose: a process serves one model for its life.
 pub struct Opened {
     pub checkpoint: &'static Checkpoint,
+    pub fingerprint: Fingerprint,
     /// With its chat template, if there is one.
     pub tokenizer: Arc<Tokenizer>,
     /// Its name in the API unless the operator gives one.
@@ -46,7 +47,7 @@ impl Source {
         folder.map_or(Source::Demo, |f| Source::Folder(f.clone()))
     }
 
-    /// Opens and checks everything but the values of the weights.
+    /// Opens and checks everything, of the values of the weights a sample.
     ///
     /// # Errors
     /// One sentence for the first thing that is missing, broken, or not supported.
@@ -59,6 +60,7 @@ impl Source {
                 (checkpoint, tokenizer, folder_name(dir), dir.display().to_string())
             }
         };
+        let fingerprint = Fingerprint(checkpoint.digest()?);
         let vocab = checkpoint.config.vocab;
         tokenizer.check_vocab(vocab)?;
         // Fine-tunes are told to end with another token by the tokenizer alone: config.json stays the base model's.
@@ -74,7 +76,7 @@ impl Source {
         for warning in checkpoint.warnings.iter().chain(&tokenizer.warnings) {
             tracing::warn!("{warning}");
         }
-        Ok(Opened { checkpoint: Box::leak(Box::new(checkpoint)), tokenizer: Arc::new(tokenizer), name, root, source: self })
+        Ok(Opened { checkpoint: Box::leak(Box::new(checkpoint)), fingerprint, tokenizer: Arc::new(tokenizer), name, root, source: self })
     }
 }
 
@@ -186,7 +188,7 @@ pub fn profiles(
 /// # Errors
 /// Where the artifact cannot be read or is of another model.
 pub fn described(opened: &Opened, settings: &Settings) -> anyhow::Result<(Vec<Profile>, Option<Artifact>)> {
-    let (model, fingerprint) = (&opened.checkpoint.config, Fingerprint(opened.checkpoint.digest()));
+    let (model, fingerprint) = (&opened.checkpoint.config, opened.fingerprint);
     let artifact = match &settings.compression {
         Some(path) => Some(Artifact::read(path, model, fingerprint).map_err(|e| match e {
             ArtifactError::Read { .. } => anyhow::Error::from(e),
@@ -292,7 +294,7 @@ pub(super) fn compute_on(
     calibrate::collect(decoder, ops, texts, &mut moments, |seen| {
         (how.progress)("tokens seen", seen, total);
     })?;
-    let fingerprint = Fingerprint(opened.checkpoint.digest());
+    let fingerprint = opened.fingerprint;
     let layers = &decoder.weights().layers;
     let products = |input: &dyn Fn(usize) -> Vec<f64>| -> Vec<Products> {
         let one = |(i, l): (usize, &LayerWeights<'_>)| {

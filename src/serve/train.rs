@@ -57,7 +57,7 @@ pub fn compress(
     let training = train::Settings { loss, steps, learning_rate, seed: SEED };
     let texts = ready::calibration_tokens(opened, decoder, ops, &settings.profiles, how)?;
     let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
-    let base = Fingerprint(opened.checkpoint.digest());
+    let base = opened.fingerprint;
     let init = format!("{:?}", ask.init).to_lowercase();
     // A training that cannot be must not begin a directory, nor take long to say so.
     chosen.iter().try_for_each(|profile| train::problem::pieces(&lengths, profile, loss).map(drop))?;

@@ -89,7 +89,7 @@ pub(crate) fn golden_cases() -> impl Iterator<Item = (String, String, Prompted)>
 
 pub(crate) fn ready(base: &Checkpoint, path: &Path, choice: &BaseChoice, held: HeldAs) -> Result<Ready, AdapterError> {
     let bounds = Bounds { root: None, bytes: 64 << 20 };
-    Reader { base, spectra: &Spectra::new(None, base), bounds, rank: 64 }.ready(path, choice, held)
+    Reader { base, spectra: &Spectra::new(None, base).unwrap(), bounds, rank: 64 }.ready(path, choice, held)
 }
 
 fn choice(name: &str, expected: &Expected) -> BaseChoice {
@@ -236,7 +236,7 @@ fn a_residual_base_may_be_written_to_while_it_is_read() {
 #[test]
 fn an_initial_adapter_is_taken_out_again() {
     let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
-    let spectra = Spectra::new(None, &base);
+    let spectra = Spectra::new(None, &base).unwrap();
     let bounds = Bounds { root: None, bytes: 64 << 20 };
     let reader = Reader { base: &base, spectra: &spectra, bounds, rank: 64 };
     let read = |name: &str, choice| reader.read(&folder(name), &choice).unwrap().parsed.modules;
@@ -281,7 +281,7 @@ fn a_decomposition_that_a_disk_changed_is_made_anew() {
     let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
     let place = Place::Layer(0, Site::Q);
     let made = || {
-        let spectra = Spectra::new(Some(&root.0), &base);
+        let spectra = Spectra::new(Some(&root.0), &base).unwrap();
         (spectra.top(&base, place, 4).unwrap(), spectra.left(&base, place).unwrap())
     };
     let (top, left) = made();
@@ -305,7 +305,7 @@ fn a_decomposition_that_a_disk_changed_is_made_anew() {
 fn of_an_embedding_nothing_was_taken_whatever_the_initialisation() {
     let root = Root::new("embedding", &[]);
     let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
-    let spectra = Spectra::new(None, &base);
+    let spectra = Spectra::new(None, &base).unwrap();
     let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, bytes: 64 << 20 }, rank: 64 };
     let read = |path: &Path, choice: &BaseChoice| reader.read(path, choice).unwrap_or_else(|e| panic!("{}: {e}", path.display())).parsed;
     let residual = BaseChoice::Residual(folder("pissa-residual").join("base"));
@@ -340,7 +340,7 @@ fn an_adapter_of_any_format_is_written_as_a_plain_lora_that_says_the_same() {
             continue;
         }
         let base = Checkpoint::open(&golden::folder(&base)).unwrap();
-        let spectra = Spectra::new(None, &base);
+        let spectra = Spectra::new(None, &base).unwrap();
         let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, bytes: 64 << 20 }, rank: 64 };
         let parsed = reader.read(&folder(&name), &choice(&name, &want)).unwrap().parsed;
         let out = root.0.join(&name);
@@ -390,7 +390,7 @@ fn under_every_cache_profile_an_adapter_says_what_the_merged_model_says() {
     // Keys and values above all: their latents are taken of what the adapter makes of them.
     for (name, family) in [("lora-kv", "qwen3"), ("lora-all", "qwen2")] {
         let base = Checkpoint::open(&golden::folder(family)).unwrap();
-        let spectra = Spectra::new(None, &base);
+        let spectra = Spectra::new(None, &base).unwrap();
         let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, bytes: 64 << 20 }, rank: 64 };
         let parsed = reader.read(&folder(name), &BaseChoice::Auto).unwrap().parsed;
         let delta = reader.ready(&folder(name), &BaseChoice::Auto, HeldAs::F32).unwrap().delta;
@@ -585,7 +585,7 @@ fn many_first_uses_read_an_adapter_once_and_the_least_used_makes_room() {
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(Checkpoint::open(&golden::folder("llama-linear")).unwrap()));
     let registry = Registry::new(
         (checkpoint, HeldAs::F32),
-        Spectra::new(None, checkpoint),
+        Spectra::new(None, checkpoint).unwrap(),
         Limits { discover: true, ..limits(Some(&root.0), budget) },
         Box::new(move |what| heard.lock().unwrap().push(what)),
     );

@@ -160,7 +160,7 @@ fn every_family_and_type_loads_in_place_and_converts() {
             let folder = Folder::new();
             folder.put("config.json", config.to_string()).put("model.safetensors", file(&stored));
             let checkpoint = Checkpoint::open(&folder.0).unwrap();
-            checkpoint.verify().unwrap();
+            checkpoint.digest().unwrap();
             for load in [LoadDtype::Auto, LoadDtype::F32, LoadDtype::Bf16] {
                 let weights = checkpoint.weights(load);
                 let bf = load == LoadDtype::Bf16 || load == LoadDtype::Auto && dtype == "BF16";
@@ -204,7 +204,7 @@ fn an_odd_header_costs_a_copy_and_nothing_else() {
         let matrices: usize = stored.values().filter(|t| t.1.len() == 2).map(|t| t.2.len()).sum();
         assert_eq!((a.mapped_bytes(), b.mapped_bytes()), (matrices as u64, 0));
         assert_eq!(a, b);
-        assert_eq!(aligned.digest(), odd.digest(), "where the header ends is no part of the identity");
+        assert_eq!(aligned.digest().unwrap(), odd.digest().unwrap(), "where the header ends is no part of the identity");
     }
 }
 
@@ -346,7 +346,11 @@ fn shards_and_their_index_must_agree() {
     let good = folder(&index(&map));
     let sharded = open(&good).unwrap();
     assert_eq!(sharded.warnings, Vec::<String>::new());
-    assert_eq!(sharded.digest(), self::open(&config, &file(&all)).unwrap().digest(), "shards are no part of the identity");
+    assert_eq!(
+        sharded.digest().unwrap(),
+        self::open(&config, &file(&all)).unwrap().digest().unwrap(),
+        "shards are no part of the identity"
+    );
 
     std::fs::remove_file(good.0.join(second)).unwrap();
     refused(open(&good), &[second, "not in the folder"]);
@@ -426,7 +430,7 @@ fn what_is_not_mapped_is_the_same_and_outlives_its_files() {
         let dir = crate::golden::folder(name);
         let (mapped, unmapped) = (Checkpoint::open(&dir).unwrap(), Unmapped::open(&dir).unwrap());
         assert_eq!(unmapped.config(), &mapped.config);
-        assert_eq!(unmapped.digest().unwrap(), mapped.digest(), "{name}");
+        assert_eq!(unmapped.digest().unwrap(), mapped.digest().unwrap(), "{name}");
         for part in ["self_attn.q_proj", "mlp.down_proj", "mlp.nothing"] {
             let path = format!("model.layers.0.{part}");
             assert_eq!(unmapped.linear(&path).unwrap(), mapped.linear(&path), "{name} {path}");
@@ -520,13 +524,49 @@ fn tensors_must_be_those_of_the_configuration() {
     let poison = |bytes: [u8; 2]| {
         let mut t = tensors(&config, "BF16");
         t.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2[6..8].copy_from_slice(&bytes);
-        open(&config, &file(&t)).unwrap().verify()
+        open(&config, &file(&t)).unwrap().digest()
     };
     refused(poison(bf16::NAN.to_le_bytes()), &["layers.1.mlp.up_proj", "NaN", "element 3"]);
     refused(poison(bf16::INFINITY.to_le_bytes()), &["layers.1.mlp.up_proj", "inf"]);
     let mut t = tensors(&config, "BF16");
     t.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2.fill(0);
-    refused(open(&config, &file(&t)).unwrap().verify(), &["layers.1.mlp.up_proj", "all zeros"]);
+    refused(
+        open(&config, &file(&t)).unwrap().digest(),
+        &["layers.1.mlp.up_proj", "model.safetensors is zeros", "download model.safetensors again"],
+    );
+}
+
+/// A file that was given its length before the download that never came; and of what is too long to be read whole, samples.
+#[test]
+fn a_matrix_of_zeros_is_no_weight_and_rows_of_zeros_are_none_the_less() {
+    for dtype in ["BF16", "F32"] {
+        let large = with(config(), json!({ "vocab_size": 20_000 }));
+        let embed = |change: &dyn Fn(&mut [u8])| {
+            let mut t = tensors(&large, dtype);
+            change(&mut t.get_mut("model.embed_tokens.weight").unwrap().2);
+            open(&large, &file(&t)).unwrap().digest()
+        };
+        refused(embed(&|bytes| bytes.fill(0)), &["model.embed_tokens.weight", "is zeros wherever it was looked at", "download"]);
+        // Padded rows, and a single block that has come.
+        embed(&|bytes| bytes[8192..].fill(0)).unwrap();
+        embed(&|bytes| {
+            let last = bytes.len() - 8192;
+            bytes[..last].fill(0);
+        })
+        .unwrap();
+        // The last element, which is in the last of the samples, wherever that begins.
+        let size = if dtype == "F32" { 4 } else { 2 };
+        let infinite = |bytes: &mut [u8]| {
+            let at = bytes.len() - size;
+            bytes[at..].copy_from_slice(&f32::INFINITY.to_le_bytes()[4 - size..]);
+        };
+        refused(embed(&infinite), &["model.embed_tokens.weight", "has inf at element 159999"]);
+    }
+    // Biases may well be zeros.
+    let biased = with(config(), json!({ "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"] }));
+    let mut t = tensors(&biased, "BF16");
+    t.get_mut("model.layers.0.self_attn.q_proj.bias").unwrap().2.fill(0);
+    open(&biased, &file(&t)).unwrap().digest().unwrap();
 }
 
 #[test]
@@ -535,7 +575,7 @@ fn the_digest_tells_models_apart() {
     let digest = |config: &Value, f: &dyn Fn(&mut Tensors)| {
         let mut t = tensors(config, "BF16");
         f(&mut t);
-        open(config, &file(&t)).unwrap().digest()
+        open(config, &file(&t)).unwrap().digest().unwrap()
     };
     let base = digest(&config, &|_| ());
     assert_eq!(base, digest(&config, &|_| ()));
@@ -756,7 +796,7 @@ fn the_demo_model_loads_in_place() {
     assert_eq!(checkpoint.warnings, Vec::<String>::new());
     assert_eq!(checkpoint.generation.eos, [2, 6]);
     assert_eq!(checkpoint.generation.sampling.temperature, 0.0);
-    checkpoint.verify().unwrap();
+    checkpoint.digest().unwrap();
     let weights = checkpoint.weights(LoadDtype::Auto);
     assert!(weights.embed.is_borrowed() && weights.layers.iter().all(|l| l.down.weight.is_borrowed() && l.q.weight.is_borrowed()));
     assert_eq!(strait::demo::WEIGHTS.as_ptr() as usize % 64, 0);

@@ -578,7 +578,7 @@ pub(crate) fn worn_in_lockstep(
 pub(crate) fn demo() -> (&'static Checkpoint, Vec<ReadyProfile>) {
     let checkpoint: &'static Checkpoint = Box::leak(Box::new(strait::demo::checkpoint().unwrap()));
     let config = &checkpoint.config;
-    let artifact = Artifact::from_bytes(strait::demo::ARTIFACT, config, Fingerprint(checkpoint.digest())).unwrap();
+    let artifact = Artifact::from_bytes(strait::demo::ARTIFACT, config, Fingerprint(checkpoint.digest().unwrap())).unwrap();
     let small = artifact.profiles().iter().map(|s| s.profile.clone()).find(|p| p.name == "cskv-95").unwrap();
     let full = Profile { name: "full".into(), cskv: None };
     let ready = [full, small].map(|p| {

@@ -301,6 +301,21 @@ fn lengths_are_those_that_a_server_would_take() {
     assert!(beyond.contains("max-model-len is 4097, and the model computes up to 4096 positions"), "{beyond}");
     std::fs::remove_dir_all(&folder).unwrap();
 
+    // Weights whose file has its length and no more.
+    let unfinished = std::env::temp_dir().join(format!("strait-plan-unfinished-{}", std::process::id()));
+    std::fs::create_dir(&unfinished).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(format!("{whole}/{name}"), unfinished.join(name)).unwrap();
+    }
+    let mut weights = std::fs::read(format!("{whole}/model.safetensors")).unwrap();
+    let header = u64::from_le_bytes(*weights.first_chunk().unwrap()) as usize;
+    weights[8 + header..].fill(0);
+    std::fs::write(unfinished.join("model.safetensors"), weights).unwrap();
+    let out = strait(&["plan", unfinished.to_str().unwrap()]);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(1) && said.contains("is zeros wherever it was looked at") && said.contains("download"), "{said}");
+    std::fs::remove_dir_all(&unfinished).unwrap();
+
     let none = strait(&["plan", "--lengths", "512,0"]);
     assert_eq!((none.status.code(), none.stdout.len()), (Some(1), 0));
     assert!(String::from_utf8(none.stderr).unwrap().starts_with("strait: --lengths has 0; "));

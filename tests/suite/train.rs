@@ -781,7 +781,7 @@ fn the_demo_model_is_trained_from_the_command_line_and_the_same_command_again_ch
     asked("cskv-95,cskv-fast", "3").unwrap();
     let first = std::fs::read(&out).unwrap();
     let checkpoint = strait::demo::checkpoint().unwrap();
-    let read = |bytes: &[u8]| Artifact::from_bytes(bytes, &checkpoint.config, Fingerprint(checkpoint.digest())).unwrap();
+    let read = |bytes: &[u8]| Artifact::from_bytes(bytes, &checkpoint.config, Fingerprint(checkpoint.digest().unwrap())).unwrap();
     let artifact = read(&first);
     let sets: Vec<(&str, bool)> = artifact.bases().iter().map(|b| (b.name.as_str(), b.trained())).collect();
     assert_eq!(sets, [("frequency", false), ("cskv-95", true), ("cskv-fast", true)]);
@@ -827,7 +827,7 @@ fn a_budget_is_a_share_of_the_cache_that_will_be_served() {
     let ask = ["--out", out.to_str().unwrap(), "--config", config.to_str().unwrap(), "--tokens", "400", "--dtype", "f32"];
     compress(&ask).unwrap();
     let checkpoint = strait::demo::checkpoint().unwrap();
-    let artifact = Artifact::read(&out, &checkpoint.config, Fingerprint(checkpoint.digest())).unwrap();
+    let artifact = Artifact::read(&out, &checkpoint.config, Fingerprint(checkpoint.digest().unwrap())).unwrap();
     let made = artifact.profiles().iter().map(|s| &s.profile).find(|p| p.name == "cskv-80").unwrap();
     assert_eq!(made.cskv.as_ref().unwrap().size, Size::Budget(1024), "a fifth of 5120 bytes in f32");
     // Served in bf16 that is two fifths, and said to be.

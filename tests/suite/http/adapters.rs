@@ -64,7 +64,7 @@ pub(crate) fn registry(base: &str, limits: Limits) -> Registry {
 }
 
 pub(crate) fn registry_of(checkpoint: &'static Checkpoint, held: HeldAs, limits: Limits) -> Registry {
-    Registry::new((checkpoint, held), Spectra::new(None, checkpoint), limits, Box::new(|_| ()))
+    Registry::new((checkpoint, held), Spectra::new(None, checkpoint).unwrap(), limits, Box::new(|_| ()))
 }
 
 /// A registry without adapters.
