@@ -296,7 +296,7 @@ pub const METRICS: &[Metric] = &[
     ),
     gauge("strait:kv_cache_bytes_per_token", &["profile"], "Bytes one more position costs past the window."),
     gauge("strait:kv_cache_evictable_bytes", &[], "Bytes that only the prefix cache holds: free on demand."),
-    gauge("strait:model_bytes", &[], "Bytes of the model's weights."),
+    gauge("strait:model_bytes", &[], "Bytes of the model's weights as they are held in memory, mapped or not."),
     counter("strait:panics_total", &[], "Panics caught at the HTTP edge; each ended one request."),
     gauge("strait:process_resident_bytes", &[], "Resident memory of the process."),
     gauge("strait:ready", &[], "1 while the model is loaded and the server is not draining."),

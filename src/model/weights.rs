@@ -152,10 +152,30 @@ pub struct ModelWeights<'a> {
 impl<'a> ModelWeights<'a> {
     /// Bytes of matrices that lie in the checkpoint itself: pages of its files, that every step reads.
     pub fn mapped_bytes(&self) -> u64 {
-        let layers = self.layers.iter().flat_map(|l| Site::ALL.map(|site| site.of(l)));
-        let linear = layers.flat_map(|p| std::iter::once(&p.weight).chain(&p.inner));
-        let all = linear.chain([&self.embed]).chain(&self.untied_head);
-        all.filter(|w| w.is_borrowed()).map(|w| w.bytes() as u64).sum()
+        self.matrices().filter(|w| w.is_borrowed()).map(|w| w.bytes() as u64).sum()
+    }
+
+    /// Bytes of all weights as they are held, which is not always as they are stored; mapped or not.
+    pub fn bytes(&self) -> u64 {
+        let norms = |l: &LayerWeights<'_>| {
+            [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(Vec::len)
+                .sum::<usize>()
+        };
+        let biases = self.projections().filter_map(|p| p.bias.as_ref()).map(Vec::len).sum::<usize>();
+        let floats = self.norm.len() + biases + self.layers.iter().map(norms).sum::<usize>();
+        self.matrices().map(|w| w.bytes() as u64).sum::<u64>() + (floats * size_of::<f32>()) as u64
+    }
+
+    fn projections(&self) -> impl Iterator<Item = &Projection<'a>> {
+        self.layers.iter().flat_map(|l| Site::ALL.map(|site| site.of(l)))
+    }
+
+    fn matrices(&self) -> impl Iterator<Item = &Weight<'a>> {
+        let linear = self.projections().flat_map(|p| std::iter::once(&p.weight).chain(&p.inner));
+        linear.chain([&self.embed]).chain(&self.untied_head)
     }
 
     /// The output head, tied or not.

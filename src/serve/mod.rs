@@ -251,7 +251,7 @@ fn load(source: Source, settings: &Settings, telemetry: &Arc<Telemetry>) -> anyh
     let ops: Box<dyn Ops> = Box::new(Cpu::new(settings.threads));
     let weights = ready::weights(&opened, settings.dtype);
     let exact = ready::exact_type(checkpoint, settings.dtype);
-    let weight_bytes = checkpoint.stored_bytes();
+    let weight_bytes = weights.bytes();
     let mut decoder = Decoder::new(model, weights, context as usize, settings.max_num_batched_tokens as usize);
     let device = device(settings.device, settings.own_kernels)?;
     if let Some(device) = &device {

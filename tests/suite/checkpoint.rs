@@ -166,6 +166,11 @@ fn every_family_and_type_loads_in_place_and_converts() {
                 let bf = load == LoadDtype::Bf16 || load == LoadDtype::Auto && dtype == "BF16";
                 let in_place = dtype == "BF16" && bf || dtype == "F32" && !bf;
                 assert_eq!(weights.layers.len(), 2);
+                // All are held, norms and biases in f32.
+                let elements =
+                    |rank: usize| stored.values().filter(|t| t.1.len() == rank).map(|t| t.1.iter().product::<usize>()).sum::<usize>();
+                let held = elements(2) * if bf { 2 } else { 4 } + elements(1) * 4;
+                assert_eq!(weights.bytes(), held as u64, "{family} {dtype} {load:?}");
                 let name = "model.layers.1.self_attn.k_proj.weight";
                 let k = &weights.layers[1].k.weight;
                 let salt = tensors(&config, dtype).into_iter().find(|(n, _)| n == name).unwrap().1;
@@ -526,7 +531,7 @@ fn tensors_must_be_those_of_the_configuration() {
         t.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2[6..8].copy_from_slice(&bytes);
         open(&config, &file(&t)).unwrap().digest()
     };
-    refused(poison(bf16::NAN.to_le_bytes()), &["layers.1.mlp.up_proj", "NaN", "element 3"]);
+    refused(poison(bf16::NAN.to_le_bytes()), &["layers.1.mlp.up_proj", "model.safetensors", "NaN", "element 3"]);
     refused(poison(bf16::INFINITY.to_le_bytes()), &["layers.1.mlp.up_proj", "inf"]);
     let mut t = tensors(&config, "BF16");
     t.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2.fill(0);
