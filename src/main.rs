@@ -2,11 +2,10 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use strait::config::args::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let done = match cli.command {
         None => strait::serve::serve(None, &cli.serve),
         Some(Command::Serve(serve)) => strait::serve::serve(serve.model.as_ref(), &serve.flags),

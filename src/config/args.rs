@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::adapters::BaseChoice;
@@ -23,6 +25,23 @@ pub struct Cli {
     pub command: Option<Command>,
     #[command(flatten)]
     pub serve: ServeFlags,
+}
+
+impl Cli {
+    /// The command line, and of the environment what it does not say.
+    ///
+    /// # Errors
+    /// What clap would end the program with, be it help.
+    pub fn read<T: Into<std::ffi::OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Result<Cli, clap::Error> {
+        let matches = Cli::command().try_get_matches_from(args)?;
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        match (&mut cli.command, matches.subcommand()) {
+            (None, _) => cli.serve.settle(&matches)?,
+            (Some(Command::Serve(serve)), Some((_, matches))) => serve.flags.settle(matches)?,
+            _ => {}
+        }
+        Ok(cli)
+    }
 }
 
 /// What the program can do.
@@ -500,7 +519,7 @@ pub struct ServeFlags {
     #[arg(long, alias = "max-num-queued-reqs", env = "STRAIT_MAX_QUEUED_REQUESTS")]
     pub max_queued_requests: Option<usize>,
     /// Reuse the cache of equal prompt beginnings: the default, said aloud.
-    #[arg(long, env = "STRAIT_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_missing_value = "true", conflicts_with = "no_enable_prefix_caching")]
+    #[arg(long, env = "STRAIT_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_missing_value = "true")]
     pub enable_prefix_caching: Option<bool>,
     /// Compute every prompt from its start.
     #[arg(long, env = "STRAIT_NO_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_missing_value = "true")]
@@ -539,6 +558,22 @@ pub struct ServeFlags {
 }
 
 impl ServeFlags {
+    /// Two flags say one thing: one that was typed wins over an environment that has the other. Clap would refuse the two.
+    fn settle(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        let source = |id| matches.value_source(id);
+        match (source("enable_prefix_caching"), source("no_enable_prefix_caching")) {
+            (Some(ValueSource::CommandLine), Some(ValueSource::EnvVariable)) => self.no_enable_prefix_caching = None,
+            (Some(ValueSource::EnvVariable), Some(ValueSource::CommandLine)) => self.enable_prefix_caching = None,
+            (Some(_), Some(_)) => {
+                let both =
+                    "--enable-prefix-caching and --no-enable-prefix-caching cannot be used together, nor can their environment variables\n";
+                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, both).format(&mut Cli::command()));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// What is set here, and from `other` what is not.
     pub fn or(self, other: ServeFlags) -> ServeFlags {
         let list = |a: Vec<String>, b: Vec<String>| if a.is_empty() { b } else { a };

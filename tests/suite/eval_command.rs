@@ -2,7 +2,7 @@
 //! a process of its own.
 
 use std::collections::HashSet;
-use std::io::BufRead;
+use std::io::{BufRead, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,6 +18,7 @@ use strait::eval::ask::{AskError, Client};
 use strait::eval::http::Http;
 use strait::eval::run::{answers, cell, sheet};
 use strait::eval::tasks::{Material, Task};
+use strait::model::weights::LoadDtype;
 
 use crate::eval::{PLAIN, Scratch};
 
@@ -263,13 +264,29 @@ struct Served {
 
 impl Served {
     fn start(flags: &[&str]) -> Served {
+        Served::within(&[], flags)
+    }
+
+    /// In an environment that says so much more.
+    fn within(environment: &[(&str, &str)], flags: &[&str]) -> Served {
         let mut command = Command::new(env!("CARGO_BIN_EXE_strait"));
-        let mut child = command.args(["serve", "--port", "0"]).args(flags).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        command.args(["serve", "--port", "0"]).args(flags).envs(environment.iter().copied());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().rsplit_once(' ').unwrap().1.to_owned();
         assert!(url.starts_with("http://127.0.0.1:"), "{line}");
         Served { child, url }
+    }
+}
+
+impl Served {
+    /// The line of a metric.
+    fn metric(&self, name: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+        let text = std::io::read_to_string(stream).unwrap();
+        text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {text}")).to_owned()
     }
 }
 
@@ -288,6 +305,31 @@ fn a_server_computes_on_as_many_threads_as_it_was_given() {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", served.child.id())).unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
     assert_eq!(names.filter(|name| name.starts_with("work-")).count(), 3);
+}
+
+#[test]
+fn a_flag_wins_over_an_environment_that_says_the_contrary_by_another_name() {
+    for (variable, flag, caching) in [
+        ("STRAIT_ENABLE_PREFIX_CACHING", "--no-enable-prefix-caching", false),
+        ("STRAIT_NO_ENABLE_PREFIX_CACHING", "--enable-prefix-caching", true),
+    ] {
+        let served = Served::within(&[(variable, "true")], &[flag]);
+        let told = served.metric("vllm:cache_config_info");
+        assert!(told.contains(&format!("enable_prefix_caching=\"{caching}\"")), "{variable} {flag}: {told}");
+    }
+    // Where neither was typed later than the other there is nothing to go by.
+    let out = strait(&["serve", "--enable-prefix-caching", "--no-enable-prefix-caching"]);
+    assert_eq!((out.status.code(), String::from_utf8(out.stderr).unwrap().contains("cannot be used together")), (Some(2), true));
+}
+
+/// Not those of its files: what is stored in bf16 takes twice as much in f32.
+#[test]
+fn a_server_tells_the_bytes_that_its_weights_take() {
+    let checkpoint = strait::demo::checkpoint().unwrap();
+    for (dtype, load) in [("auto", LoadDtype::Auto), ("float32", LoadDtype::F32)] {
+        let told = Served::start(&["--dtype", dtype]).metric("strait:model_bytes");
+        assert_eq!(told, format!("strait:model_bytes {}", checkpoint.weights(load).bytes()));
+    }
 }
 
 #[test]
