@@ -197,6 +197,8 @@ struct Submitted {
     request: GenerateRequest,
     adapter: Option<Lease>,
     events: mpsc::Sender<Event>,
+    /// Whether it was told that the client of this request does not read: once, of all sequences.
+    warned: Arc<AtomicBool>,
 }
 
 /// The heartbeat of an engine that has nothing to do.
@@ -256,11 +258,12 @@ impl Engine for Arc<Door> {
             entered.map_err(|(queued, limit)| SubmitError::QueueFull { queued, limit, retry_after: queue.retry_after(arrived) })?
         };
         let unread = (UNREAD_OF_A_REQUEST / seqs.len().max(1)).clamp(1, UNREAD_EVENTS);
+        let warned = Arc::<AtomicBool>::default();
         let (mut submitted, mut receivers) = (Vec::with_capacity(seqs.len()), Vec::with_capacity(seqs.len()));
         for (&seq, request) in seqs.iter().zip(requests) {
             // And its end, which always has a place.
             let (events, receiver) = mpsc::channel(unread + 1);
-            submitted.push(Submitted { seq, request, adapter: adapter.clone(), events });
+            submitted.push(Submitted { seq, request, adapter: adapter.clone(), events, warned: warned.clone() });
             receivers.push(receiver);
         }
         if !self.send(Message::Submit(arrived, submitted)) {
@@ -306,6 +309,8 @@ impl Engine for Arc<Door> {
 /// The owner of a sequence, and what the engine must know to choose and report its tokens.
 struct Client {
     events: mpsc::Sender<Event>,
+    /// As in [`Submitted`].
+    warned: Arc<AtomicBool>,
     request: GenerateRequest,
     /// On the adapter it names.
     adapter: Option<Lease>,
@@ -468,7 +473,7 @@ impl Room {
         }
     }
 
-    fn enqueue(&mut self, arrived: Duration, Submitted { seq, mut request, adapter, events }: Submitted) {
+    fn enqueue(&mut self, arrived: Duration, Submitted { seq, mut request, adapter, events, warned }: Submitted) {
         let (prompt, max_new) = (request.prompt.len(), request.max_new_tokens);
         // A prompt that is only scored runs like one that is answered by a single token, which nobody hears of.
         let scoring = max_new == 0;
@@ -476,6 +481,7 @@ impl Room {
         let client = Client {
             occurrences: None,
             events,
+            warned,
             generated: 0,
             prompt_logprobs: Vec::new(),
             scoring,
@@ -639,7 +645,13 @@ impl Room {
         let _ = client.events.try_send(if unread { Event::Failed { failure: Failure::Unread } } else { event });
         if unread {
             let events = client.events.max_capacity() - 1;
-            tracing::warn!(?seq, events, "a client left as many events unread as are kept for it; its request is cancelled");
+            if !client.warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    ?seq,
+                    events,
+                    "a client left as many events of a sequence unread as are kept for it; its request is cancelled"
+                );
+            }
             if let Some(ended) = self.scheduler.cancel(seq) {
                 self.forget(seq, "abort", ended.preemptions);
             }

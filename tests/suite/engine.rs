@@ -553,6 +553,26 @@ fn a_client_that_leaves_too_much_unread_is_told_so_behind_what_it_left() {
     let said = hear(stream);
     assert_eq!((said.tokens.len(), said.end), (4096, Err(Failure::Unread)));
     assert_eq!(hear(ask()).tokens.len(), 4500, "who reads is told all");
+
+    // Of a request of many sequences the log has it once. No other test leaves so much unread.
+    static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+    struct Log;
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            LOG.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(|| Log).try_init().unwrap();
+    let one = || GenerateRequest { logprobs: None, ..request(&tokens(20, 1, 256), 4500, 0) };
+    assert_eq!(end.recv_timeout(Duration::from_secs(60)), Ok("length"));
+    let streams = world.engine.submit_all(vec![one(), one()], None).unwrap();
+    assert_eq!([(); 2].map(|()| end.recv_timeout(Duration::from_secs(60))), [Ok("abort"), Ok("abort")]);
+    drop(streams);
+    let told = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
+    assert_eq!(told.matches("events of a sequence unread").count(), 1, "{told}");
 }
 
 /// The CPU's operations; what is to be normed is shown to somebody before.
