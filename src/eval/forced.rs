@@ -45,8 +45,8 @@ pub enum ForcedError {
         "cannot reserve {bytes} bytes for the caches that are compared ({reason}); lower --lengths, or compare fewer --profiles at once"
     )]
     Memory { bytes: u64, reason: String },
-    #[error("the model made numbers that are not finite under {profile} at position {position}; the checkpoint or the kernels are broken")]
-    NotFinite { profile: usize, position: u32 },
+    #[error("the model made numbers that are not finite under {profile} at position {position}; {suspects}")]
+    NotFinite { profile: String, position: u32, suspects: &'static str },
 }
 
 /// Forces `sequence` under every one of `chosen` (indices of `profiles`) and adds what they say to `said`, one for each
@@ -99,7 +99,11 @@ pub fn force(
             let mut judge = Judge { first: i == 0, begin, sequence, exact: &mut exact, block: &mut block, broken: None };
             lane.decode(machine, &mut arena, sequence, begin..end, &mut judge);
             if let Some(position) = judge.broken {
-                return Err(ForcedError::NotFinite { profile: lane.profile, position });
+                let suspects = match machine.adapter {
+                    Some(_) => "the adapter diverged in training, or the checkpoint or the kernels are broken",
+                    None => "the checkpoint or the kernels are broken",
+                };
+                return Err(ForcedError::NotFinite { profile: machine.names[lane.profile].to_owned(), position, suspects });
             }
             if i > 0 {
                 let to = &mut said[i - 1];
@@ -117,6 +121,8 @@ pub struct Machine<'m, 'w> {
     pub decoder: &'m mut Decoder<'w>,
     pub ops: &'m dyn Ops,
     pub profiles: &'m [ReadyProfile],
+    /// Of these profiles.
+    pub names: &'m [&'m str],
     /// The adapter all sequences wear.
     pub adapter: Option<&'m Delta>,
 }

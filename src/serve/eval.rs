@@ -435,7 +435,8 @@ fn inside(ask: &args::Forced, kl: bool, text: &str) -> anyhow::Result<Report> {
     let sheets = sheets(ask, &tokens, &begin)?;
     bar.set_length(sheets.iter().map(|s| s.1.len() as u64).sum());
     let Runner::Host(host) = &mut ready.parts.runner else { unreachable!("loaded for the CPU") };
-    let mut machine = Machine { decoder: &mut host.decoder, ops: &*host.ops, profiles: &host.profiles, adapter: delta.as_deref() };
+    let (decoder, ops, profiles) = (&mut host.decoder, &*host.ops, &host.profiles);
+    let mut machine = Machine { decoder, ops, profiles, names: &names, adapter: delta.as_deref() };
     let under = ask.adapter.as_ref().map_or_else(String::new, |path| format!(", adapter {}", path.display()));
     let origin = Origin { model: ready.names[0].clone(), asked: format!("in process{under}"), bases: told(&ready.bases) };
     let mut measured = Forced { origin, interval: STUDENT, kl, rows: Vec::new() };

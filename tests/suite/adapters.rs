@@ -435,7 +435,8 @@ fn under_every_cache_profile_an_adapter_says_what_the_merged_model_says() {
             let chosen: Vec<usize> = (1..ready.len()).collect();
             let mut said = vec![Said::default(); chosen.len()];
             let ops = Cpu::new(2);
-            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter };
+            let mut machine =
+                Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter };
             force(&mut machine, (0, &chosen), &tokens(POSITIONS, 9, config.vocab), PROMPT, &mut said).unwrap();
             said
         };

@@ -22,6 +22,7 @@ use strait::kv::Arena;
 use strait::kv::layout::{BasisKind, Cskv, ExactType, PageLayout, Profile};
 use strait::model::checkpoint::Checkpoint;
 use strait::model::decoder::{Decoder, ReadyProfile};
+use strait::model::delta::Delta;
 use strait::model::weights::LoadDtype;
 use strait::ops::cpu::Cpu;
 use strait::request::{Event, GenerateRequest, Sampling};
@@ -531,7 +532,8 @@ fn the_exact_cache_agrees_with_itself_and_a_lossless_one_almost() {
     let ops = Cpu::new(2);
     let sequence = tokens(700, 9, 256);
     let mut said = vec![Said::default(); 4];
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
+    let mut machine =
+        Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter: None };
     force(&mut machine, (0, &[0, 1, 2, 3]), &sequence, 200, &mut said).unwrap();
     for s in &said {
         assert_eq!(s.surprise.iter().map(|b| b.n).sum::<u32>(), 499, "tokens 201 to 699 are scored");
@@ -590,7 +592,8 @@ fn forced_text_reads_what_decoding_reads() {
             assert_eq!(logprobs.len(), 260);
             let mut said = [Said::default()];
             let ops = Cpu::new(2);
-            let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
+            let mut machine =
+                Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter: None };
             force(&mut machine, (0, &[usize::from(profile)]), &sequence, prompt.len(), &mut said).unwrap();
             // The first token follows from the prefill and is not scored.
             for (block, engine) in said[0].surprise.iter().zip(logprobs[1..].chunks(64)) {
@@ -607,7 +610,8 @@ fn forced_text_reads_what_decoding_reads() {
 fn what_cannot_be_forced_is_refused() {
     let Model { mut decoder, ready, .. } = model("llama2");
     let ops = Cpu::new(1);
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
+    let mut machine =
+        Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter: None };
     let mut said = vec![Said::default()];
     for (n, prompt) in [(10, 9), (10, 10), (10, 0), (1, 0)] {
         let got = force(&mut machine, (0, &[1]), &tokens(n, 1, 256), prompt, &mut said);
@@ -615,6 +619,11 @@ fn what_cannot_be_forced_is_refused() {
     }
     let got = force(&mut machine, (0, &[1]), &tokens(POSITIONS + 1, 1, 256), 10, &mut said);
     assert!(matches!(got, Err(ForcedError::TooLong { .. })));
+    // And what is broken is told by the profile it broke under.
+    let broken = Delta { norm: Some(vec![f32::NAN; machine.decoder.config().hidden]), ..Delta::new(machine.decoder.config().layers) };
+    machine.adapter = Some(&broken);
+    let got = force(&mut machine, (0, &[1]), &tokens(20, 1, 256), 10, &mut said).unwrap_err().to_string();
+    assert!(got.starts_with("the model made numbers that are not finite under full at position 10; the adapter"), "{got}");
     assert_eq!(said, [Said::default()], "nothing is scored by half");
 }
 

@@ -62,7 +62,8 @@ fn divergences(checkpoint: &Checkpoint, artifact: &Artifact, profiles: &[Profile
     let (mut decoder, ops) = (decoder(checkpoint), Cpu::new(2));
     let chosen: Vec<usize> = (1..ready.len()).collect();
     let mut said = vec![Said::default(); chosen.len()];
-    let mut machine = Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None };
+    let mut machine =
+        Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter: None };
     force(&mut machine, (0, &chosen), &tokens(POSITIONS, 9, config.vocab), PROMPT, &mut said).unwrap();
     said.iter().map(|s| mean(&s.divergence)).collect()
 }
@@ -166,8 +167,14 @@ fn keys_and_values_of_an_adapter_are_compressed_by_the_bases_of_the_base_model()
         let surprise = |checkpoint: &Checkpoint| {
             let ready = [ReadyProfile { layout: PageLayout::new(&base.config, ExactType::F32, &full(), None), compression: vec![] }];
             let (mut decoder, ops, mut said) = (decoder(checkpoint), Cpu::new(2), [Said::default()]);
-            force(&mut Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, adapter: None }, (0, &[0]), &text, PROMPT, &mut said)
-                .unwrap();
+            force(
+                &mut Machine { decoder: &mut decoder, ops: &ops, profiles: &ready, names: &["full", "one", "two", "three"], adapter: None },
+                (0, &[0]),
+                &text,
+                PROMPT,
+                &mut said,
+            )
+            .unwrap();
             mean(&said[0].surprise)
         };
         assert!((surprise(&base) - surprise(&adapted)).abs() > 1e3 * got[0], "{name}");
