@@ -49,6 +49,10 @@ pub enum TextError {
     Encode { reason: String },
     #[error(transparent)]
     Template(#[from] TemplateError),
+    #[error(
+        "{source}; it is in {file}: correct it there or download that anew, or take it out, and the model takes prompts at /v1/completions alone"
+    )]
+    BadTemplate { file: &'static str, source: TemplateError },
 }
 
 /// What the beginning of a decoded text loses, because the encoder put it there.
@@ -132,19 +136,26 @@ impl Tokenizer {
             return Err(TextError::Io { path: dir.join("tokenizer.json"), reason });
         };
         let config = read(dir, "tokenizer_config.json", CONFIG_BYTES_MAX)?;
-        let template = match read(dir, "chat_template.jinja", CONFIG_BYTES_MAX)? {
+        let mut file = "chat_template.jinja";
+        let template = match read(dir, file, CONFIG_BYTES_MAX)? {
             Some(source) => Some(Value::String(source)),
             None => match read(dir, "chat_template.json", CONFIG_BYTES_MAX)? {
                 Some(text) => {
-                    let file = "chat_template.json";
+                    file = "chat_template.json";
                     let value = json::parse(text.as_bytes()).map_err(|reason| TextError::Format { file, reason })?;
                     let reason = "it has no chat_template".to_owned();
                     Some(value.get("chat_template").cloned().ok_or(TextError::Format { file, reason })?)
                 }
-                None => None,
+                None => {
+                    file = "tokenizer_config.json";
+                    None
+                }
             },
         };
-        Tokenizer::from_json(&tokenizer, config.as_deref(), template.as_ref(), vocab)
+        Tokenizer::from_json(&tokenizer, config.as_deref(), template.as_ref(), vocab).map_err(|error| match error {
+            TextError::Template(source) => TextError::BadTemplate { file, source },
+            other => other,
+        })
     }
 
     /// The same from memory. `template` goes before the one in `tokenizer_config.json`: a string, or a list of

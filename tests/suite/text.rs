@@ -574,8 +574,19 @@ fn templates_come_from_the_files_hugging_face_reads() {
     assert_eq!(text(&folder).unwrap(), "json");
     std::fs::write(folder.join("chat_template.jinja"), "jinja\n").unwrap();
     assert_eq!(text(&folder).unwrap(), "jinja");
-    std::fs::write(folder.join("chat_template.jinja"), "{% if %}").unwrap();
-    assert!(matches!(text(&folder), Err(TextError::Template(TemplateError::Syntax { .. }))));
+    // One that does not compile is refused with the file that it is in.
+    for (file, text) in [
+        ("chat_template.jinja", "{% if %}".to_owned()),
+        ("chat_template.json", json!({ "chat_template": "{% if %}" }).to_string()),
+        ("tokenizer_config.json", json!({ "chat_template": "{% if %}" }).to_string()),
+    ] {
+        std::fs::write(folder.join(file), text).unwrap();
+        let error = Tokenizer::open(&folder, usize::MAX).unwrap_err();
+        assert!(matches!(&error, TextError::BadTemplate { source: TemplateError::Syntax { .. }, .. }), "{error}");
+        let (said, mend) = (error.to_string(), format!("it is in {file}: correct it there"));
+        assert!(said.starts_with("the chat template does not compile: ") && said.contains(&mend), "{said}");
+        std::fs::remove_file(folder.join(file)).unwrap();
+    }
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
