@@ -54,6 +54,7 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
     if let Some(weight) = replaced {
         let has_bias = place.has_bias(&base.config);
         let bias = has_bias.then(|| module.base_bias.clone().unwrap_or_else(|| base_bias(base, place)));
+        check(place, "weights", held, weight)?;
         site.replace = Some(Projection { weight: held.matrix((out, inputs), weight), inner: None, bias });
     }
     let mut bias = module.bias.clone();
@@ -61,6 +62,7 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
         let bias = bias.get_or_insert_with(|| vec![0.0; out]);
         bias.iter_mut().zip(new.iter().zip(old)).for_each(|(b, (new, old))| *b += new - old);
     }
+    check(place, "bias", HeldAs::F32, bias.as_deref().unwrap_or_default())?;
     site.bias = bias.filter(|b| b.iter().any(|v| *v != 0.0));
     if module.rank > 0 {
         let mut up = module.up.clone();
@@ -68,7 +70,8 @@ fn site(place: Place, module: &Module, base: &Checkpoint, held: HeldAs) -> Resul
             up.chunks_exact_mut(module.rank).zip(&gain).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
             site.gain = Some(gain);
         }
-        check(place, &up)?;
+        check(place, "factors", held, &module.down)?;
+        check(place, "scaled factors", held, &up)?;
         site.factors = Some(Factors::new((&module.down, &up), module.rank, held));
     }
     Ok((site != SiteDelta::default()).then_some(site))
@@ -93,6 +96,7 @@ fn embed(module: &Module, base: &Checkpoint, held: HeldAs) -> Result<Option<Embe
             mend: "serve the base it was trained on".into(),
         });
     }
+    check(Place::Embed, "weights", held, replaced.map_or(&[], |w| w))?;
     let mut embed = EmbedDelta { replace: replaced.map(|w| held.matrix((c.vocab, c.hidden), w)), ..EmbedDelta::default() };
     if module.rank > 0 {
         let mut up = module.up.clone();
@@ -113,7 +117,8 @@ fn embed(module: &Module, base: &Checkpoint, held: HeldAs) -> Result<Option<Embe
             up.chunks_exact_mut(module.rank).zip(&gain).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
             embed.gain = Some(gain);
         }
-        check(Place::Embed, &up)?;
+        check(Place::Embed, "factors", held, &module.down)?;
+        check(Place::Embed, "scaled factors", HeldAs::F32, &up)?;
         embed.factors = Some(EmbedFactors::new((&module.down, &up), module.rank, held));
     }
     Ok((embed != EmbedDelta::default()).then_some(embed))
@@ -134,6 +139,11 @@ pub fn row_norms(weight: &[f32], module: &Module, (out, inputs): (usize, usize))
 }
 
 fn gain(place: Place, magnitude: &[f32], norms: &[f64]) -> Result<Vec<f32>, AdapterError> {
+    // Of an infinite norm the gain would be zero, and the rows gone.
+    if let Some(row) = norms.iter().position(|n| !n.is_finite()) {
+        let reason = format!("row {row} of {} overflows with the factors added; their training diverged", place.path());
+        return Err(AdapterError::Refused { reason });
+    }
     let gain: Vec<f32> = magnitude.iter().zip(norms).map(|(m, n)| (f64::from(*m) / n) as f32).collect();
     match gain.iter().position(|g| !g.is_finite()) {
         None => Ok(gain),
@@ -147,9 +157,14 @@ fn gain(place: Place, magnitude: &[f32], norms: &[f64]) -> Result<Vec<f32>, Adap
     }
 }
 
-fn check(place: Place, up: &[f32]) -> Result<(), AdapterError> {
-    if up.iter().all(|v| v.is_finite()) {
-        return Ok(());
-    }
-    Err(AdapterError::Refused { reason: format!("the scaled factors of {} overflow; its alpha is not to be believed", place.path()) })
+/// Whether `values` are finite as they are held: those of the file are, and what is made of them may not be.
+fn check(place: Place, what: &str, held: HeldAs, values: &[f32]) -> Result<(), AdapterError> {
+    let Some(value) = held.overflow(values) else { return Ok(()) };
+    let mend =
+        if what.starts_with("scaled") { "its alpha is not to be believed, or its training diverged" } else { "its training diverged" };
+    let held = match held {
+        HeldAs::F32 => "F32",
+        HeldAs::Bf16 => "BF16",
+    };
+    Err(AdapterError::Refused { reason: format!("the {what} of {} have {value:e}, which overflows {held}; {mend}", place.path()) })
 }

@@ -125,6 +125,15 @@ impl HeldAs {
         Weight { out_features, in_features, data }
     }
 
+    /// The first value that is not finite once it is held so.
+    pub fn overflow(self, values: &[f32]) -> Option<f32> {
+        let holds = |v: f32| match self {
+            HeldAs::F32 => v.is_finite(),
+            HeldAs::Bf16 => bf16::from_f32(v).is_finite(),
+        };
+        values.iter().copied().find(|v| !holds(*v))
+    }
+
     fn hold(self, values: impl Iterator<Item = f32>) -> Held {
         match self {
             HeldAs::F32 => Held::F32(exact(values.collect())),

@@ -259,6 +259,21 @@ impl From<AdapterError> for ApiError {
     }
 }
 
+impl ApiError {
+    /// Why a request failed that wore `adapter`, which is the first to be suspected of numbers that overflow.
+    pub(super) fn failed(failure: &Failure, adapter: Option<&str>) -> Self {
+        match (failure, adapter) {
+            (Failure::Numerical, Some(name)) => {
+                let message = format!(
+                    "the model produced numbers that are not finite under the adapter {name:?}; where the model alone answers, the adapter's training diverged"
+                );
+                ApiError { message: message.into(), ..failure.into() }
+            }
+            _ => failure.into(),
+        }
+    }
+}
+
 impl From<&Failure> for ApiError {
     fn from(failure: &Failure) -> Self {
         let unavailable = |code, message| Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message).after(Duration::from_secs(5));

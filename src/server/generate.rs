@@ -177,16 +177,16 @@ async fn generate(server: Arc<Server>, id: RequestId, request: Request, kind: Op
     match answer.reply.stream {
         Some(_) => Ok(stream(server, loaded, answer, streams)),
         None => collect(&loaded, &answer, streams).await.map_err(|failure| {
-            log(&id.0, &failure);
-            ApiError::from(&failure)
+            log(&id.0, &failure, answer.reply.adapter.as_deref());
+            ApiError::failed(&failure, answer.reply.adapter.as_deref())
         }),
     }
 }
 
-fn log(id: &str, failure: &Failure) {
+fn log(id: &str, failure: &Failure, adapter: Option<&str>) {
     match failure {
-        Failure::Internal(what) => tracing::error!(request_id = id, %what, "a request failed"),
-        other => tracing::warn!(request_id = id, failure = ?other, "a request failed"),
+        Failure::Internal(what) => tracing::error!(request_id = id, adapter, %what, "a request failed"),
+        other => tracing::warn!(request_id = id, adapter, failure = ?other, "a request failed"),
     }
 }
 
@@ -586,8 +586,9 @@ fn stream(server: Arc<Server>, loaded: Arc<Loaded>, answer: Answer, streams: Sub
         match told {
             Ok(()) => teller.say(Bytes::from_static(b"data: [DONE]\n\n")).await,
             Err(failure) => {
-                log(&answer.id, &failure);
-                teller.event(&ApiError::from(&failure).body()).await;
+                let adapter = answer.reply.adapter.as_deref();
+                log(&answer.id, &failure, adapter);
+                teller.event(&ApiError::failed(&failure, adapter).body()).await;
             }
         }
     };

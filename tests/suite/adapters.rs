@@ -764,6 +764,41 @@ fn add(at: &Path, copies: &[(&str, &str, f32)]) {
     safetensors::serialize_to_file(kept.chain(new).collect::<Vec<_>>(), None, &file).unwrap();
 }
 
+/// Numbers of a file that are finite, and what is made of them is not: rounded to bf16, scaled, or multiplied for a norm.
+#[test]
+fn what_overflows_when_it_is_held_is_refused_before_any_request_wears_it() {
+    let part = |of: &str| format!("model.layers.0.self_attn.q_proj.lora_{of}.weight");
+    let base = |name: &str| Checkpoint::open(&golden::folder(&expected(name).base)).unwrap();
+    let raise = |at: &Path, of: &str| {
+        let bytes = std::fs::read(at.join("adapter_model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let view = file.tensor(&format!("base_model.model.{}", part(of))).unwrap();
+        let largest = bytemuck::pod_collect_to_vec::<u8, f32>(view.data()).iter().fold(0.0, |a: f32, v| a.max(v.abs()));
+        // Beyond what rounds to the largest of bf16, 3.396e38, and within f32's 3.4028e38.
+        add(at, &[(&part(of), &part(of), 1.0 / largest)]);
+        add(at, &[(&part(of), &part(of), 3.4e38)]);
+    };
+    let root = Root::new("overflow", &["all-linear", "dora"]);
+    let at = root.0.join("all-linear");
+    raise(&at, "A");
+    let read = |held| ready(&base("all-linear"), &at, &BaseChoice::Auto, held).map(|_| ());
+    assert!(read(HeldAs::F32).is_ok());
+    let said = read(HeldAs::Bf16).unwrap_err().to_string();
+    assert!(said.starts_with("the factors of model.layers.0.self_attn.q_proj have ") && said.contains("overflows BF16"), "{said}");
+    // Scaled by four, it is beyond both.
+    raise(&at, "B");
+    let said = read(HeldAs::F32).unwrap_err().to_string();
+    assert!(
+        said.starts_with("the scaled factors of model.layers.0.self_attn.q_proj have ") && said.contains("inf, which overflows F32"),
+        "{said}"
+    );
+    // DoRA divides by the norms of rows: by an infinite one to zeros, which would be served.
+    let at = root.0.join("dora");
+    add(&at, &[(&part("A"), &part("A"), 1e25), (&part("B"), &part("B"), 1e25)]);
+    let said = ready(&base("dora"), &at, &BaseChoice::Auto, HeldAs::F32).map(|_| ()).unwrap_err().to_string();
+    assert!(said.contains("of model.layers.0.self_attn.q_proj overflows with the factors added"), "{said}");
+}
+
 /// Removes tensors from an adapter's file.
 fn strip(at: &Path, part: &str) {
     let file = at.join("adapter_model.safetensors");

@@ -172,6 +172,23 @@ async fn an_adapter_is_loaded_served_replaced_rolled_back_and_unloaded() {
     registry.check().expect("the books are right");
 }
 
+/// Whoever wore it hears of it, and whoever did not is not told of one.
+#[tokio::test]
+async fn numbers_that_are_not_finite_are_told_with_the_adapter_of_the_request() {
+    let root = Root::new("diverged", &["all-linear"]);
+    let registry = registry("llama-linear", limits(Some(&root.0), 64 << 20));
+    let app = serving(&registry);
+    assert_eq!(call(&app, LOAD, &json!({"lora_name": "tuned", "lora_path": "all-linear"}), false).await.verdict(), "200");
+    for (model, named) in [("tuned", true), ("demo", false)] {
+        for stream in [false, true] {
+            app.fake.seen().plays.push_back(Ok(vec![Tell(Event::Failed { failure: Failure::Numerical })]));
+            let answer = app.post(CHAT, &with(hello(), &json!({"model": model, "stream": stream}))).await;
+            assert!(answer.text.contains("numbers that are not finite") && answer.text.contains("numerical_error"), "{}", answer.text);
+            assert_eq!(answer.text.contains(r#"under the adapter \"tuned\""#), named, "{}", answer.text);
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_adapter_in_use_is_finished_on_and_then_freed() {
     let root = Root::new("use", &["all-linear", "olora"]);
