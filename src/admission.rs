@@ -422,9 +422,13 @@ impl Model {
             numbers += u64::from(options.n) * numbers_of(options, &ask, prompt.tokens.len() as u64, u64::from(max_new_tokens));
             if numbers > NUMBERS_MAX {
                 let rule = format!(
-                    "over all choices may come to more than the {NUMBERS_MAX} numbers of one answer; ask for fewer choices or alternatives, or give max_tokens"
+                    "over all choices may come to more than the {NUMBERS_MAX} numbers, tokens of repeated prompts among them, of one answer; ask for fewer choices or alternatives, or give max_tokens"
                 );
-                let param = if ask.logprobs.is_some() { "logprobs" } else { "return_token_ids" };
+                let param = match (ask.logprobs, ask.echo) {
+                    (Some(_), _) => "logprobs",
+                    (None, true) => "echo",
+                    (None, false) => "return_token_ids",
+                };
                 return Err(Refusal::Value { param: param.to_owned(), rule });
             }
             for choice in 0..options.n {
@@ -519,13 +523,13 @@ pub const TEXT_BYTES_PER_POSITION: usize = 32;
 /// See [`TEXT_BYTES_PER_POSITION`].
 pub const TEXT_BYTES: usize = 1 << 20;
 
-/// Most numbers of one answer, over all of its choices: log-probabilities of tokens and of the alternatives beside them, and ids of a prompt
-/// that is told again with each choice. While they are gathered each takes 8 bytes, and as JSON some 70.
+/// Most numbers of one answer, over all of its choices: log-probabilities of tokens and of the alternatives beside them, and tokens of a prompt
+/// that is told again with each choice, as ids or as text. While they are gathered each takes 8 bytes, and as JSON some 70.
 pub const NUMBERS_MAX: u64 = 1 << 25;
 
 /// The numbers that one choice may come to.
 fn numbers_of(options: &Options, ask: &Ask, prompt: u64, new: u64) -> u64 {
-    let told = if options.return_token_ids { prompt } else { 0 };
+    let told = prompt * (u64::from(options.return_token_ids) + u64::from(ask.echo));
     let scored = if ask.echo { prompt + new } else { new };
     told + ask.logprobs.map_or(0, |alternatives| scored * (1 + u64::from(alternatives)))
 }

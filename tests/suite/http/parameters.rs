@@ -319,6 +319,9 @@ fn what_an_answer_may_come_to_is_bounded() {
     assert_eq!(refused(2000, 100, json!({"max_tokens": 1900, "logprobs": 1})), None);
     assert_eq!(refused(40_000, 32_768, json!({"max_tokens": 1, "return_token_ids": true})), None);
     assert_eq!(refused(40_000, 32_769, json!({"max_tokens": 1, "return_token_ids": true})), many("return_token_ids"));
+    // A prompt is told again with each choice as text, too: bodies of 16 MiB would come back as 2 GiB.
+    assert_eq!(refused(40_000, 32_768, json!({"max_tokens": 1, "echo": true})), None);
+    assert_eq!(refused(40_000, 32_769, json!({"max_tokens": 1, "echo": true})), many("echo"));
 }
 
 #[tokio::test]
