@@ -27,6 +27,7 @@ mod ops;
 mod oracle;
 mod pages;
 mod plan;
+mod queue;
 mod scheduler;
 mod sim;
 mod template;
