@@ -40,7 +40,7 @@ pub enum CudaError {
     Image(cudarc::driver::DriverError),
     #[error("kernel {kernel}: {source}")]
     Launch { kernel: &'static str, source: cudarc::driver::DriverError },
-    #[error("cuBLASLt refused a product: {0}; --device-kernels common serves without it")]
+    #[error("cuBLASLt refused a product ({:?}); --device-kernels common serves without it", .0.0)]
     Library(#[from] cudarc::cublaslt::result::CublasError),
     #[error("the device failed: {0}")]
     Device(#[from] cudarc::driver::DriverError),
