@@ -103,19 +103,21 @@ fn gemv(cpu: &Cpu, _: f64) {
 }
 
 fn few_rows(cpu: &Cpu, _: f64) {
-    let (out, inputs) = (8192, 2048);
-    let w = halves(out * inputs);
-    let bandwidth = cpu.read_bandwidth(2 * w.len());
-    for rows in [1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32] {
-        let (x, mut y) = (numbers(rows * inputs), vec![0.0; rows * out]);
-        let seconds = best(|| linear(cpu, &w, &x, rows, &mut y));
-        println!(
-            "  {out:>6} x {inputs:<6} bf16, {rows:>2} rows   {:>6.2} ms   {:>6.1} GB/s ({:>3.0} %)   {:>6.0} GFLOP/s",
-            seconds * 1e3,
-            2e-9 * w.len() as f64 / seconds,
-            200.0 * w.len() as f64 / seconds / bandwidth,
-            2e-9 * (w.len() * rows) as f64 / seconds
-        );
+    // Weights that a third-level cache may hold, and such as no cache does.
+    for (out, inputs) in [(8192, 2048), (2048, 8192), (65536, 2048)] {
+        let w = halves(out * inputs);
+        let bandwidth = cpu.read_bandwidth(2 * w.len());
+        for rows in [1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48] {
+            let (x, mut y) = (numbers(rows * inputs), vec![0.0; rows * out]);
+            let seconds = best(|| linear(cpu, &w, &x, rows, &mut y));
+            println!(
+                "  {out:>6} x {inputs:<6} bf16, {rows:>2} rows   {:>6.2} ms   {:>6.1} GB/s ({:>3.0} %)   {:>6.0} GFLOP/s",
+                seconds * 1e3,
+                2e-9 * w.len() as f64 / seconds,
+                200.0 * w.len() as f64 / seconds / bandwidth,
+                2e-9 * (w.len() * rows) as f64 / seconds
+            );
+        }
     }
 }
 

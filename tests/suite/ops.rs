@@ -125,8 +125,8 @@ fn linear_agrees_with_the_definition_and_is_the_same_in_any_batch() {
                         assert!((got - want).abs() <= tolerance, "{} {inputs} inputs, bf16 {bf16}: {got}, not {want}", one.isa());
                     }
                     assert_same(&run(two, &x, OUT, biased, accumulate, 0), &whole, format_args!("two threads"));
-                    for rows in [1, 2, 3, 5, 6, 7, 8, 24, 25, 64, 65] {
-                        for out in [1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 65] {
+                    for rows in [1, 2, 3, 4, 5, 6, 7, 8, 13, 24, 32, 33, 64, 65] {
+                        for out in [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 64, 65] {
                             // Widths and row counts meet kernels apart: all pairs of them at two lengths do.
                             if ![17, 513].contains(&inputs) && rows != 5 && out != 9 {
                                 continue;

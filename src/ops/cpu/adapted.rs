@@ -187,7 +187,8 @@ impl Shrink<'_> {
                                 rows[r] = x.add((row + r) * inputs + k);
                             }
                             let w = [[at(0), at(1), at(2), at(3)]];
-                            let ahead = if row == self.row { 4 * inputs * size_of::<W>() } else { 0 };
+                            // Rows after the first few fetch what they hold already.
+                            let ahead = if row == self.row { (4 * inputs * size_of::<W>()) as isize } else { 0 };
                             S::enter(Dots::<S, Plain<W>, R, 1> { x: rows, w, n: length, ahead, totals: totals.as_mut_ptr() })
                         });
                         k += BLOCK;

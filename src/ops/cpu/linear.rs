@@ -5,8 +5,8 @@
 //! are added to a running total in turn; bias and residual last. So a row gives the same bits alone, in a batch,
 //! and in a prompt, and the kernels differ only in how many outputs they have under way:
 //!
-//! - one row, or two short ones, on wide vectors: weights are read from memory front to back, as memory gives them fastest;
-//! - few rows: a group of weight rows is read once from memory, widened in registers, and meets all rows;
+//! - one row, or up to four short ones, on wide vectors: weights are read from memory front to back, as memory gives them fastest;
+//! - few rows: a block of some weight rows is read once from memory, widened in registers, and meets all rows before the next;
 //! - many rows: a panel of weight rows is widened once into a buffer the second-level cache holds, a tile of
 //!   input rows stays in the first level while the panel streams past it.
 
@@ -14,7 +14,7 @@ use half::bf16;
 
 use super::Cpu;
 use super::pool::{Aligned, Shares, grow, scratch_back, scratch_take};
-use super::simd::{Element, Kernel, Lanes, dispatch};
+use super::simd::{Element, Kernel, Lanes, dispatch, run};
 use super::tile::{by_rows, widen};
 use crate::ops::{Linear, MatrixData};
 
@@ -26,7 +26,9 @@ const PANEL: usize = 128;
 /// Input rows that meet a panel before it is dropped.
 const ROWS: usize = 192;
 /// Up to so many rows, widening weights in registers beats the detour through a panel.
-const FEW: usize = 24;
+const FEW: usize = 32;
+/// Groups of four weight rows that a tile of few input rows meets one after the other, while its own block stays in the first-level cache.
+const GROUPS: usize = 4;
 /// Bytes of inputs up to which rows meet weights that are read front to back: the inputs stay in the first-level cache meanwhile.
 const STREAM_BYTES: usize = 28 * 1024;
 /// How far ahead of what is read front to back memory is asked for: over the end of a page, where processors stop by themselves.
@@ -64,12 +66,40 @@ struct Job {
 /// The rows all jobs share.
 struct Input {
     width: usize,
-    /// Rows of `width`, each `x_step` after the one before.
-    x: *const f32,
-    x_step: usize,
+    x: Rows<f32>,
     /// The same in bf16, where a job needs it; null otherwise.
-    rounded: *const bf16,
-    rounded_step: usize,
+    rounded: Rows<bf16>,
+}
+
+/// Rows of inputs in blocks of [`BLOCK`]: block `b` of row `r` begins `r * row + b * block` elements after the first.
+struct Rows<T> {
+    first: *const T,
+    row: usize,
+    block: usize,
+}
+
+impl<T> Clone for Rows<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Rows<T> {}
+
+impl<T> Rows<T> {
+    /// Rows that lie as they are, `row` apart.
+    fn plain(first: *const T, row: usize) -> Self {
+        Rows { first, row, block: BLOCK }
+    }
+
+    /// Where the block of row `r` is that begins with element `k`.
+    ///
+    /// # Safety
+    /// There is one.
+    unsafe fn at(self, r: usize, k: usize) -> *const T {
+        // SAFETY: within the rows.
+        unsafe { self.first.add(r * self.row + k / BLOCK * self.block) }
+    }
 }
 
 // SAFETY: the pointers are only read while the call lasts.
@@ -131,7 +161,7 @@ fn dense(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
     let row_blocks = if rows <= FEW { 1 } else { rows.div_ceil(ROWS) };
     let block = rows.div_ceil(row_blocks).next_multiple_of(12);
     let mut work = 0;
-    let mut pairs = false;
+    let (mut pairs, mut plain) = (false, false);
     for job in jobs {
         let out = job.w.out_features;
         let (w, len, bytes) = match job.w.data {
@@ -142,7 +172,9 @@ fn dense(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
         assert_eq!(len, out * inputs, "weights are not [out][in]");
         assert_eq!(job.y.len(), rows * out, "y is not [rows][out]");
         assert!(job.bias.is_none_or(|b| b.len() == out), "bias is not [out]");
-        pairs |= bytes == 2;
+        let paired = bytes == 2 && cpu.isa.rounds_activations();
+        pairs |= paired;
+        plain |= !paired;
         work += rows * out * inputs;
         let columns = if rows <= FEW {
             let least = CHUNK_BYTES / (inputs * bytes).max(1);
@@ -162,15 +194,16 @@ fn dense(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
             chunks: out.div_ceil(columns),
         });
     }
-    pairs &= cpu.isa.rounds_activations();
-    let mut input = Input { width: inputs, x: x.as_ptr(), x_step: inputs, rounded: std::ptr::null(), rounded_step: 0 };
-    if (3..=FEW).contains(&rows) {
-        // Loads that cross cache lines cost a third of the speed. Beside the weights the copy is nothing; with one
-        // or two rows there is nothing to gain, and many are copied tile by tile.
-        (input.x, input.x_step) = copied(cpu, x, inputs, lined, |v| v);
+    let mut input = Input { width: inputs, x: Rows::plain(x.as_ptr(), inputs), rounded: Rows::plain(std::ptr::null(), 0) };
+    // Rows a power of two long would meet in the same few places of the first-level cache, and loads that cross cache lines cost a
+    // third of the speed. Beside the weights the copy is nothing; with one or two rows there is nothing to gain, and many are copied
+    // tile by tile.
+    let blocked = (3..=FEW).contains(&rows);
+    if blocked && plain {
+        input.x = copied(cpu, x, inputs, blocked, lined);
     }
     if pairs {
-        (input.rounded, input.rounded_step) = copied(cpu, x, inputs, halves, bf16::from_f32);
+        input.rounded = copied(cpu, x, inputs, blocked, halves);
     }
     let input = &input;
     let units: usize = list.iter().map(|job| job.chunks * row_blocks).sum();
@@ -197,24 +230,73 @@ fn dense(cpu: &Cpu, x: &[f32], rows: usize, jobs: &mut [Linear<'_>]) {
     if work < WORTH_SHARING { (0..units).for_each(unit) } else { cpu.pool.run(units, &unit) }
 }
 
-/// Copies rows of `width` into `buffer` as `f` of each element, every row on a cache line: where, and how far apart.
-fn copied<T: Copy>(cpu: &Cpu, x: &[f32], width: usize, buffer: &mut Vec<Aligned>, f: fn(f32) -> T) -> (*const T, usize) {
-    let step = width.next_multiple_of(64 / size_of::<T>());
+/// Copies rows of `width` into `buffer`, in `T`: every row from a cache line on, or `blocked`, block by block.
+fn copied<T: Rounded>(cpu: &Cpu, x: &[f32], width: usize, blocked: bool, buffer: &mut Vec<Aligned>) -> Rows<T> {
     let rows = x.len() / width;
-    grow(buffer, rows * step * size_of::<T>() / size_of::<f32>());
+    let line = 64 / size_of::<T>();
+    let (row, block, len) = if blocked {
+        (BLOCK, rows * BLOCK, rows * width.next_multiple_of(BLOCK))
+    } else {
+        (width.next_multiple_of(line), BLOCK, rows * width.next_multiple_of(line))
+    };
+    grow(buffer, len * size_of::<T>() / size_of::<f32>());
     let to = Shares::new(buffer.as_mut_slice());
-    let row = |i: usize| {
-        for (j, &v) in x[i * width..(i + 1) * width].iter().enumerate() {
-            // SAFETY: `grow` made room for `rows * step` elements, and each row is written by one thread.
-            unsafe { to.get().cast::<T>().add(i * step + j).write(f(v)) }
+    let one = |i: usize| {
+        for (b, part) in x[i * width..(i + 1) * width].chunks(BLOCK).enumerate() {
+            // SAFETY: `Cpu` holds only instruction sets this machine has. `grow` made room for `len` elements, and each row is
+            // written by one thread.
+            unsafe {
+                let to = to.get().cast::<T>().add(i * row + b * block);
+                run(cpu.isa, Round { from: part.as_ptr(), to, n: part.len() });
+            }
         }
     };
     if x.len() < WORTH_SHARING {
-        (0..rows).for_each(row)
+        (0..rows).for_each(one)
     } else {
-        cpu.pool.run(rows, &row)
+        cpu.pool.run(rows, &one)
     }
-    (to.get().cast::<T>().cast_const(), step)
+    Rows { first: to.get().cast::<T>().cast_const(), row, block }
+}
+
+/// What inputs are copied as.
+trait Rounded: Copy {
+    fn of(x: f32) -> Self;
+}
+
+impl Rounded for f32 {
+    #[inline(always)]
+    fn of(x: f32) -> f32 {
+        x
+    }
+}
+
+impl Rounded for bf16 {
+    /// As [`bf16::from_f32`], ties to even, without a branch, so that a loop of it becomes vectors.
+    #[inline(always)]
+    fn of(x: f32) -> bf16 {
+        let bits = x.to_bits();
+        let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        bf16::from_bits(if nan { bits >> 16 | 0x40 } else { rounded } as u16)
+    }
+}
+
+/// Copies `n` inputs.
+struct Round<T> {
+    from: *const f32,
+    to: *mut T,
+    n: usize,
+}
+
+impl<T: Rounded> Kernel for Round<T> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        for i in 0..self.n {
+            // SAFETY: `n` elements at both ends, which are different buffers.
+            unsafe { self.to.add(i).write(T::of(*self.from.add(i))) }
+        }
+    }
 }
 
 /// Output rows and columns one thread computes.
@@ -334,8 +416,8 @@ pub(super) struct Dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize> {
     pub(super) x: [*const D::X; R],
     pub(super) w: [[*const D::W; 4]; Q],
     pub(super) n: usize,
-    /// Distance in bytes to the weights that will be read next, to be fetched meanwhile; zero for nothing.
-    pub(super) ahead: usize,
+    /// Distance in bytes to the weights that will be read next, to be fetched meanwhile.
+    pub(super) ahead: isize,
     pub(super) totals: *mut f32,
 }
 
@@ -343,14 +425,25 @@ impl<T: Lanes, D: Dot<T>, const R: usize, const Q: usize> Kernel for Dots<T, D, 
     #[inline(always)]
     unsafe fn run<S: Lanes>(self) {
         // SAFETY: passed on; `S` is `T`, as only `T::enter` runs this.
-        unsafe { dots(self) }
+        unsafe { dots::<T, D, R, Q, 4>(self, 0) }
     }
 }
 
+/// [`Dots`], which fetches what is ahead of `F` weight rows of each four, from row `from` on.
+///
 /// # Safety
 /// As [`Kernel::run`] of [`Dots`].
 #[inline(always)]
-unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(Dots { x, w, n, ahead, totals }: Dots<S, D, R, Q>) {
+unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize, const F: usize>(
+    Dots { x, w, n, ahead, totals }: Dots<S, D, R, Q>,
+    from: usize,
+) {
+    let mut next = [[std::ptr::null::<u8>(); F]; Q];
+    for q in 0..Q {
+        for f in 0..F {
+            next[q][f] = w[q][from + f].cast::<u8>().wrapping_offset(ahead);
+        }
+    }
     // SAFETY: `k + STEP <= n` in the loop, `n - k < STEP` elements after it.
     unsafe {
         let mut acc = [[[S::splat(0.0); 4]; R]; Q];
@@ -361,10 +454,8 @@ unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(Dots { x, w,
                 for c in 1..4 {
                     b[c] = D::b(w[q][c].add(k));
                 }
-                if ahead > 0 {
-                    for c in 0..4 {
-                        S::prefetch(w[q][c].add(k).cast::<u8>().wrapping_add(ahead));
-                    }
+                for f in 0..F {
+                    S::prefetch(next[q][f].wrapping_add(k * size_of::<D::W>()));
                 }
                 for r in 0..R {
                     let a = D::a(x[r].add(k));
@@ -395,7 +486,7 @@ unsafe fn dots<S: Lanes, D: Dot<S>, const R: usize, const Q: usize>(Dots { x, w,
 /// [`Dots`]. Inputs and weight rows have `n` elements. Block after block, and not some beside each other: the latency of one sum is less than
 /// memory takes for what it sums, and a single run of addresses comes 5 to 15 % faster than four (bf16 of 2048 inputs, 2 cores of Zen 4).
 struct Stream<S: Lanes, D: Dot<S>, const R: usize> {
-    x: [*const D::X; R],
+    x: Rows<D::X>,
     w: *const D::W,
     columns: usize,
     n: usize,
@@ -412,20 +503,24 @@ impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Stream<T, D, R> {
                 let w = w.add(c * n);
                 let mut total = [0.0f32; R];
                 for k in (0..n).step_by(BLOCK) {
-                    let (mut acc, end) = ([T::splat(0.0); R], n.min(k + BLOCK));
-                    let mut j = k;
-                    while j + D::STEP <= end {
+                    let (mut acc, w, n) = ([T::splat(0.0); R], w.add(k), BLOCK.min(n - k));
+                    let mut rows = [x.first; R];
+                    for r in 0..R {
+                        rows[r] = x.at(r, k);
+                    }
+                    let mut j = 0;
+                    while j + D::STEP <= n {
                         let b = D::b(w.add(j));
                         T::prefetch(w.add(j).cast::<u8>().wrapping_add(STREAM_AHEAD));
                         for r in 0..R {
-                            acc[r] = D::add(acc[r], D::a(x[r].add(j)), b);
+                            acc[r] = D::add(acc[r], D::a(rows[r].add(j)), b);
                         }
                         j += D::STEP;
                     }
-                    if j < end {
-                        let b = D::b_part(w.add(j), end - j);
+                    if j < n {
+                        let b = D::b_part(w.add(j), n - j);
                         for r in 0..R {
-                            acc[r] = D::add(acc[r], D::a_part(x[r].add(j), end - j), b);
+                            acc[r] = D::add(acc[r], D::a_part(rows[r].add(j), n - j), b);
                         }
                     }
                     for r in 0..R {
@@ -435,6 +530,57 @@ impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Stream<T, D, R> {
                 for r in 0..R {
                     *totals.add(TOTALS * (c / 4) + 4 * (c % 4) + r) = total[r];
                 }
+            }
+        }
+    }
+}
+
+/// The dot products of `R` inputs with some weight rows over `n <= BLOCK` inputs, added to totals as of [`Dots`].
+struct Tile<S: Lanes, D: Dot<S>, const R: usize, const F: usize> {
+    /// Rows each `x_step` after the one before.
+    x: *const D::X,
+    x_step: usize,
+    /// Rows each `w_step` after the one before, no more than `4 * GROUPS`.
+    w: *const D::W,
+    w_step: usize,
+    columns: usize,
+    n: usize,
+    /// Distance in bytes to the weights that will be read next. Of each four rows `F` from row `from` on are fetched meanwhile.
+    ahead: isize,
+    from: usize,
+    totals: *mut f32,
+}
+
+impl<T: Lanes, D: Dot<T>, const R: usize, const F: usize> Kernel for Tile<T, D, R, F> {
+    #[inline(always)]
+    unsafe fn run<S: Lanes>(self) {
+        let Tile { x: first, x_step, w, w_step, columns, n, ahead, from, totals } = self;
+        // SAFETY: passed on; `S` is `T`, as only `T::enter` runs this. Columns past the end are computed as the last one and dropped.
+        unsafe {
+            let mut x = [first; R];
+            for r in 0..R {
+                x[r] = x[r].add(r * x_step);
+            }
+            let mut c = 0;
+            // One or two rows leave registers for eight columns at once, and have too few sums under way without.
+            while R <= 2 && 2 * R <= T::ROWS && columns - c > 4 {
+                let mut eight = [[w; 4]; 2];
+                for i in 0..8 {
+                    eight[i / 4][i % 4] = w.add((c + i).min(columns - 1) * w_step);
+                }
+                dots::<T, D, R, 2, F>(Dots { x, w: eight, n, ahead, totals: totals.add(c / 4 * TOTALS) }, from);
+                c += 8;
+                if c >= columns {
+                    return;
+                }
+            }
+            while c < columns {
+                let mut four = [w; 4];
+                for i in 0..4 {
+                    four[i] = w.add((c + i).min(columns - 1) * w_step);
+                }
+                dots::<T, D, R, 1, F>(Dots { x, w: [four], n, ahead, totals: totals.add(c / 4 * TOTALS) }, from);
+                c += 4;
             }
         }
     }
@@ -500,7 +646,7 @@ impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Sweep<T, D, R> {
                 }
                 let w = panel.add(group * 4 * BLOCK);
                 let w = [[w, w.add(BLOCK), w.add(2 * BLOCK), w.add(3 * BLOCK)]];
-                dots::<T, D, R, 1>(Dots { x: rows, w, n, ahead: 0, totals: totals.add(group * TOTALS) });
+                dots::<T, D, R, 1, 0>(Dots { x: rows, w, n, ahead: 0, totals: totals.add(group * TOTALS) }, 0);
             }
         }
     }
@@ -509,7 +655,7 @@ impl<T: Lanes, D: Dot<T>, const R: usize> Kernel for Sweep<T, D, R> {
 impl Unit<'_> {
     /// # Safety
     /// As [`Kernel::run`]; `x` and `w` are those of this unit.
-    unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: (*const D::X, usize), w: *const D::W) {
+    unsafe fn with<S: Lanes, D: Dot<S>>(&self, x: Rows<D::X>, w: *const D::W) {
         // SAFETY: passed on.
         unsafe {
             let rows = self.rows.1 - self.rows.0;
@@ -518,6 +664,8 @@ impl Unit<'_> {
             match rows {
                 1 if streams => self.streamed::<S, D, 1>(x, w),
                 2 if streams => self.streamed::<S, D, 2>(x, w),
+                3 if streams => self.streamed::<S, D, 3>(x, w),
+                4 if streams => self.streamed::<S, D, 4>(x, w),
                 _ if self.few => self.few::<S, D>(x, w),
                 _ => self.many::<S, D>(x, w),
             }
@@ -525,75 +673,77 @@ impl Unit<'_> {
     }
 
     /// Reads weight rows straight from memory, one after the other.
-    unsafe fn streamed<S: Lanes, D: Dot<S>, const R: usize>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
-        // SAFETY: rows and columns are in range, and row `i` begins at `i * width` of weights, `i * step` of inputs.
+    unsafe fn streamed<S: Lanes, D: Dot<S>, const R: usize>(&self, x: Rows<D::X>, w: *const D::W) {
+        // SAFETY: rows and columns are in range, and row `i` of weights begins at `i * width`.
         unsafe {
             let ((row, _), (mut column, last), n) = (self.rows, self.columns, self.input.width);
-            let mut rows = [x.add(row * step); R];
-            for r in 0..R {
-                rows[r] = rows[r].add(r * step);
-            }
+            let x = Rows { first: x.at(row, 0), ..x };
             while column < last {
                 let columns = (last - column).min(8);
                 let mut totals = [0.0f32; 2 * TOTALS];
-                S::enter(Stream::<S, D, R> { x: rows, w: w.add(column * n), columns, n, totals: totals.as_mut_ptr() });
+                S::enter(Stream::<S, D, R> { x, w: w.add(column * n), columns, n, totals: totals.as_mut_ptr() });
                 self.finish((row, R), (column, columns), totals.as_ptr());
                 column += columns;
             }
         }
     }
 
-    /// Reads groups of weight rows straight from memory.
-    unsafe fn few<S: Lanes, D: Dot<S>>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
-        // SAFETY: rows and columns are in range, and row `i` begins at `i * width` of weights, `i * step` of inputs.
-        unsafe {
-            let (mut column, last) = self.columns;
-            let row_bytes = self.input.width * size_of::<D::W>();
-            while column < last {
-                let (mut row, end) = self.rows;
-                // One or two rows leave registers for eight columns at once.
-                let wide = end - row <= 2.min(S::ROWS / 2) && last - column > 4;
-                while row < end {
-                    let rows = (end - row).min(S::ROWS);
-                    let mut totals = [0.0f32; 2 * TOTALS];
-                    let mut k = 0;
-                    while k < self.input.width {
-                        let n = BLOCK.min(self.input.width - k);
-                        // Columns past the end are computed as the last one and dropped.
-                        let at = |c: usize| w.add((column + c).min(last - 1) * self.input.width + k);
-                        let row_at = |r: usize| x.add((row + r) * step + k);
-                        if wide {
-                            let w = [[at(0), at(1), at(2), at(3)], [at(4), at(5), at(6), at(7)]];
-                            let ahead = 8 * row_bytes;
-                            if rows == 1 {
-                                S::enter(Dots::<S, D, 1, 2> { x: [row_at(0)], w, n, ahead, totals: totals.as_mut_ptr() });
-                            } else {
-                                S::enter(Dots::<S, D, 2, 2> { x: [row_at(0), row_at(1)], w, n, ahead, totals: totals.as_mut_ptr() });
-                            }
-                        } else {
-                            let w = [[at(0), at(1), at(2), at(3)]];
-                            let ahead = if row == self.rows.0 { 4 * row_bytes } else { 0 };
-                            by_rows!(rows, S, |R| {
-                                let mut x = [row_at(0); R];
-                                for r in 0..R {
-                                    x[r] = row_at(r);
-                                }
-                                S::enter(Dots::<S, D, R, 1> { x, w, n, ahead, totals: totals.as_mut_ptr() })
-                            });
+    /// Reads weight rows straight from memory, a block of some of them at a time, which meets all rows.
+    unsafe fn few<S: Lanes, D: Dot<S>>(&self, x: Rows<D::X>, w: *const D::W) {
+        let ((row0, end), (first, last), width) = (self.rows, self.columns, self.input.width);
+        let tiles = (end - row0).div_ceil(S::ROWS);
+        // Tiles as even as can be: small ones are slow.
+        let row = |tile: usize| row0 + (end - row0) * tile / tiles;
+        let mut buffer = scratch_take(tiles * GROUPS * TOTALS);
+        let totals = buffer.as_mut_ptr().cast::<f32>();
+        let mut column = first;
+        while column < last {
+            let columns = (last - column).min(4 * GROUPS);
+            // SAFETY: rows and columns are in range, row `i` of weights begins at `i * width`, and the scratch holds the totals.
+            unsafe {
+                totals.write_bytes(0, tiles * GROUPS * TOTALS);
+                for k in (0..width).step_by(BLOCK) {
+                    let elements = if k + BLOCK < width { BLOCK } else { 4 * GROUPS * width - k };
+                    let ahead = (elements * size_of::<D::W>()) as isize;
+                    for tile in 0..tiles {
+                        // Tiles share what is to be fetched.
+                        let (from, to) = (4 * tile / tiles, 4 * (tile + 1) / tiles);
+                        macro_rules! enter {
+                            ($f:literal) => {
+                                by_rows!(row(tile + 1) - row(tile), S, |R| {
+                                    S::enter(Tile::<S, D, R, $f> {
+                                        x: x.at(row(tile), k),
+                                        x_step: x.row,
+                                        w: w.add(column * width + k),
+                                        w_step: width,
+                                        columns,
+                                        n: BLOCK.min(width - k),
+                                        ahead,
+                                        from,
+                                        totals: totals.add(tile * GROUPS * TOTALS),
+                                    })
+                                })
+                            };
                         }
-                        k += BLOCK;
+                        match to - from {
+                            0 => enter!(0),
+                            1 => enter!(1),
+                            2 => enter!(2),
+                            _ => enter!(4),
+                        }
                     }
-                    let columns = (last - column).min(if wide { 8 } else { 4 });
-                    self.finish((row, rows), (column, columns), totals.as_ptr());
-                    row += rows;
                 }
-                column += if wide { 8 } else { 4 };
+                for tile in 0..tiles {
+                    self.finish((row(tile), row(tile + 1) - row(tile)), (column, columns), totals.add(tile * GROUPS * TOTALS));
+                }
             }
+            column += columns;
         }
+        scratch_back(buffer);
     }
 
     /// Widens weights into a panel that all rows meet.
-    unsafe fn many<S: Lanes, D: Dot<S>>(&self, (x, step): (*const D::X, usize), w: *const D::W) {
+    unsafe fn many<S: Lanes, D: Dot<S>>(&self, x: Rows<D::X>, w: *const D::W) {
         type Packed<S, D> = <<D as Dot<S>>::Panel as Dot<S>>::W;
         let (row0, end) = self.rows;
         let columns = self.columns.1 - self.columns.0;
@@ -626,10 +776,10 @@ impl Unit<'_> {
                         let fetch = (tile * each).min(columns);
                         let next_w = w.wrapping_add((self.columns.0 + fetch) * width + k + BLOCK).cast::<u8>();
                         by_rows!((end - row).min(S::ROWS), S, |R| {
-                            let (mut rows, mut next_x) = ([x.add(row * step + k); R], [x; R]);
+                            let (mut rows, mut next_x) = ([x.first; R], [x.first; R]);
                             for r in 0..R {
-                                rows[r] = rows[r].add(r * step);
-                                next_x[r] = rows[r].wrapping_add(S::ROWS * step);
+                                rows[r] = x.at(row + r, k);
+                                next_x[r] = rows[r].wrapping_add(S::ROWS * x.row);
                             }
                             S::enter(Sweep::<S, D::Panel, R> {
                                 x: rows,
@@ -665,17 +815,40 @@ impl Unit<'_> {
     unsafe fn finish(&self, rows: (usize, usize), columns: (usize, usize), totals: *const f32) {
         // SAFETY: rows and columns are this unit's, and nobody else writes them.
         unsafe {
-            for r in 0..rows.1 {
-                let y = self.job.y.get().add((rows.0 + r) * self.job.out + columns.0);
-                for c in 0..columns.1 {
-                    let mut v = *totals.add(TOTALS * (c / 4) + 16 * (r / 4) + 4 * (c % 4) + r % 4);
-                    if !self.job.bias.is_null() {
-                        v += *self.job.bias.add(columns.0 + c);
+            for (group, quad) in (0..columns.1).step_by(4).flat_map(|c| (0..rows.1).step_by(4).map(move |r| (c, r))) {
+                let tile = totals.add(TOTALS * (group / 4) + 4 * quad).cast::<[[f32; 4]; 4]>().read();
+                let mut turned = [[0.0f32; 4]; 4];
+                for c in 0..4 {
+                    for r in 0..4 {
+                        turned[r][c] = tile[c][r];
                     }
-                    if self.job.accumulate {
-                        v += *y.add(c);
+                }
+                for (r, mut sums) in turned.into_iter().enumerate().take(rows.1 - quad) {
+                    let column = columns.0 + group;
+                    let y = self.job.y.get().add((rows.0 + quad + r) * self.job.out + column);
+                    let n = (columns.1 - group).min(4);
+                    if n == 4 {
+                        // As below, of all four at once.
+                        let of = |p: *const f32| p.cast::<[f32; 4]>().read();
+                        let add = |a: [f32; 4], b: [f32; 4]| [a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]];
+                        if !self.job.bias.is_null() {
+                            sums = add(sums, of(self.job.bias.add(column)));
+                        }
+                        if self.job.accumulate {
+                            sums = add(sums, of(y));
+                        }
+                        y.cast::<[f32; 4]>().write(sums);
+                        continue;
                     }
-                    *y.add(c) = v;
+                    for (c, mut sum) in sums.into_iter().enumerate().take(n) {
+                        if !self.job.bias.is_null() {
+                            sum += *self.job.bias.add(column + c);
+                        }
+                        if self.job.accumulate {
+                            sum += *y.add(c);
+                        }
+                        *y.add(c) = sum;
+                    }
                 }
             }
         }
@@ -684,12 +857,12 @@ impl Unit<'_> {
 
 impl Kernel for Unit<'_> {
     unsafe fn run<S: Lanes>(self) {
-        let x = (self.input.x, self.input.x_step);
+        let x = self.input.x;
         // SAFETY: passed on; bf16 inputs are there whenever the instruction set has pairs and a job needs them.
         unsafe {
             match self.job.w {
                 Weights::F32(w) => self.with::<S, Plain<f32>>(x, w),
-                Weights::Bf16(w) if S::PAIRS => self.with::<S, Pairs>((self.input.rounded, self.input.rounded_step), w),
+                Weights::Bf16(w) if S::PAIRS => self.with::<S, Pairs>(self.input.rounded, w),
                 Weights::Bf16(w) => self.with::<S, Plain<bf16>>(x, w),
             }
         }
