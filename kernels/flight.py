@@ -1,6 +1,11 @@
-"""Walks the machine code of the kernels that multiply by warpgroups (HGMMA), on every path, and names each instruction that touches registers
-of a product under way: that reads or writes its sums, or writes the codes or queries it still reads. The compiler looks for that and reports some
-of it; over the back edges of loops it once gave such registers away without a word, and results were wrong now and then.
+"""Walks the machine code of kernels on every path, for what no emulation shows.
+
+Of those that multiply by warpgroups (HGMMA) it names each instruction that touches registers of a product under way: that reads or writes its
+sums, or writes the codes or queries it still reads. The compiler looks for that and reports some of it; over the back edges of loops it once gave
+such registers away without a word, and results were wrong now and then.
+
+Of all that may begin before the launch ahead has ended it names each load that heeds no writes (`ld_once`, or a pointer that is `__restrict__`)
+ahead of where the kernel waits: the compiler takes what such a load reads for something nobody writes, and may move it there.
 
     python3 kernels/flight.py           of the image that is committed
 """
@@ -14,6 +19,10 @@ import venv
 
 HERE = pathlib.Path(__file__).resolve().parent
 WHEELS = ["nvidia-cuda-nvdisasm==13.5.37", "nvidia-cuda-cuobjdump==13.5.37"]
+# Architectures whose launches may begin before the one ahead has ended, and kernels that read sealed pages before they wait, as nothing that
+# they may overlap writes any (common.cuh); or wait for nothing, as they only read.
+OVERLAP = ["90a", "100", "120"]
+READS_EARLY = re.compile(r"attend_sealed_.*|probe_read")
 # What an instruction's registers are to it: those that write none, that write as many as they load, and that write one, or two where their name
 # says 64 or WIDE. Others are not known, and refused, as they may be of a new compiler.
 WRITES_NONE = set("STS STG STL BAR BRA LDGSTS LDGDEPBAR DEPBAR MEMBAR FENCE WARPGROUP WARPSYNC ENDCOLLECTIVE EXIT PREEXIT ACQBULK R2UR BSSY BSYNC CALL RET NOP".split())
@@ -39,15 +48,15 @@ def tools():
     return installed("nvdisasm-13.5.37", WHEELS) / "bin"
 
 
-def kernels(image):
-    """Name and lines of each kernel of sm_90a in an image that has products of warpgroups."""
+def kernels(image, architecture):
+    """Name and lines of each kernel of an architecture in an image."""
     with tempfile.TemporaryDirectory() as temp:
-        subprocess.run([tools() / "cuobjdump", "-xelf", "sm_90a", pathlib.Path(image).resolve()], cwd=temp, check=True, capture_output=True)
+        command = [tools() / "cuobjdump", "-xelf", f"sm_{architecture}", pathlib.Path(image).resolve()]
+        subprocess.run(command, cwd=temp, check=True, capture_output=True)
         for cubin in pathlib.Path(temp).glob("*.cubin"):
             text = subprocess.run([tools() / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
             for part in re.split(r"(?=\.section\s+\.text\.)", text)[1:]:
-                if "HGMMA" in part:
-                    yield re.match(r"\.section\s+\.text\.([^,]+)", part)[1], part.splitlines()
+                yield re.match(r"\.section\s+\.text\.([^,]+)", part)[1], part.splitlines()
 
 
 def registers(operand, width=1):
@@ -85,14 +94,51 @@ def touched(opcode, of):
     return writes, reads
 
 
-def faults(name, lines):
-    """What a kernel does to registers of products under way, on any path through it."""
+def parsed(lines):
+    """Address, whether it has a condition, and text of each instruction; and the place of each label."""
     code, labels = [], {}
     for line in lines:
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(code)
         elif text := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", line):
             code.append((text[1], bool(text[2]), text[3]))
+    return code, labels
+
+
+def goes_on(code, labels, at):
+    """Where the instruction at a place may lead."""
+    _, conditional, text = code[at]
+    opcode, of = operands(text)
+    if opcode.startswith("EXIT") and not conditional:
+        return []
+    if not opcode.startswith("BRA"):
+        return [at + 1]
+    to = labels[re.search(r"`\((\.L\w+)\)", text)[1]]
+    # A second condition stands among the operands.
+    return [to] if not conditional and len(of) == 1 and ".DIV" not in opcode else [to, at + 1]
+
+
+def early(name, lines):
+    """Loads that heed no writes and that a kernel may come to before it has waited for the launches ahead, on any path through it."""
+    code, labels = parsed(lines)
+    found, seen, paths = set(), set(), [0]
+    while paths:
+        at = paths.pop()
+        if at in seen or at >= len(code):
+            continue
+        seen.add(at)
+        address, _, text = code[at]
+        if text.startswith("ACQBULK"):
+            continue
+        if text.startswith("LDG") and ".CONSTANT" in text:
+            found.add(f"{name}: {text} at {address} reads before the launches ahead are waited for")
+        paths += goes_on(code, labels, at)
+    return sorted(found)
+
+
+def faults(name, lines):
+    """What a kernel does to registers of products under way, on any path through it."""
+    code, labels = parsed(lines)
     found, seen = set(), set()
     # Where, the groups that are under way from oldest to newest, and the one that is being made: registers read, and sums.
     nothing = (frozenset(), frozenset())
@@ -103,7 +149,7 @@ def faults(name, lines):
             continue
         seen.add(state)
         at, groups, making = state
-        address, conditional, text = code[at]
+        address, _, text = code[at]
         opcode, of = operands(text)
         if opcode.startswith("HGMMA"):
             columns = int(re.search(r"64x(\d+)x", opcode)[1])
@@ -124,25 +170,31 @@ def faults(name, lines):
         for left, sums in (*groups, making):
             if writes & (left | sums) or reads & sums:
                 found.add(f"{name}: {text} at {address} touches registers of a product under way")
-        if opcode.startswith("EXIT") and not conditional:
-            continue
-        if opcode.startswith("BRA"):
-            paths.append((labels[re.search(r"`\((\.L\w+)\)", text)[1]], groups, making))
-            # A second condition stands among the operands.
-            if not conditional and len(of) == 1 and ".DIV" not in opcode:
-                continue
-        paths.append((at + 1, groups, making))
+        paths += [(to, groups, making) for to in goes_on(code, labels, at)]
     return sorted(found)
 
 
 def of_image(image):
-    """Faults of all kernels of an image, and how many it has that were walked."""
-    walked = [faults(name, lines) for name, lines in kernels(image)]
-    return [fault for one in walked for fault in one], len(walked)
+    """Faults of all kernels of an image, and how many were walked for products of warpgroups, and how many for what they read early."""
+    found, products, waits = [], 0, 0
+    for architecture in OVERLAP:
+        for name, lines in kernels(image, architecture):
+            if any("HGMMA" in line for line in lines):
+                found += faults(name, lines)
+                products += 1
+            if not READS_EARLY.fullmatch(name):
+                found += [f"sm_{architecture}: {fault}" for fault in early(name, lines)]
+                waits += 1
+    return found, products, waits
+
+
+def told(products, waits, found):
+    """What was walked, in words."""
+    return f"{products} kernels that multiply by warpgroups and {waits} that wait for launches ahead, every path: {len(found)} faults"
 
 
 if __name__ == "__main__":
-    found, count = of_image(HERE / "strait.fatbin")
-    print(f"{count} kernels that multiply by warpgroups, every path: {len(found)} instructions that touch a product under way")
-    if found or not count:
+    found, products, waits = of_image(HERE / "strait.fatbin")
+    print(told(products, waits, found))
+    if found or not products or not waits:
         sys.exit("\n".join(found[:40]) or "none was found in the image")
