@@ -390,11 +390,15 @@ struct MergeArgs {
     int heads, kv_heads, d, rank, tiles;
 };
 
+// Threads of a block of `merge`. So many leave each of two blocks the registers for what comes of eight parts: of 512 the compiler had two on
+// their way at once.
+constexpr int MERGE_THREADS = 384;
+
 // latent[slice][h][r] = sum over every slices-th part of by[h][part] from[part][h][r], V elements to a thread.
 template <int V>
 __device__ __forceinline__ void merge_latents(float* latent, const u16* from, u32 step, const float* by, int parts, int ns, int n, int rank, int slices, int tid) {
     const int each = rank / V;
-    for (int i = tid; i < slices * 4 * each; i += 512) {
+    for (int i = tid; i < slices * 4 * each; i += MERGE_THREADS) {
         const int slice = i / (4 * each), h = i / each % 4, r = i % each * V;
         if (h >= n) continue;
         // Eight parts are on their way at once, whatever their number: what is beyond the last is zero.
@@ -422,24 +426,25 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, u3
 
 // out[head] = (sum over sealed parts of w (up . latents + mean) + sum over exact parts of w values) / sum of w,  w = 2^(m - max m).
 //
-//   Four heads of one KV head at a time, which share `up`. Grid (rows, KV heads), block 512, shared bytes
-//   4 (4 (parts up to 4) + 4 max(rank slices, 8 d) + 8) with slices = max(1, 1024 / rank), of 512 where 8 does not divide the rank.
+//   Four heads of one KV head at a time, which share `up`. Grid (rows, KV heads), block MERGE_THREADS, shared
+//   bytes 4 (4 (parts up to 4) + 4 max(rank slices, cuts d) + 8) with slices = max(1, 2 MERGE_THREADS / rank), of as many where 8 does not
+//   divide the rank, and cuts = MERGE_THREADS / (d / 2).
 //   Bytes a row and head: 2 rank a sealed part, 4 d an exact one, and `up` out of L2 once a KV head: latency and L2 bind.
-KERNEL(512, 2, merge)(MergeArgs p) {
+KERNEL(MERGE_THREADS, 2, merge)(MergeArgs p) {
     SHARED(float, shared);
     // Of the host's, so there before the wait.
     const MergeRow row = p.rows[blockIdx.x];
     // `up`, which no launch writes, is met last; it is on its way from now on.
     if (row.sealed_end > row.sealed)
-        for (int i = threadIdx.x * 64; i < p.rank * p.d; i += 512 * 64) prefetch(p.up + (size_t)blockIdx.y * p.rank * p.d + i);
+        for (int i = threadIdx.x * 64; i < p.rank * p.d; i += MERGE_THREADS * 64) prefetch(p.up + (size_t)blockIdx.y * p.rank * p.d + i);
     grid_wait();
     grid_go();
     const int kv_head = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = p.heads / p.kv_heads;
     const int ns = row.sealed_end - row.sealed, ne = row.exact_end - row.exact, parts = (ns + ne + 3) / 4 * 4;
     float* sums = shared;               // [4][2]: of weights, sealed and exact
     float* by = sums + 8;               // [4][parts]
-    float* latent = by + 4 * parts;     // [slices][4][rank], then [8][4][d]
-    const int slices = p.rank > 0 ? max(1, (p.rank % 8 == 0 ? 1024 : 512) / p.rank) : 0;
+    float* latent = by + 4 * parts;     // [slices][4][rank], then [cuts][4][d]
+    const int slices = p.rank > 0 ? max(1, (p.rank % 8 == 0 ? 2 : 1) * MERGE_THREADS / p.rank) : 0;
     for (int first = 0; first < group; first += 4) {
         const int n = min(4, group - first), head0 = kv_head * group + first;
         __syncthreads();
@@ -477,12 +482,12 @@ KERNEL(512, 2, merge)(MergeArgs p) {
             if (p.rank % 8 == 0) merge_latents<8>(latent, from, step, by, parts, ns, n, p.rank, slices, tid);
             else merge_latents<4>(latent, from, step, by, parts, ns, n, p.rank, slices, tid);
             __syncthreads();
-            for (int i = tid; i < n * p.rank; i += 512)
+            for (int i = tid; i < n * p.rank; i += MERGE_THREADS)
                 for (int slice = 1; slice < slices; slice++) latent[i] += latent[slice * 4 * p.rank + i];
             __syncthreads();
         }
         // Values: two neighbouring channels of all four heads to a thread, latents in slices.
-        const int pairs = p.d / 2, cuts = 512 / pairs, cut = tid / pairs, pair = tid % pairs;
+        const int pairs = p.d / 2, cuts = MERGE_THREADS / pairs, cut = tid / pairs, pair = tid % pairs;
         float x[4][2] = {};
         if (ns > 0 && cut < cuts) {
             const u32* up = (const u32*)(p.up + (size_t)kv_head * p.rank * p.d) + pair;
@@ -508,7 +513,7 @@ KERNEL(512, 2, merge)(MergeArgs p) {
 #pragma unroll
             for (int h = 0; h < 4; h++) *(float2*)(cutsums + (cut * 4 + h) * p.d + 2 * pair) = make_float2(x[h][0], x[h][1]);
         __syncthreads();
-        for (int i = tid; i < n * p.d; i += 512) {
+        for (int i = tid; i < n * p.d; i += MERGE_THREADS) {
             const int h = i / p.d, c = i % p.d;
             float y = 0;
             if (ns > 0) {
@@ -516,8 +521,14 @@ KERNEL(512, 2, merge)(MergeArgs p) {
                 for (int k = 0; k < cuts; k++) y += cutsums[(k * 4 + h) * p.d + c];
             }
             const float* from = p.exact + ((size_t)row.exact * p.heads + head0 + h) * p.d + c;
-#pragma unroll 4
-            for (int k = 0; k < ne; k++) y = fmaf(by[h * parts + ns + k], from[(size_t)k * p.heads * p.d], y);
+            for (int k = 0; k < ne; k += 8) {
+                float v[8];
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] = from[(size_t)min(k + e, ne - 1) * p.heads * p.d];
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (k + e < ne) y = fmaf(by[h * parts + ns + k + e], v[e], y);
+            }
             y /= (ns > 0 ? sums[2 * h] : 0.0f) + sums[2 * h + 1];
             const size_t at = ((size_t)row.row * p.heads + head0 + h) * p.d + c;
             p.out[at] = of_b(y);

@@ -669,7 +669,7 @@ impl DeviceWork {
             tiles: tiles as i32,
         };
         // SAFETY: as above.
-        unsafe { device.launch("merge", [rows.len(), kv_heads, 1], 512, merge_shared(rank, d, self.parts), &args) }
+        unsafe { device.launch("merge", [rows.len(), kv_heads, 1], MERGE_THREADS, merge_shared(rank, d, self.parts), &args) }
     }
 }
 
@@ -750,10 +750,14 @@ pub(super) const fn absorb_shared(d: usize, rank: usize) -> usize {
 /// `AbsorbArgs` has it in place of bits where queries lie in the order of their latents (`PLAIN` of `latent.cuh`).
 const PLAIN: i32 = 16;
 
+/// Threads of a block that merges; kernels know them by that name.
+const MERGE_THREADS: usize = 384;
+
 /// Bytes of shared memory of `merge`.
 pub(super) fn merge_shared(rank: usize, d: usize, parts: usize) -> usize {
-    let slices = (if rank.is_multiple_of(8) { 1024usize } else { 512 }).checked_div(rank).map_or(0, |n| n.max(1));
-    4 * (8 + 4 * parts.next_multiple_of(4) + 4 * (slices * rank).max(512 / (d / 2) * d))
+    let each = if rank.is_multiple_of(8) { 2 } else { 1 };
+    let slices = (each * MERGE_THREADS).checked_div(rank).map_or(0, |n| n.max(1));
+    4 * (8 + 4 * parts.next_multiple_of(4) + 4 * (slices * rank).max(MERGE_THREADS / (d / 2) * d))
 }
 
 /// Tiles of 16 lines that a block over sealed pages meets.
