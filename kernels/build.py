@@ -4,7 +4,7 @@ takes on each, and the hash of the sources both were made of. Needs no GPU: CUDA
     python3 kernels/build.py            makes both anew
     python3 kernels/build.py --check    makes them elsewhere, and fails where they are not what is committed
 
-Either way it fails where a hot kernel spills, touches registers of products under way, or reads before it has waited (flight.py).
+Either way it fails where a hot kernel spills, touches registers of products under way, or reads or ends before it has waited (flight.py).
 """
 
 import pathlib
