@@ -427,8 +427,8 @@ __device__ __forceinline__ void merge_latents(float* latent, const u16* from, u3
 // out[head] = (sum over sealed parts of w (up . latents + mean) + sum over exact parts of w values) / sum of w,  w = 2^(m - max m).
 //
 //   Four heads of one KV head at a time, which share `up`. Grid (rows, KV heads), block MERGE_THREADS, shared
-//   bytes 4 (4 (parts up to 4) + 4 max(rank slices, cuts d) + 8) with slices = max(1, 2 MERGE_THREADS / rank), of as many where 8 does not
-//   divide the rank, and cuts = MERGE_THREADS / (d / 2).
+//   bytes 4 (4 (parts up to 4) + 4 max(rank slices, cuts d) + 8) with slices = max(1, 2 MERGE_THREADS / rank), of half as many where 8 does
+//   not divide the rank, and cuts = MERGE_THREADS / (d / 2).
 //   Bytes a row and head: 2 rank a sealed part, 4 d an exact one, and `up` out of L2 once a KV head: latency and L2 bind.
 KERNEL(MERGE_THREADS, 2, merge)(MergeArgs p) {
     SHARED(float, shared);

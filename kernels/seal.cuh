@@ -240,6 +240,10 @@ __device__ __forceinline__ void keys(const float* __restrict__ latents, const Pa
         float scale = AFFINE ? 0.0f : by[b * 32 + lane];
         for (int w = 0; w < 8 / QUADS<BITS>; w++) {
             u32 word = 0;
+            // A word's latents are on their way together: what is done with each has branches, over which the compiler moves no load.
+            float v[4 * QUADS<BITS>];
+#pragma unroll
+            for (int i = 0; i < 4 * QUADS<BITS>; i++) v[i] = x[min(r + i, rank - 1) * PAGE];
 #pragma unroll
             for (int quad = 0; quad < QUADS<BITS>; quad++) {
 #pragma unroll
@@ -247,8 +251,8 @@ __device__ __forceinline__ void keys(const float* __restrict__ latents, const Pa
                     if (r >= rank) continue;
                     if (!AFFINE && r == edge) { edge += width; scale = by[++b * 32 + lane]; }
                     u32 code = 0;
-                    if constexpr (AFFINE) code = affine_code<BITS>(x[r * PAGE], scales[r], lows[r]);
-                    else code = number<BITS>(x[r * PAGE] * scale);
+                    if constexpr (AFFINE) code = affine_code<BITS>(v[4 * quad + byte], scales[r], lows[r]);
+                    else code = number<BITS>(v[4 * quad + byte] * scale);
                     if (out) code = 0;
                     word |= placed<BITS>(code, quad, byte);
                     if (BITS == 3) third |= (code >> 2) << (8 * byte + w * QUADS<BITS> + quad);
@@ -314,12 +318,15 @@ __device__ __forceinline__ void values(const float* __restrict__ latents, const 
         u32 g = r / width, third = 0;
         for (int w = 0; w < HALF; w++) {
             u32 word = 0;
+            float v[4 * QUADS<BITS>];
+#pragma unroll
+            for (int i = 0; i < 4 * QUADS<BITS>; i++) v[i] = latents[(i % 4 * 16 + half * 8 + w * QUADS<BITS> + i / 4) * rank + r];
 #pragma unroll
             for (int quad = 0; quad < QUADS<BITS>; quad++) {
 #pragma unroll
                 for (int byte = 0; byte < 4; byte++) {
                     u32 q = w * QUADS<BITS> + quad, position = byte * 16 + half * 8 + q, at = g * 32 + byte * 8 + q;
-                    float x = latents[position * rank + r];
+                    float x = v[4 * quad + byte];
                     u32 code = 0;
                     if constexpr (AFFINE) code = affine_code<BITS>(x, scales[at], lows[at]);
                     else code = number<BITS>(x * scales[at]);
