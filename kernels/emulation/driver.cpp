@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -147,13 +148,14 @@ struct Overlap {
 
 // Work is done when it is asked for, unless it is being recorded; launches when what follows them asks for it.
 struct Stream {
+    const size_t of = context;
     Overlap launches;
     std::vector<std::function<CUresult()>>* recording = nullptr;
     // Launches until the device is lost to this stream; never where negative.
     int left = -1;
     bool lost = false;
     // What was recorded is worth nothing: the stream was waited for meanwhile.
-    bool spoilt_recording = false;
+    std::atomic<bool> spoilt_recording{false};
     // The launch ahead is the library's: nobody knows when it lets the next begin, and what it has waited for by then.
     bool behind_library = false;
     // Kernels whose names begin so are launched, and do nothing; or wait for nothing.
@@ -167,6 +169,8 @@ struct Graph {
     std::vector<std::function<CUresult()>> nodes;
 };
 Stream legacy;
+// Those that record.
+std::set<Stream*> recorded_to;
 Stream& stream_of(void* s) { return s ? *(Stream*)s : legacy; }
 std::map<const void*, size_t> pinned;
 bool is_pinned(const void* p) {
@@ -298,7 +302,14 @@ API cuDevicePrimaryCtxRetain(void** c, int d) { *c = (void*)size_t(d + 1); retur
 API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 API cuCtxSetCurrent(void* c) { context = (size_t)c; return 0; }
 API cuCtxGetCurrent(void** c) { *c = (void*)context; return 0; }
-API cuCtxSynchronize() { return 0; }
+// Not while a stream of it records, whoever does, and whoever asks: that is spoilt then.
+API cuCtxSynchronize() {
+    std::lock_guard<std::mutex> hold(lock);
+    bool any = false;
+    for (Stream* stream : recorded_to)
+        if (stream->of == context) any = stream->spoilt_recording = true;
+    return any ? 900 : 0;
+}
 API cuStreamCreate(void** s, unsigned) { *s = new Stream; return 0; }
 API cuStreamCreateWithPriority(void** s, unsigned, int) { *s = new Stream; return 0; }
 API cuStreamDestroy_v2(void* s) { stream_of(s).launches.drain(); delete (Stream*)s; return 0; }
@@ -313,6 +324,8 @@ API cuStreamBeginCapture_v2(void* s, int) {
     Stream& stream = stream_of(s);
     if (stream.recording) return 1;
     stream.recording = &(new Graph)->nodes;
+    std::lock_guard<std::mutex> hold(lock);
+    recorded_to.insert(&stream);
     return 0;
 }
 API cuStreamEndCapture(void* s, void** graph) {
@@ -320,6 +333,8 @@ API cuStreamEndCapture(void* s, void** graph) {
     if (!stream.recording) return 1;
     *graph = stream.recording;          // the first member of its Graph
     stream.recording = nullptr;
+    std::lock_guard<std::mutex> hold(lock);
+    recorded_to.erase(&stream);
     if (!stream.spoilt_recording) return 0;
     stream.spoilt_recording = false;
     delete (Graph*)*graph;

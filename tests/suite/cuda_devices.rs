@@ -93,6 +93,23 @@ fn a_recording_that_was_disturbed_is_not_a_lost_device() {
     device.wait().unwrap();
 }
 
+/// Each has its own stream in the one context there is of a device: opening it again waits for nobody who is there already.
+#[test]
+fn a_device_is_opened_while_others_record() {
+    let device = own_device();
+    let ones = device.upload(&[1.0f32; 64]).unwrap();
+    let out = device.upload(&[0u16; 64]).unwrap();
+    let open = || std::thread::scope(|scope| scope.spawn(|| Device::open(device.ordinal())).join().unwrap());
+    let mut other = None;
+    let recorded = device.record(|| {
+        other = Some(open());
+        device.silu_mul(ones.all(), ones.all(), 8, out.all())
+    });
+    other.unwrap().unwrap();
+    recorded.unwrap().launch().unwrap();
+    assert!(out.to_vec().unwrap().iter().all(|&x| x != 0));
+}
+
 /// Who catches a panic goes on with the device: the stream does not record what is asked of it from then on.
 #[test]
 fn a_recording_that_panicked_has_ended() {

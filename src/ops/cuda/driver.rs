@@ -135,6 +135,10 @@ impl Device {
         if capability.0 < 8 {
             return Err(CudaError::OldDevice { name: context.name()?, capability });
         }
+        // Its first stream would wait for the context otherwise, all of it: for other users of the device in this process too, and while any of
+        // them records that is refused, and spoils the recording.
+        // SAFETY: that is for memory of the crate's own, which is not used here.
+        unsafe { context.disable_event_tracking() };
         let stream = context.new_stream()?;
         // SAFETY: the context is bound to this thread; the image is a whole one and outlives the module.
         let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
