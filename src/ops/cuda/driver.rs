@@ -171,6 +171,11 @@ impl Device {
         self.own[own as usize].load(Ordering::Relaxed)
     }
 
+    /// Whether launches may begin before the ones ahead have ended: what the driver says its code was compiled for decides.
+    pub fn overlaps(&self) -> bool {
+        self.overlaps
+    }
+
     /// Runs these kernels, on a device of their architecture, or those of all architectures. What was made for launches before may go on as it was.
     pub(super) fn choose(&self, own: Own, runs: bool) {
         self.own[own as usize].store(runs, Ordering::Relaxed);
