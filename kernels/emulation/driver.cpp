@@ -167,7 +167,11 @@ struct Stream {
 };
 struct Graph {
     std::vector<std::function<CUresult()>> nodes;
+    // Of launches.
+    std::set<const Kernel*> kernels;
 };
+// Those that are there, as recorded and to be launched.
+std::set<Graph*> graphs;
 Stream legacy;
 // Those that record.
 std::set<Stream*> recorded_to;
@@ -323,8 +327,10 @@ API cuStreamIsCapturing(void* s, int* v) { *v = stream_of(s).recording != nullpt
 API cuStreamBeginCapture_v2(void* s, int) {
     Stream& stream = stream_of(s);
     if (stream.recording) return 1;
-    stream.recording = &(new Graph)->nodes;
+    Graph* graph = new Graph;
+    stream.recording = &graph->nodes;
     std::lock_guard<std::mutex> hold(lock);
+    graphs.insert(graph);
     recorded_to.insert(&stream);
     return 0;
 }
@@ -337,11 +343,16 @@ API cuStreamEndCapture(void* s, void** graph) {
     recorded_to.erase(&stream);
     if (!stream.spoilt_recording) return 0;
     stream.spoilt_recording = false;
+    graphs.erase((Graph*)*graph);
     delete (Graph*)*graph;
     *graph = nullptr;
     return 901;
 }
-API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) { *exec = new Graph(*(Graph*)graph); return 0; }
+API cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
+    std::lock_guard<std::mutex> hold(lock);
+    *exec = *graphs.insert(new Graph(*(Graph*)graph)).first;
+    return 0;
+}
 API cuGraphLaunch(void* exec, void* s) {
     if (stream_of(s).recording) return 900;
     if (CUresult r = land(stream_of(s))) return r;
@@ -352,8 +363,13 @@ API cuGraphLaunch(void* exec, void* s) {
     stream_of(s).behind_library = false;
     return land(stream_of(s));
 }
-API cuGraphDestroy(void* graph) { delete (Graph*)graph; return 0; }
-API cuGraphExecDestroy(void* exec) { delete (Graph*)exec; return 0; }
+API cuGraphDestroy(void* graph) {
+    std::lock_guard<std::mutex> hold(lock);
+    graphs.erase((Graph*)graph);
+    delete (Graph*)graph;
+    return 0;
+}
+API cuGraphExecDestroy(void* exec) { return cuGraphDestroy(exec); }
 API cuEventCreate(void** e, unsigned) { *e = new Event{0, nullptr}; return 0; }
 API cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }
 API cuEventRecord(void* e, void* s) { stream_of(s).launches.drain(); *(Event*)e = {now(), &stream_of(s)}; return 0; }
@@ -416,7 +432,18 @@ API cuModuleLoadData(void** m, const void*) {
     *m = all;
     return 0;
 }
-API cuModuleUnload(void* m) { delete (Module*)m; return 0; }
+// Not while anything recorded names its functions: what a driver makes of that is its own affair.
+API cuModuleUnload(void* m) {
+    std::lock_guard<std::mutex> hold(lock);
+    for (auto& one : *(Module*)m)
+        for (Graph* graph : graphs)
+            if (graph->kernels.count(&one.second)) {
+                fprintf(stderr, "a module is unloaded, and %s of it is in a graph that is still there\n", one.first.c_str());
+                abort();
+            }
+    delete (Module*)m;
+    return 0;
+}
 API cuModuleGetFunction(void** f, void* m, const char* name) {
     auto it = ((Module*)m)->find(name);
     if (it == ((Module*)m)->end()) return 500;
@@ -456,6 +483,10 @@ CUresult launch(Kernel* kernel, dim3 grid, dim3 block, unsigned shared, void* st
     if (!on.recording) return go(args[0]);
     // Parameters are copied when a launch is recorded.
     std::vector<unsigned char> copy((unsigned char*)args[0], (unsigned char*)args[0] + kernel->bytes);
+    {
+        std::lock_guard<std::mutex> hold(lock);
+        ((Graph*)on.recording)->kernels.insert(kernel);
+    }
     on.recording->push_back([=] { return go(copy.data()); });
     return 0;
 }

@@ -110,6 +110,21 @@ fn a_device_is_opened_while_others_record() {
     assert!(out.to_vec().unwrap().iter().all(|&x| x != 0));
 }
 
+/// What a driver does with a graph whose kernels are gone is not said: a decoder drops its device before what it has recorded.
+#[test]
+fn what_was_recorded_outlives_its_device() {
+    let device = own_device();
+    let ones = device.upload(&[1.0f32; 64]).unwrap();
+    let out = device.upload(&[0u16; 64]).unwrap();
+    let recorded = device.record(|| device.silu_mul(ones.all(), ones.all(), 8, out.all())).unwrap();
+    recorded.launch().unwrap();
+    assert!(out.to_vec().unwrap().iter().all(|&x| x != 0));
+    drop((ones, out));
+    assert_eq!(Arc::strong_count(&device), 1);
+    drop(device);
+    drop(recorded);
+}
+
 /// Who catches a panic goes on with the device: the stream does not record what is asked of it from then on.
 #[test]
 fn a_recording_that_panicked_has_ended() {

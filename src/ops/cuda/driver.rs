@@ -41,7 +41,7 @@ pub struct Device {
     library: OnceLock<CublasLt>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    module: sys::CUmodule,
+    module: Arc<Module>,
     /// Kernels asked for so far, and the shared memory each was last allowed.
     kernels: Mutex<HashMap<&'static str, Kernel>>,
     /// Multiprocessors.
@@ -82,9 +82,23 @@ unsafe impl Sync for Device {}
 
 impl Drop for Device {
     fn drop(&mut self) {
+        // What it holds is given back next.
         let _ = self.context.bind_to_thread();
-        // SAFETY: loaded once, unloaded once, after all that was launched.
-        let _ = self.stream.synchronize().and_then(|()| unsafe { result::module::unload(self.module) });
+        let _ = self.stream.synchronize();
+    }
+}
+
+/// Code on a device. It stays there as long as anything that was recorded names it.
+struct Module {
+    context: Arc<CudaContext>,
+    handle: sys::CUmodule,
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: loaded once, unloaded once, after all that was launched: the device has waited for its stream.
+        let _ = unsafe { result::module::unload(self.handle) };
     }
 }
 
@@ -141,14 +155,15 @@ impl Device {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream()?;
         // SAFETY: the context is bound to this thread; the image is a whole one and outlives the module.
-        let module = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
+        let handle = unsafe { result::module::load_data(IMAGE.as_ptr().cast()) }.map_err(CudaError::Image)?;
+        let module = Arc::new(Module { context: context.clone(), handle });
         let processors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         // Kernels wait for the launch ahead only where they were compiled for an architecture that can (`grid_wait`): what the driver makes of
         // the image's PTX, for one it has no code of, cannot.
         // SAFETY: a kernel of the module that was loaded.
         let compiled_for = unsafe {
-            let function = result::module::get_function(module, c"merge".to_owned())?;
+            let function = result::module::get_function(handle, c"merge".to_owned())?;
             result::function::get_function_attribute(function, CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
         };
         Ok(Arc::new(Device {
@@ -330,7 +345,7 @@ impl Device {
             None => {
                 let text = std::ffi::CString::new(name).expect("names of kernels have no zeros");
                 // SAFETY: the module is loaded, and the device keeps it.
-                let function = unsafe { result::module::get_function(self.module, text) }?;
+                let function = unsafe { result::module::get_function(self.module.handle, text) }?;
                 kernels.entry(name).or_insert(Kernel { function, shared: 48 << 10 })
             }
         };
@@ -388,7 +403,7 @@ impl Device {
         // What went wrong first may have spoilt the recording, and is what there is to tell.
         let graph = capture.end();
         done?;
-        Ok(Recording(graph?))
+        Ok(Recording { graph: graph?, module: self.module.clone() })
     }
 
     fn event(&self) -> Result<cudarc::driver::CudaEvent, CudaError> {
@@ -534,8 +549,19 @@ impl Drop for Capture<'_> {
     }
 }
 
-/// Recorded work; none where nothing was asked.
-pub struct Recording(Option<cudarc::driver::CudaGraph>);
+/// Recorded work.
+pub struct Recording {
+    /// None where nothing was asked. It goes before the code that it names.
+    graph: Option<cudarc::driver::CudaGraph>,
+    module: Arc<Module>,
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // The graph goes next, wherever this is.
+        let _ = self.module.context.bind_to_thread();
+    }
+}
 
 // SAFETY: a graph's handles may be used from any thread that has the context bound, and launching binds it.
 unsafe impl Send for Recording {}
@@ -546,7 +572,7 @@ impl Recording {
     /// # Errors
     /// Where the device refuses.
     pub fn launch(&self) -> Result<(), CudaError> {
-        Ok(self.0.as_ref().map_or(Ok(()), cudarc::driver::CudaGraph::launch)?)
+        Ok(self.graph.as_ref().map_or(Ok(()), cudarc::driver::CudaGraph::launch)?)
     }
 }
 
