@@ -4,7 +4,8 @@ takes on each, and the hash of the sources both were made of. Needs no GPU: CUDA
     python3 kernels/build.py            makes both anew
     python3 kernels/build.py --check    makes them elsewhere, and fails where they are not what is committed
 
-Either way it fails where a hot kernel spills, touches registers of products under way, or reads or ends before it has waited (flight.py).
+Either way it fails where a hot kernel spills, touches registers of products under way, or asks for other things than its sources do before it waits
+for the launches ahead (flight.py).
 """
 
 import pathlib
@@ -83,8 +84,10 @@ def main():
         table = compile_to(image)
         text = report(table, image.read_bytes())
         faults = [f"{k} spills {s} bytes on sm_{a}" for k, by in table.items() if HOT.fullmatch(k) for a, (_, s) in by.items() if s > SPILL]
-        walked, products, waits = flight.of_image(image)
-        faults += walked or ([] if products and waits else ["no kernel was walked"])
+        touching, walked = flight.of_image(image)
+        faults += touching or ([] if walked else ["no kernel multiplies by warpgroups"])
+        others, waits = flight.early(image)
+        faults += others or ([] if waits else ["no kernel waits for the launches ahead"])
         if check:
             if text != (HERE / "registers.txt").read_text():
                 faults.append("registers.txt is of other sources or says otherwise: run kernels/build.py and look at what changed")
@@ -94,7 +97,8 @@ def main():
             (HERE / "strait.fatbin").write_bytes(image.read_bytes())
             (HERE / "registers.txt").write_text(text)
         print(text)
-        print(flight.told(products, waits, walked))
+        print(f"{walked} kernels that multiply by warpgroups, every path: {len(touching)} instructions that touch a product under way")
+        print(f"{waits} kernels that wait for the launches ahead: {len(others)} ask for something else before, or end without")
     if faults:
         sys.exit("\n".join(faults))
 

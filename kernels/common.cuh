@@ -164,6 +164,7 @@ static inline float lg2(float x) { return log2f(x); }
 static inline float rcp(float x) { return 1.0f / x; }
 static inline float product(float a, float b) { volatile float r = a * b; return r; }
 template <class T> static inline T ld_once(const T* p) { return *p; }
+static inline uint4 ld_ahead(const uint4* p) { return *p; }
 static inline float ld_fresh(const float* p) { return *p; }
 static inline uint4 ld_fresh(const uint4* p) { return *p; }
 static inline void prefetch(const void*) {}
@@ -302,6 +303,9 @@ __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a,
 __device__ __forceinline__ uint4 ld_once(const uint4* p) { uint4 v; asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
 __device__ __forceinline__ uint2 ld_once(const uint2* p) { uint2 v; asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)); return v; }
 __device__ __forceinline__ u32 ld_once(const u32* p) { u32 v; asm("ld.global.nc.L1::no_allocate.u32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
+// A load of what no one writes while this kernel or the one ahead of it runs, asked for where it stands: ahead of a grid_wait it is on its way while
+// the launch ahead ends. One of the above (nc) is of what never changes to the assembler, which moves it behind the wait.
+__device__ __forceinline__ uint4 ld_ahead(const uint4* p) { uint4 v; asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v; }
 // A load of what another block of this launch wrote, or a launch that no grid_wait of this one was for.
 __device__ __forceinline__ float ld_fresh(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ uint4 ld_fresh(const uint4* p) { return __ldcg(p); }

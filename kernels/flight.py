@@ -1,12 +1,9 @@
-"""Walks the machine code of kernels on every path, for what no emulation shows.
+"""Walks the machine code of the kernels that multiply by warpgroups (HGMMA), on every path, and names each instruction that touches registers
+of a product under way: that reads or writes its sums, or writes the codes or queries it still reads. The compiler looks for that and reports some
+of it; over the back edges of loops it once gave such registers away without a word, and results were wrong now and then.
 
-Of those that multiply by warpgroups (HGMMA) it names each instruction that touches registers of a product under way: that reads or writes its
-sums, or writes the codes or queries it still reads. The compiler looks for that and reports some of it; over the back edges of loops it once gave
-such registers away without a word, and results were wrong now and then.
-
-Of all that may begin before the launch ahead has ended it names each load that heeds no writes (`ld_once`, or a pointer that is `__restrict__`)
-ahead of where the kernel waits: the compiler takes what such a load reads for something nobody writes, and may move it there. And each end that a
-kernel may come to without having waited, as who waits for it would not have waited for those ahead of it.
+And walks all kernels up to where they wait for the launches ahead: what they ask of memory before that, and that none ends without. The assembler moves
+loads of what it takes for never written (nc) across that: factors of adapters that the sources ask for before the wait were asked for behind it.
 
     python3 kernels/flight.py           of the image that is committed
 """
@@ -20,11 +17,6 @@ import venv
 
 HERE = pathlib.Path(__file__).resolve().parent
 WHEELS = ["nvidia-cuda-nvdisasm==13.5.37", "nvidia-cuda-cuobjdump==13.5.37"]
-# Architectures whose launches may begin before the one ahead has ended; kernels that read sealed pages before they wait, as nothing that they
-# may overlap writes any (common.cuh); and one that never waits, as it only reads, and is launched by itself.
-OVERLAP = ["90a", "100", "120"]
-READS_EARLY = re.compile(r"attend_sealed_.*")
-WAITS_NEVER = "probe_read"
 # What an instruction's registers are to it: those that write none, that write as many as they load, and that write one, or two where their name
 # says 64 or WIDE. Others are not known, and refused, as they may be of a new compiler.
 WRITES_NONE = set("STS STG STL BAR BRA LDGSTS LDGDEPBAR DEPBAR MEMBAR FENCE WARPGROUP WARPSYNC ENDCOLLECTIVE EXIT PREEXIT ACQBULK R2UR BSSY BSYNC CALL RET NOP".split())
@@ -33,6 +25,20 @@ WRITES_ONE = set(
     "IMAD LOP3 FADD ISETP FFMA FMUL VIADD IADD3 LEA SHF SHFL MUFU FMNMX F2FP FSEL CS2R SEL HMUL2 FSETP MOV PLOP3 S2R FCHK I2FP HADD2 IABS P2R VIMNMX "
     "VOTE B2R I2F F2I VIADDMNMX PRMT".split()
 )
+# What kernels ask of global memory before they wait for the launches ahead, by name: copies of weights (LDGSTS), and loads of what the host
+# uploaded, of a norm's weight (LDG), of adapters' tables (LD), of factors that are read once (LDG.NA). All others ask for nothing, and none by a load
+# that heeds no writes (CONSTANT: `ld_once`, or a pointer that is `__restrict__`), which the compiler may have moved there.
+BEFORE_WAIT = [
+    (r"linear_(few_.*|many|wg_.*)|attend_rebuilt", {"LDGSTS"}),
+    (r"linear_normed_.*", {"LDGSTS", "LDG"}),
+    (r"linear_worn_.*|lora_expand", {"LDGSTS", "LDG", "LD"}),
+    (r"lora_shrink", {"LDG", "LD", "LDG.NA"}),
+    (r"merge|attend_exact_.*|rope_append_.*", {"LDG"}),
+]
+# What goes on beside the launch ahead, which has waited for what it needs, and waits for that one at its end.
+WAITS_LAST = re.compile(r"attend_sealed_.*")
+# It only reads, and is launched by itself.
+WAITS_NEVER = "probe_read"
 
 
 def installed(name, wheels):
@@ -51,14 +57,34 @@ def tools():
 
 
 def kernels(image, architecture):
-    """Name and lines of each kernel of an architecture in an image."""
+    """Name of each kernel of an architecture in an image, its instructions, and where in them its labels are."""
     with tempfile.TemporaryDirectory() as temp:
-        command = [tools() / "cuobjdump", "-xelf", f"sm_{architecture}", pathlib.Path(image).resolve()]
-        subprocess.run(command, cwd=temp, check=True, capture_output=True)
+        subprocess.run([tools() / "cuobjdump", "-xelf", f"sm_{architecture}", pathlib.Path(image).resolve()], cwd=temp, check=True, capture_output=True)
         for cubin in pathlib.Path(temp).glob("*.cubin"):
             text = subprocess.run([tools() / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
             for part in re.split(r"(?=\.section\s+\.text\.)", text)[1:]:
-                yield re.match(r"\.section\s+\.text\.([^,]+)", part)[1], part.splitlines()
+                code, labels = [], {}
+                for line in part.splitlines():
+                    if label := re.match(r"(\.L\w+):", line):
+                        labels[label[1]] = len(code)
+                    # Address, whether a condition stands before it, and the instruction.
+                    elif found := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", line):
+                        code.append((found[1], bool(found[2]), found[3]))
+                yield re.match(r"\.section\s+\.text\.([^,]+)", part)[1], code, labels
+
+
+def after(at, code, labels):
+    """The places of the instructions that may follow one."""
+    _, conditional, text = code[at]
+    opcode, of = operands(text)
+    if opcode.startswith("EXIT") and not conditional:
+        return []
+    places = [at + 1]
+    if opcode.startswith("BRA"):
+        target = labels[re.search(r"`\((\.L\w+)\)", text)[1]]
+        # A second condition stands among the operands.
+        places = [target] if not conditional and len(of) == 1 and ".DIV" not in opcode else [target, at + 1]
+    return [place for place in places if place < len(code)]
 
 
 def registers(operand, width=1):
@@ -96,60 +122,15 @@ def touched(opcode, of):
     return writes, reads
 
 
-def parsed(lines):
-    """Address, whether it has a condition, and text of each instruction; and the place of each label."""
-    code, labels = [], {}
-    for line in lines:
-        if label := re.match(r"(\.L\w+):", line):
-            labels[label[1]] = len(code)
-        elif text := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;", line):
-            code.append((text[1], bool(text[2]), text[3]))
-    return code, labels
-
-
-def goes_on(code, labels, at):
-    """Where the instruction at a place may lead."""
-    _, conditional, text = code[at]
-    opcode, of = operands(text)
-    if opcode.startswith("EXIT") and not conditional:
-        return []
-    if not opcode.startswith("BRA"):
-        return [at + 1]
-    to = labels[re.search(r"`\((\.L\w+)\)", text)[1]]
-    # A second condition stands among the operands.
-    return [to] if not conditional and len(of) == 1 and ".DIV" not in opcode else [to, at + 1]
-
-
-def early(name, lines):
-    """What a kernel may come to on some path before it has waited for the launches ahead: loads that heed no writes, and its end."""
-    code, labels = parsed(lines)
-    found, seen, paths = set(), set(), [0]
-    while paths:
-        at = paths.pop()
-        if at in seen or at >= len(code):
-            continue
-        seen.add(at)
-        address, conditional, text = code[at]
-        if text.startswith("ACQBULK") and not conditional:
-            continue
-        if text.startswith("EXIT"):
-            found.add(f"{name}: ends at {address} and may not have waited for the launches ahead")
-        if text.startswith("LDG") and ".CONSTANT" in text and not READS_EARLY.fullmatch(name):
-            found.add(f"{name}: {text} at {address} reads before the launches ahead are waited for")
-        paths += goes_on(code, labels, at)
-    return sorted(found)
-
-
-def faults(name, lines):
+def faults(name, code, labels):
     """What a kernel does to registers of products under way, on any path through it."""
-    code, labels = parsed(lines)
     found, seen = set(), set()
     # Where, the groups that are under way from oldest to newest, and the one that is being made: registers read, and sums.
     nothing = (frozenset(), frozenset())
     paths = [(0, (), nothing)]
     while paths:
         state = paths.pop()
-        if state in seen or state[0] >= len(code):
+        if state in seen:
             continue
         seen.add(state)
         at, groups, making = state
@@ -164,42 +145,64 @@ def faults(name, lines):
             making = (making[0] | left, making[1] | sums)
             if "gsb0" in text:
                 groups, making = groups + (making,), nothing
-            paths.append((at + 1, groups, making))
-            continue
-        if opcode.startswith("WARPGROUP.DEPBAR"):
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
             most = int(re.search(r"gsb0, 0x([0-9a-f]+)", text)[1], 16)
-            paths.append((at + 1, groups[max(0, len(groups) - most):], making))
-            continue
-        writes, reads = touched(opcode, of)
-        for left, sums in (*groups, making):
-            if writes & (left | sums) or reads & sums:
-                found.add(f"{name}: {text} at {address} touches registers of a product under way")
-        paths += [(to, groups, making) for to in goes_on(code, labels, at)]
+            groups = groups[max(0, len(groups) - most):]
+        else:
+            writes, reads = touched(opcode, of)
+            for left, sums in (*groups, making):
+                if writes & (left | sums) or reads & sums:
+                    found.add(f"{name}: {text} at {address} touches registers of a product under way")
+        paths += [(place, groups, making) for place in after(at, code, labels)]
     return sorted(found)
 
 
 def of_image(image):
-    """Faults of all kernels of an image, and how many were walked for products of warpgroups, and how many for what they read early."""
-    found, products, waits = [], 0, 0
-    for architecture in OVERLAP:
-        for name, lines in kernels(image, architecture):
-            if any("HGMMA" in line for line in lines):
-                found += faults(name, lines)
-                products += 1
-            # Of other architectures kernels for warpgroups are empty, and not launched.
-            if name != WAITS_NEVER and (architecture == "90a" or "_wg_" not in name):
-                found += [f"sm_{architecture}: {fault}" for fault in early(name, lines)]
-                waits += 1
-    return found, products, waits
+    """Faults of all kernels of an image, and how many it has that were walked."""
+    walked = [faults(name, code, labels) for name, code, labels in kernels(image, "90a") if any("HGMMA" in text for _, _, text in code)]
+    return [fault for one in walked for fault in one], len(walked)
 
 
-def told(products, waits, found):
-    """What was walked, in words."""
-    return f"{products} kernels that multiply by warpgroups and {waits} that wait for launches ahead, every path: {len(found)} faults"
+def before_wait(code, labels):
+    """What a kernel asks of global memory before it waits for the launches ahead, by kinds; and that it ends, where it may and not have waited."""
+    asks, seen, paths = set(), set(), [0]
+    while paths:
+        at = paths.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        opcode = code[at][2].split(" ")[0]
+        if opcode.startswith("ACQBULK"):
+            continue
+        if opcode.startswith("EXIT"):
+            asks.add("ends")
+        # Prefetches (CCTL) are of the second-level cache, which all writes go through.
+        if kind := re.match(r"(LDGSTS|LDG|LD|STG|ST|ATOMG|ATOM|RED|UBLKCP|UTMALDG)\b", opcode):
+            asks.add("CONSTANT" if ".CONSTANT" in opcode else "LDG.NA" if ".NA" in opcode else kind[1])
+        paths += after(at, code, labels)
+    return asks
+
+
+def early(image):
+    """Kernels that ask for other things before they wait than their sources do, or end without; and how many there are that wait."""
+    found, waits = [], 0
+    for architecture in ("90a", "100", "120"):
+        for name, code, labels in kernels(image, architecture):
+            # Kernels for warpgroups are empty on other architectures, and not launched.
+            if name == WAITS_NEVER or (architecture != "90a" and "_wg_" in name):
+                continue
+            waits += 1
+            asks = before_wait(code, labels)
+            want = asks - {"ends"} if WAITS_LAST.fullmatch(name) else next((asks for names, asks in BEFORE_WAIT if re.fullmatch(names, name)), set())
+            if asks != want:
+                found.append(f"{name} on sm_{architecture}, before it waits for the launches ahead: {sorted(asks)}, and {sorted(want)} is meant")
+    return found, waits
 
 
 if __name__ == "__main__":
-    found, products, waits = of_image(HERE / "strait.fatbin")
-    print(told(products, waits, found))
-    if found or not products or not waits:
-        sys.exit("\n".join(found[:40]) or "none was found in the image")
+    found, count = of_image(HERE / "strait.fatbin")
+    print(f"{count} kernels that multiply by warpgroups, every path: {len(found)} instructions that touch a product under way")
+    others, waits = early(HERE / "strait.fatbin")
+    print(f"{waits} kernels that wait for the launches ahead: {len(others)} ask for something else before, or end without")
+    if found + others or not count or not waits:
+        sys.exit("\n".join((found + others)[:40]) or "none was found in the image")

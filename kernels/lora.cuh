@@ -82,7 +82,7 @@ KERNEL(128, 4, lora_shrink)(const __grid_constant__ ShrinkArgs p) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 a[c][h] = make_uint4(0, 0, 0, 0);
-                if (has[h] && k + c * 32 + t * 8 < in) a[c][h] = ld_once(reinterpret_cast<const uint4*>(down + (size_t)h * 8 * in + k + c * 32));
+                if (has[h] && k + c * 32 + t * 8 < in) a[c][h] = ld_ahead(reinterpret_cast<const uint4*>(down + (size_t)h * 8 * in + k + c * 32));
             }
     };
     load(blockIdx.y * SPLIT + warp * 128);
