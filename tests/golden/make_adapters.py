@@ -154,6 +154,11 @@ def moved(name, key, value, gain):
     return None
 
 
+def moved_embed(name, key, value, gain):
+    """As `moved`; an embedding's factors, whose product PEFT begins at zero whatever the initialisation, are drawn."""
+    return plain(name, key, value, gain) if "lora_embedding" in key else moved(name, key, value, gain)
+
+
 def second_factor(name, key, value, gain):
     """Keeps lora_A (of EVA) and draws lora_B, which starts at zero."""
     return plain(name, key, value, gain) if "lora_B." in key else None
@@ -634,6 +639,17 @@ def olora():
     three_ways("olora", "olora", target_modules=["k_proj", "o_proj", "up_proj", "down_proj"])
 
 
+def pissa_embed():
+    make("pissa-embed", "llama-linear", lora(target_modules=["embed_tokens", "q_proj", "down_proj"], init_lora_weights="pissa"),
+         draw=moved_embed, note="Nothing was taken out of the embedding: PEFT begins its factors at zero and saves the base's own beside them.")
+
+
+def pissa_niter_embed():
+    make("pissa-niter-embed", "llama-linear", lora(target_modules=["embed_tokens", "v_proj"], use_rslora=True,
+                                                   init_lora_weights="pissa_niter_1000"), draw=moved_embed, save=lean,
+         note="As pissa-embed, saved with save_embedding_layers=False.")
+
+
 def corda():
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
@@ -799,6 +815,8 @@ CASES = {
     "pissa-residual": (pissa_residual, "llama-linear", "pissa-residual"),
     "olora": (olora, "llama-linear", "olora"),
     "olora-converted": (olora, "llama-linear", "olora-converted"),
+    "pissa-embed": (pissa_embed, "llama-linear", "pissa"),
+    "pissa-niter-embed": (pissa_niter_embed, "llama-linear", "pissa"),
     "corda-converted": (corda, "llama-linear", "corda-converted"),
     "lora-ga-converted": (loraga, "llama-linear", "lora-ga-converted"),
     "sorsa-full": (sorsa_full, "llama-linear", "sorsa"),
