@@ -650,6 +650,11 @@ def pissa_niter_embed():
          note="As pissa-embed, saved with save_embedding_layers=False.")
 
 
+def olora_embed():
+    make("olora-embed", "llama-linear", lora(target_modules=["embed_tokens", "k_proj", "o_proj"], init_lora_weights="olora"),
+         draw=moved_embed, note="As pissa-embed.")
+
+
 def corda():
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
@@ -817,6 +822,7 @@ CASES = {
     "olora-converted": (olora, "llama-linear", "olora-converted"),
     "pissa-embed": (pissa_embed, "llama-linear", "pissa"),
     "pissa-niter-embed": (pissa_niter_embed, "llama-linear", "pissa"),
+    "olora-embed": (olora_embed, "llama-linear", "olora"),
     "corda-converted": (corda, "llama-linear", "corda-converted"),
     "lora-ga-converted": (loraga, "llama-linear", "lora-ga-converted"),
     "sorsa-full": (sorsa_full, "llama-linear", "sorsa"),
