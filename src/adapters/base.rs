@@ -7,6 +7,7 @@
 //! Both halves are as large as the leading part of `W`, and their difference is small. It is formed in f64 and factored anew, so
 //! that rounding the factors costs a share of the difference and not of `W`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -156,6 +157,10 @@ fn at(place: Place, error: &spectrum::Error) -> AdapterError {
 /// Where the base they were trained on is not the served one, cannot be had, or is not the one that was named.
 pub fn onto_served(parsed: &mut Parsed, choice: &BaseChoice, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let mut other = [0; 32];
+    let settled = match (choice, parsed.trained_on) {
+        (BaseChoice::Original, _) | (BaseChoice::Auto, TrainedOn::Base) | (_, TrainedOn::WithoutScaledLeading) => BTreeSet::new(),
+        _ => with_own_base(parsed, reader.base)?,
+    };
     match choice {
         BaseChoice::Auto | BaseChoice::Pissa => {
             let pissa = *choice == BaseChoice::Pissa;
@@ -165,19 +170,19 @@ pub fn onto_served(parsed: &mut Parsed, choice: &BaseChoice, reader: &Reader<'_>
                         reason: "it says itself what it was trained on, and that is no PiSSA; leave base out".into(),
                     });
                 }
-                TrainedOn::Base if pissa => without_leading(parsed, reader)?,
+                TrainedOn::Base if pissa => without_leading(parsed, &settled, reader)?,
                 TrainedOn::Base if matches!(parsed.format, Format::Lora | Format::Rslora) => not_residual(parsed, reader.base)?,
                 TrainedOn::Base => {}
-                TrainedOn::WithoutLeading | TrainedOn::WithoutScaledLeading => without_leading(parsed, reader)?,
-                TrainedOn::WithoutQr => without_qr(parsed, reader.base)?,
+                TrainedOn::WithoutLeading | TrainedOn::WithoutScaledLeading => without_leading(parsed, &settled, reader)?,
+                TrainedOn::WithoutQr => without_qr(parsed, &settled, reader.base)?,
             }
         }
         _ if parsed.format == Format::Sorsa => {
             return Err(AdapterError::Refused { reason: "a SORSA checkpoint knows its base; leave base out".into() });
         }
         BaseChoice::Original => {}
-        BaseChoice::Residual(path) => other = from_residual(parsed, path, reader)?,
-        BaseChoice::Initial(path) => other = from_initial(parsed, path, reader)?,
+        BaseChoice::Residual(path) => other = from_residual(parsed, &settled, path, reader)?,
+        BaseChoice::Initial(path) => other = from_initial(parsed, &settled, path, reader)?,
     }
     parsed.trained_on = TrainedOn::Base;
     Ok(other)
@@ -215,14 +220,53 @@ fn add(
 }
 
 /// The modules whose factors began as a part of the base, with what they are. PEFT's embeddings begin at zero whatever
-/// `init_lora_weights` says, so nothing was taken out of theirs.
-fn begun(parsed: &mut Parsed) -> impl Iterator<Item = (Place, &mut Module)> {
-    parsed.modules.iter_mut().filter(|(p, m)| m.rank > 0 && **p != Place::Embed).map(|(p, m)| (*p, m))
+/// `init_lora_weights` says, so nothing was taken out of theirs; `settled` are those of [`with_own_base`].
+fn begun<'a>(parsed: &'a mut Parsed, settled: &'a BTreeSet<Place>) -> impl Iterator<Item = (Place, &'a mut Module)> {
+    let begun = |p: &Place, m: &Module| m.rank > 0 && *p != Place::Embed && !settled.contains(p);
+    parsed.modules.iter_mut().filter(move |(p, m)| begun(p, m)).map(|(p, m)| (*p, m))
 }
 
-fn without_leading(parsed: &mut Parsed, reader: &Reader<'_>) -> Result<(), AdapterError> {
+/// The modules beside whose factors the file has the weights that they belong on, as PEFT saves a targeted output head: what the
+/// initialisation left of it. Where that is the served base less a product of their rank, the product joins the factors; otherwise
+/// the weights stay theirs.
+fn with_own_base(parsed: &mut Parsed, base: &Checkpoint) -> Result<BTreeSet<Place>, AdapterError> {
+    let mut settled = BTreeSet::new();
+    for (place, module) in begun(parsed, &BTreeSet::new()) {
+        let Some(left) = module.weight.take() else { continue };
+        let own = base_weight(base, place);
+        if left != own && add_difference(module, (place, place.shape(&base.config)), &left, &own)?.is_some() {
+            module.weight = Some(left);
+        }
+        settled.insert(place);
+    }
+    Ok(settled)
+}
+
+/// Adds to the factors what weights have that the served base's `own` have not, if that is a product of the module's rank, as far as
+/// rounding goes; otherwise says how much more it is, in parts of `own`.
+fn add_difference(
+    module: &mut Module,
+    (place, shape): (Place, (usize, usize)),
+    left: &[f32],
+    own: &[f32],
+) -> Result<Option<f64>, AdapterError> {
+    let difference: Vec<f32> = left.iter().zip(own).map(|(a, b)| a - b).collect();
+    let dense = Dense { rows: shape.0, cols: shape.1, data: &difference };
+    let found = spectrum::top(dense, module.rank).map_err(|e| at(place, &e))?;
+    let square = |v: &[f32]| v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
+    let rest = square(&difference) - found.s.iter().map(|s| s * s).sum::<f64>();
+    // Weights in bf16 are rounded by up to 0.2 % of themselves.
+    if rest > 1e-4 * square(left) {
+        return Ok(Some((rest / square(own)).sqrt()));
+    }
+    let (up, down) = found.balanced();
+    add(module, (place, shape), 1.0, (&up, &down))?;
+    Ok(None)
+}
+
+fn without_leading(parsed: &mut Parsed, settled: &BTreeSet<Place>, reader: &Reader<'_>) -> Result<(), AdapterError> {
     let (c, trained_on) = (&reader.base.config, parsed.trained_on);
-    for (place, module) in begun(parsed) {
+    for (place, module) in begun(parsed, settled) {
         let shape = place.shape(c);
         let top = reader.spectra.top(reader.base, place, module.rank)?;
         let (n, r) = (top.s.len(), module.rank.min(top.s.len()));
@@ -245,8 +289,8 @@ fn without_leading(parsed: &mut Parsed, reader: &Reader<'_>) -> Result<(), Adapt
 
 /// OLoRA: `Q_r R_r` of the base's QR decomposition, times the scale. `Q_r` comes from the leading columns alone, and `R_r` is
 /// `Q_r^T W`; their product does not depend on signs.
-fn without_qr(parsed: &mut Parsed, base: &Checkpoint) -> Result<(), AdapterError> {
-    for (place, module) in begun(parsed) {
+fn without_qr(parsed: &mut Parsed, settled: &BTreeSet<Place>, base: &Checkpoint) -> Result<(), AdapterError> {
+    for (place, module) in begun(parsed, settled) {
         let shape @ (out, inputs) = place.shape(&base.config);
         let weight = base_weight(base, place);
         let r = module.rank.min(out).min(inputs);
@@ -306,7 +350,7 @@ fn not_residual(parsed: &Parsed, base: &Checkpoint) -> Result<(), AdapterError> 
 }
 
 /// With the weights of a residual base at hand: `W_res + s B A - W`.
-fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
+fn from_residual(parsed: &mut Parsed, settled: &BTreeSet<Place>, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let real = reader.bounds.resolve(path)?;
     reader.bounds.confined(&real)?;
     // Not mapped: whoever may write below the adapters' root may cut these files short, which must not end the process.
@@ -327,30 +371,22 @@ fn from_residual(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Resul
             );
         }
     }
-    for (place, module) in begun(parsed) {
-        let shape @ (out, inputs) = place.shape(c);
+    for (place, module) in begun(parsed, settled) {
         let (own, left) = (base_weight(reader.base, place), residual_weight(&residual, place).map_err(|e| unreadable(path, e))?);
-        let difference: Vec<f32> = left.iter().zip(&own).map(|(a, b)| a - b).collect();
-        if difference.iter().all(|d| *d == 0.0) {
+        if left == own {
             return refuse(format!(
                 "its {} is that of the served base, so nothing was taken out of it; is it the right folder?",
                 place.path()
             ));
         }
-        let found = spectrum::top(Dense { rows: out, cols: inputs, data: &difference }, module.rank).map_err(|e| at(place, &e))?;
-        let square = |v: &[f32]| v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
-        let rest = square(&difference) - found.s.iter().map(|s| s * s).sum::<f64>();
-        // A residual in bf16 is rounded by up to 0.2 % of itself.
-        if rest > 1e-4 * square(&left) {
-            let share = (rest / square(&own)).sqrt() * 100.0;
+        let rank = module.rank;
+        if let Some(share) = add_difference(module, (place, place.shape(c)), &left, &own)? {
             return refuse(format!(
-                "{} differs from the served weights by more than rank {} ({share:.1} % of them); it is of another base",
+                "{} differs from the served weights by more than rank {rank} ({:.1} % of them); it is of another base",
                 place.path(),
-                module.rank
+                share * 100.0
             ));
         }
-        let (left, right) = found.balanced();
-        add(module, (place, shape), 1.0, (&left, &right))?;
     }
     residual.digest().map_err(|e| unreadable(path, e))
 }
@@ -375,7 +411,7 @@ fn unreadable(path: &Path, error: CheckpointError) -> AdapterError {
 }
 
 /// With the adapter as it was before training: `s B A - s B_0 A_0`.
-fn from_initial(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
+fn from_initial(parsed: &mut Parsed, settled: &BTreeSet<Place>, path: &Path, reader: &Reader<'_>) -> Result<[u8; 32], AdapterError> {
     let files = reader.bounds.read(path)?;
     let initial = peft::parse(&files, reader.base)?;
     let refuse = |reason: String| Err(AdapterError::Base { base: path.display().to_string(), reason });
@@ -383,7 +419,7 @@ fn from_initial(parsed: &mut Parsed, path: &Path, reader: &Reader<'_>) -> Result
     if trained(parsed) != trained(&initial) {
         return refuse("the initial adapter has other modules than the trained one".into());
     }
-    for (&place, module) in parsed.modules.iter_mut().filter(|(_, m)| m.rank > 0) {
+    for (&place, module) in parsed.modules.iter_mut().filter(|(p, m)| m.rank > 0 && !settled.contains(p)) {
         let before = &initial.modules[&place];
         if before.rank != module.rank || before.scale != module.scale {
             return refuse(format!("the initial adapter has another rank or scale at {}", place.path()));

@@ -655,6 +655,24 @@ def olora_embed():
          draw=moved_embed, note="As pissa-embed.")
 
 
+HEAD_KEPT = "PEFT saves beside the head's factors what the initialisation left of the head, and they belong on that."
+
+
+def pissa_head():
+    make("pissa-head", "llama-linear", lora(target_modules=["lm_head", "q_proj"], init_lora_weights="pissa"), draw=moved,
+         note=HEAD_KEPT)
+
+
+def pissa_head_lean():
+    make("pissa-head-lean", "llama-linear", lora(target_modules=["lm_head", "q_proj"], init_lora_weights="pissa"), draw=moved,
+         save=lean, note="As pissa-head, saved with save_embedding_layers=False: nothing beside the factors.")
+
+
+def olora_head():
+    make("olora-head", "llama-linear", lora(target_modules=["lm_head", "embed_tokens", "v_proj"], init_lora_weights="olora"),
+         draw=moved_embed, note=HEAD_KEPT)
+
+
 def corda():
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
@@ -823,6 +841,9 @@ CASES = {
     "pissa-embed": (pissa_embed, "llama-linear", "pissa"),
     "pissa-niter-embed": (pissa_niter_embed, "llama-linear", "pissa"),
     "olora-embed": (olora_embed, "llama-linear", "olora"),
+    "pissa-head": (pissa_head, "llama-linear", "pissa"),
+    "pissa-head-lean": (pissa_head_lean, "llama-linear", "pissa"),
+    "olora-head": (olora_head, "llama-linear", "olora"),
     "corda-converted": (corda, "llama-linear", "corda-converted"),
     "lora-ga-converted": (loraga, "llama-linear", "lora-ga-converted"),
     "sorsa-full": (sorsa_full, "llama-linear", "sorsa"),

@@ -320,6 +320,36 @@ fn of_an_embedding_nothing_was_taken_whatever_the_initialisation() {
 }
 
 #[test]
+fn a_head_that_lies_beside_its_factors_is_what_they_belong_on() {
+    let root = Root::new("head", &["pissa-head"]);
+    let base = Checkpoint::open(&golden::folder("llama-linear")).unwrap();
+    let spectra = Spectra::new(None, &base).unwrap();
+    let reader = Reader { base: &base, spectra: &spectra, bounds: Bounds { root: None, bytes: 64 << 20 }, rank: 64 };
+    let read = |path: &Path, choice: &BaseChoice| reader.read(path, choice).unwrap_or_else(|e| panic!("{choice}: {e}")).parsed.modules;
+    let (whole, at) = (folder("pissa-head"), root.0.join("pissa-head"));
+    let want = read(&whole, &BaseChoice::Auto);
+    // However the base is named: what is taken out of the head is known from the file.
+    let residual = BaseChoice::Residual(folder("pissa-residual").join("base"));
+    for choice in [BaseChoice::Pissa, residual, BaseChoice::Initial(whole.clone())] {
+        let got = read(&whole, &choice);
+        let initial = matches!(choice, BaseChoice::Initial(_));
+        for (place, module) in got.iter().filter(|(p, _)| **p == Place::Head || !initial) {
+            assert!(module.weight.is_none(), "{place:?} under {choice}: a product is enough");
+            let off = product(module).iter().zip(product(&want[place])).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(off < 1e-5, "{place:?} under {choice}: off by {off}");
+        }
+    }
+    // One that is no base less such a product is served as it is, as PEFT does.
+    let name = "lm_head.base_layer.weight";
+    add(&at, &[(name, name, 0.5)]);
+    assert!(read(&at, &BaseChoice::Auto)[&Place::Head] == read(&at, &BaseChoice::Original)[&Place::Head]);
+    // The served base's own: PEFT would add the factors to that.
+    fill(&at, name, &base_weight(&base, Place::Head));
+    let (got, asis) = (read(&at, &BaseChoice::Auto), read(&at, &BaseChoice::Original));
+    assert!(got[&Place::Head].up == asis[&Place::Head].up && got[&Place::Head].weight.is_none());
+}
+
+#[test]
 fn an_adapter_of_any_format_is_written_as_a_plain_lora_that_says_the_same() {
     let root = Root::new("convert", &[]);
     let cpu = Cpu::new(2);
