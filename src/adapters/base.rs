@@ -231,6 +231,12 @@ fn begun<'a>(parsed: &'a mut Parsed, settled: &'a BTreeSet<Place>) -> impl Itera
 /// the weights stay theirs.
 fn with_own_base(parsed: &mut Parsed, base: &Checkpoint) -> Result<BTreeSet<Place>, AdapterError> {
     let mut settled = BTreeSet::new();
+    if base.config.tied && parsed.modules.get(&Place::Head).is_some_and(|m| m.rank > 0) {
+        return Err(AdapterError::NotServed {
+            what: "its initialisation took a product out of the output head, which is this base's embedding, so that lost it, too".into(),
+            mend: "train it with lm_head left out of target_modules".into(),
+        });
+    }
     for (place, module) in begun(parsed, &BTreeSet::new()) {
         let Some(left) = module.weight.take() else { continue };
         let own = base_weight(base, place);

@@ -668,6 +668,25 @@ def pissa_head_lean():
          save=lean, note="As pissa-head, saved with save_embedding_layers=False: nothing beside the factors.")
 
 
+def pissa_head_tied():
+    """PEFT's initialisation takes its product out of the one tied tensor, so the embedding loses it, too, which nothing gives back."""
+    name, base = "pissa-head-tied", "llama3"
+    folder = HERE / name
+    torch.manual_seed(0)
+    original = load(base)
+    model = get_peft_model(load(base), lora(target_modules=["lm_head", "q_proj"], r=2, init_lora_weights="pissa")).eval()
+    begins = change(model, original, prompts(name, original.config.vocab_size))
+    assert begins > 1, begins
+    initial = {k: p.detach().clone() for k, p in model.named_parameters()}
+    randomise(name, model, moved, 1.0, initial)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    lean(model, folder)
+    tidy(folder, base)
+    write_expected(folder, base, {"refused": "the head is tied to the embedding"}, None)
+    print(f"{name:24} {base:12} refused; its training begins {begins:.1f} from the base", flush=True)
+
+
 def olora_head():
     make("olora-head", "llama-linear", lora(target_modules=["lm_head", "embed_tokens", "v_proj"], init_lora_weights="olora"),
          draw=moved_embed, note=HEAD_KEPT)
@@ -843,6 +862,7 @@ CASES = {
     "olora-embed": (olora_embed, "llama-linear", "olora"),
     "pissa-head": (pissa_head, "llama-linear", "pissa"),
     "pissa-head-lean": (pissa_head_lean, "llama-linear", "pissa"),
+    "pissa-head-tied": (pissa_head_tied, "llama3", "refused"),
     "olora-head": (olora_head, "llama-linear", "olora"),
     "corda-converted": (corda, "llama-linear", "corda-converted"),
     "lora-ga-converted": (loraga, "llama-linear", "lora-ga-converted"),
