@@ -70,6 +70,7 @@ pub fn parse(files: &Files, base: &Checkpoint) -> Result<Parsed, AdapterError> {
     for tensor in files.tensors.names() {
         names.sort(tensor, c)?;
     }
+    names.vocabulary(&files.tensors, c)?;
     let mut modules: BTreeMap<Place, Module> = BTreeMap::new();
     let mut untargeted = Vec::new();
     for (&place, found) in &names.factors {
@@ -282,6 +283,23 @@ impl Names {
             None => Ok(()),
             Some(before) => Err(bad(tensor, format!("stands for what `{before}` is already"))),
         }
+    }
+
+    /// Refuses embeddings and heads of another vocabulary, which PEFT saves where it was resized before training. PEFT, too, loads them
+    /// on a base alone that was resized alike.
+    fn vocabulary(&self, tensors: &Tensors, c: &ModelConfig) -> Result<(), AdapterError> {
+        let whole = [&self.weights, &self.carried, &self.copies, &self.originals];
+        for tensor in whole.iter().flat_map(|of| [Place::Embed, Place::Head].map(|p| of.get(&p))).flatten() {
+            if let Some(&[vocab, hidden]) = tensors.shape(tensor)
+                && (vocab != c.vocab && hidden == c.hidden)
+            {
+                return Err(AdapterError::NotServed {
+                    what: format!("it was trained with a vocabulary of {vocab} tokens (`{tensor}`), and the served model has {}", c.vocab),
+                    mend: "serve the base as it was resized for the training (resize_token_embeddings, then save_pretrained)".into(),
+                });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -501,6 +501,64 @@ def trainable_tokens():
     print(f"{name:24} {base:12} refused", flush=True)
 
 
+# ---- A vocabulary that was resized before training ----------------------------------------------------------------------
+
+
+def from_vocabulary(tokens, folder):
+    """A `prepare` for `make`: the base is made from a checkpoint of so many tokens, in `folder`, resized to the base's own."""
+    def prepare(model, config):
+        parts = [model.get_input_embeddings, model.get_output_embeddings]
+        whole, rows = [part().weight.detach().clone() for part in parts], model.config.vocab_size
+        model.resize_token_embeddings(tokens)
+        model.save_pretrained(folder)
+        model.resize_token_embeddings(rows)
+        with torch.no_grad():
+            for part, weight in zip(parts, whole):
+                part().weight.copy_(weight)
+        model.name_or_path = str(folder)
+    return prepare
+
+
+def resized(name, base, note, **config):
+    with tempfile.TemporaryDirectory() as scratch:
+        make(name, base, lora(**config), dtype=torch.bfloat16, prepare=from_vocabulary(250, Path(scratch)), note=note)
+
+
+def resized_tied():
+    resized("resized-tied", "llama3", "PEFT saves embedding and head, though neither was trained, because the vocabulary was "
+            "resized from 250 tokens to the served model's 320 before training.", target_modules=["q_proj", "down_proj"])
+
+
+def resized_saved():
+    resized("resized-saved", "qwen3", "As resized-tied, of 384 tokens, with embedding and head in modules_to_save: the file has "
+            "each three times: twice as trained, once as the base has it.",
+            target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+
+
+def resized_grown():
+    """The served base has the vocabulary from before resizing. PEFT refuses it (size mismatch), and so should a server."""
+    name, base = "resized-grown", "qwen3"
+    folder = HERE / name
+    torch.manual_seed(0)  # new rows are drawn
+    model = load(base)
+    model.resize_token_embeddings(model.config.vocab_size + 4)
+    model = get_peft_model(model, lora(target_modules=["v_proj"], r=2)).eval()
+    initial = {k: p.detach().clone() for k, p in model.named_parameters()}
+    randomise(name, model, plain, 1.0, initial)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.bfloat16().save_pretrained(folder)
+    tidy(folder, base)
+    try:
+        reload(folder, base)
+    except RuntimeError as error:
+        assert "size mismatch" in str(error), error
+    else:
+        raise SystemExit(f"{name}: PEFT loads it")
+    write_expected(folder, base, {"refused": "vocabulary"}, None)
+    print(f"{name:24} {base:12} refused", flush=True)
+
+
 # ---- DoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -842,6 +900,9 @@ CASES = {
     "head-lora": (head_lora, "qwen3", "head-lora"),
     "head-lora-tied": (head_lora_tied, "qwen2", "head-lora"),
     "trainable-tokens": (trainable_tokens, "llama3", "refused"),
+    "resized-tied": (resized_tied, "llama3", "resized"),
+    "resized-saved": (resized_saved, "qwen3", "resized"),
+    "resized-grown": (resized_grown, "qwen3", "refused"),
     "dora": (dora, "llama-bias", "dora"),
     "dora-rslora": (dora_rslora, "qwen3", "dora"),
     "dora-embed": (dora_embed, "llama-linear", "dora"),

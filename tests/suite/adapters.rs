@@ -153,6 +153,11 @@ fn what_rounding_did_to_a_full_sorsa_checkpoint_is_small() {
 fn what_cannot_be_served_is_refused_with_a_mend() {
     for (name, choice, part) in [
         ("trainable-tokens", BaseChoice::Auto, "modules_to_save"),
+        (
+            "resized-grown",
+            BaseChoice::Auto,
+            "with a vocabulary of 388 tokens (`base_model.model.model.embed_tokens.weight`), and the served model has 384",
+        ),
         ("pissa-head-tied", BaseChoice::Auto, "took a product out of the output head, which is this base's embedding"),
         ("pissa-residual", BaseChoice::Auto, "base residual:FOLDER"),
         ("pissa-residual", BaseChoice::Residual(golden::folder("llama-linear")), "that of the served base"),
