@@ -72,21 +72,14 @@ struct Input {
 }
 
 /// Rows of inputs in blocks of [`BLOCK`]: block `b` of row `r` begins `r * row + b * block` elements after the first.
+#[derive(Clone, Copy)]
 struct Rows<T> {
     first: *const T,
     row: usize,
     block: usize,
 }
 
-impl<T> Clone for Rows<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T> Copy for Rows<T> {}
-
-impl<T> Rows<T> {
+impl<T: Copy> Rows<T> {
     /// Rows that lie as they are, `row` apart.
     fn plain(first: *const T, row: usize) -> Self {
         Rows { first, row, block: BLOCK }

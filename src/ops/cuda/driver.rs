@@ -94,6 +94,11 @@ struct Module {
     handle: sys::CUmodule,
 }
 
+// SAFETY: a module's handle may be used from any thread that has the context bound.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
 impl Drop for Module {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
