@@ -111,6 +111,8 @@ async def beside(args, base, seed, event):
             t += gap
             if begun - 0.05 <= t <= begun + took + 1.0:
                 gaps.append(gap)
+    if not gaps:
+        sys.exit("the streams had ended before anything happened beside them: raise --max-tokens, or lower --wait")
     return statistics.median(g for s in streams for g in s.gaps), max(gaps), took
 
 
@@ -177,7 +179,7 @@ def main():
     m.add_argument("--streams", type=int, default=8)
     m.add_argument("--max-tokens", type=int, default=64)
     m.add_argument("--rounds", type=int, default=5)
-    m.add_argument("--wait", type=float, default=6.0, help="seconds that streams run before something happens beside them")
+    m.add_argument("--wait", type=float, default=3.0, help="seconds that streams run before something happens beside them")
     m.add_argument("--json")
     args = parser.parse_args()
     if args.command == "make":
